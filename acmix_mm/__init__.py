@@ -1,0 +1,15 @@
+"""ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022) for OpenMMLab.
+
+Importing the package registers its backbones and layers in ``mmengine.registry.MODELS``; configs do
+so with ``custom_imports = dict(imports=['acmix_mm'])``.
+"""
+
+from ._requirements import allow_history_buffers, check_requirements
+from .version import __version__
+
+check_requirements()
+allow_history_buffers()
+
+from . import backbones, layers, ops  # noqa: E402
+
+__all__ = ['__version__', 'backbones', 'layers', 'ops']

@@ -1,0 +1,1 @@
+"""Implementations of the operators, one file each behind the signature that the front calls."""

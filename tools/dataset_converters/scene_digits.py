@@ -1,0 +1,267 @@
+"""Make the small real data set *scene digits*.
+
+Handwritten digits (the 1,797 of scikit-learn) stand at random places, sizes and colours, partly
+over one another, on random crops of real photographs (scikit-image's and scikit-learn's). Train and
+val share neither digits nor photographs. The same images are written in two layouts:
+
+  OUT/coco/{train2017,val2017}/*.jpg                    COCO instances: boxes, areas, RLE masks
+  OUT/coco/annotations/instances_{train,val}2017.json
+  OUT/ade/images/{training,validation}/*.jpg            ADE20K: label maps, 0 is background,
+  OUT/ade/annotations/{training,validation}/*.png       digit d is d + 1
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import skimage.data
+from pycocotools import mask as coco_mask
+from sklearn.datasets import load_digits, load_sample_image
+from tqdm import tqdm
+
+PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
+    'train': {
+        'astronaut': skimage.data.astronaut,
+        'brick': skimage.data.brick,
+        'camera': skimage.data.camera,
+        'cat': skimage.data.cat,
+        'china': lambda: load_sample_image('china.jpg'),
+        'coins': skimage.data.coins,
+        'grass': skimage.data.grass,
+        'rocket': skimage.data.rocket,
+    },
+    'val': {
+        'coffee': skimage.data.coffee,
+        'flower': lambda: load_sample_image('flower.jpg'),
+        'gravel': skimage.data.gravel,
+    },
+}
+ADE_NAMES = {'train': 'training', 'val': 'validation'}
+DIGIT_SHARE_TRAIN = 0.8
+MIN_CONTRAST = 90  # least Euclidean distance of a digit's RGB colour to the mean behind it
+MAX_COVERED = 0.4  # of an earlier digit's visible pixels, by a later one
+TRIES = 30  # to find a place for a digit
+
+
+@dataclass
+class Digit:
+    """One digit in an image: its class and its visible pixels."""
+
+    label: int
+    mask: np.ndarray  # (H, W) bool
+
+
+def photographs(split: str, size: int) -> list[np.ndarray]:
+    """RGB uint8 photographs of a split, enlarged so that a crop of ``size`` pixels fits."""
+    images = []
+    for load in PHOTOGRAPHS[split].values():
+        image = np.asarray(load())
+        if image.ndim == 2:
+            image = np.repeat(image[..., None], 3, axis=2)
+        factor = max(1, size / min(image.shape[:2]))
+        if factor > 1:
+            image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+        images.append(image)
+    return images
+
+
+def digits(split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 8, 8) in [0, 1] and labels (n,) of a split; ``rng`` must be seeded alike."""
+    data = load_digits()
+    order = rng.permutation(len(data.target))
+    count = round(DIGIT_SHARE_TRAIN * len(order))
+    chosen = order[:count] if split == 'train' else order[count:]
+    return data.images[chosen].astype(np.float32) / 16, data.target[chosen]
+
+
+def background(images: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square crop of a random photograph, scaled to ``size`` and perhaps mirrored."""
+    image = images[rng.integers(len(images))]
+    side = rng.integers(size, min(image.shape[:2]) + 1)
+    y = rng.integers(image.shape[0] - side + 1)
+    x = rng.integers(image.shape[1] - side + 1)
+    crop = image[y : y + side, x : x + side]
+    crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+    return crop[:, ::-1].copy() if rng.random() < 0.5 else crop
+
+
+def stamp(glyph: np.ndarray, size: int) -> np.ndarray:
+    """Opacity (size, size) in [0, 1] of an 8x8 digit at ``size`` pixels."""
+    glyph = cv2.resize(glyph, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip((glyph - 0.25) / 0.3, 0, 1)
+
+
+def colour_on(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random RGB colour that stands out from the mean of ``patch``."""
+    mean = patch.reshape(-1, 3).mean(0)
+    while True:
+        colour = rng.integers(0, 256, 3).astype(np.float32)
+        if np.linalg.norm(colour - mean) >= MIN_CONTRAST:
+            return colour
+
+
+def draw(
+    images: list[np.ndarray],
+    glyphs: np.ndarray,
+    labels: np.ndarray,
+    size: int,
+    count: tuple[int, int],
+    digit_size: tuple[int, int],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, list[Digit]]:
+    """One picture (size, size, 3) RGB and the digits in it."""
+    canvas = background(images, size, rng).astype(np.float32)
+    placed: list[Digit] = []
+    for _ in range(rng.integers(count[0], count[1] + 1)):
+        index = rng.integers(len(labels))
+        for _ in range(TRIES):
+            side = int(rng.integers(digit_size[0], digit_size[1] + 1))
+            y, x = rng.integers(size - side + 1, size=2)
+            place = np.s_[y : y + side, x : x + side]
+            opacity = stamp(glyphs[index], side)
+            mask = np.zeros((size, size), bool)
+            mask[place] = opacity > 0.5
+            covered = [(mask & other.mask).sum() / other.mask.sum() for other in placed]
+            if max(covered, default=0) <= MAX_COVERED:
+                break
+        else:
+            continue
+        colour = colour_on(canvas[place], rng)
+        canvas[place] += opacity[..., None] * (colour - canvas[place])
+        for other in placed:
+            other.mask &= ~mask
+        placed.append(Digit(int(labels[index]), mask))
+    return canvas.round().clip(0, 255).astype(np.uint8), placed
+
+
+def annotation(digit: Digit, image_id: int, annotation_id: int) -> dict:
+    """COCO instance annotation: [x, y, width, height] box, area in pixels, compressed RLE."""
+    rle = coco_mask.encode(np.asfortranarray(digit.mask, np.uint8))
+    return {
+        'id': annotation_id,
+        'image_id': image_id,
+        'category_id': digit.label + 1,
+        'bbox': coco_mask.toBbox(rle).tolist(),
+        'area': float(coco_mask.area(rle)),
+        'segmentation': {'size': rle['size'], 'counts': rle['counts'].decode()},
+        'iscrowd': 0,
+    }
+
+
+def write_split(
+    root: Path,
+    split: str,
+    num_images: int,
+    size: int,
+    count: tuple[int, int],
+    digit_size: tuple[int, int],
+    seed: int,
+) -> None:
+    """Write one split under ``root``."""
+    glyphs, labels = digits(split, np.random.default_rng(seed))
+    images = photographs(split, size)
+    rng = np.random.default_rng((seed, list(PHOTOGRAPHS).index(split)))
+    coco_images = root / 'coco' / f'{split}2017'
+    ade_images = root / 'ade' / 'images' / ADE_NAMES[split]
+    ade_maps = root / 'ade' / 'annotations' / ADE_NAMES[split]
+    coco_json = root / 'coco' / 'annotations' / f'instances_{split}2017.json'
+    for folder in (coco_images, ade_images, ade_maps, coco_json.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    records, annotations = [], []
+    for image_id in tqdm(range(1, num_images + 1), desc=f'scene digits {split}', unit='image'):
+        picture, placed = draw(images, glyphs, labels, size, count, digit_size, rng)
+        name = f'{image_id:012d}'
+        cv2.imwrite(
+            str(coco_images / f'{name}.jpg'), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]
+        )
+        shutil.copyfile(coco_images / f'{name}.jpg', ade_images / f'{name}.jpg')
+        label_map = np.zeros((size, size), np.uint8)
+        for digit in placed:
+            label_map[digit.mask] = digit.label + 1
+            annotations.append(annotation(digit, image_id, len(annotations) + 1))
+        cv2.imwrite(str(ade_maps / f'{name}.png'), label_map)
+        records.append({'id': image_id, 'file_name': f'{name}.jpg', 'width': size, 'height': size})
+    content = {
+        'info': {'description': f'scene digits, {split}, seed {seed}'},
+        'licenses': [],
+        'images': records,
+        'annotations': annotations,
+        'categories': [{'id': d + 1, 'name': str(d), 'supercategory': 'digit'} for d in range(10)],
+    }
+    coco_json.write_text(json.dumps(content))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('out', type=Path, help='folder to make, for example data/scene_digits')
+    parser.add_argument('--train', type=int, default=1600, help='training images (%(default)s)')
+    parser.add_argument('--val', type=int, default=200, help='validation images (%(default)s)')
+    parser.add_argument('--size', type=int, default=128, help='image side, pixels (%(default)s)')
+    parser.add_argument(
+        '--digits',
+        type=int,
+        nargs=2,
+        default=(2, 6),
+        metavar=('MIN', 'MAX'),
+        help='digits in an image (2 6)',
+    )
+    parser.add_argument(
+        '--digit-size',
+        type=int,
+        nargs=2,
+        default=(24, 56),
+        metavar=('MIN', 'MAX'),
+        help='side of a digit, pixels (24 56)',
+    )
+    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    parser.add_argument(
+        '--force', action='store_true', help='replace OUT/coco and OUT/ade where they exist'
+    )
+    args = parser.parse_args(argv)
+    for name in ('train', 'val', 'size'):
+        if getattr(args, name) < 1:
+            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
+    if args.seed < 0:
+        parser.error(f'--seed must be at least 0, got {args.seed}')
+    for name, least, most in (('digits', 0, None), ('digit_size', 8, args.size)):
+        low, high = getattr(args, name)
+        if not least <= low <= high or (most is not None and high > most):
+            bound = f'{least} <= MIN <= MAX' + (f' <= --size ({most})' if most else '')
+            parser.error(f'--{name.replace("_", "-")} must satisfy {bound}, got {low} {high}')
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    existing = [args.out / name for name in ('coco', 'ade') if (args.out / name).exists()]
+    if existing and not args.force:
+        sys.exit(
+            f'error: {" and ".join(map(str, existing))} exist; give --force to replace, '
+            'or another folder'
+        )
+    args.out.mkdir(parents=True, exist_ok=True)
+    # Written beside its place and moved there when complete: what exists stays until then.
+    with tempfile.TemporaryDirectory(dir=args.out, prefix='.partial-') as partial:
+        for split, number in (('train', args.train), ('val', args.val)):
+            write_split(
+                Path(partial), split, number, args.size, args.digits, args.digit_size, args.seed
+            )
+        for name in ('coco', 'ade'):
+            shutil.rmtree(args.out / name, ignore_errors=True)
+            (Path(partial) / name).rename(args.out / name)
+    print(f'COCO layout: {args.out / "coco"}')
+    print(f'ADE20K layout: {args.out / "ade"}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,98 @@
+"""Install acmix_mm and everything it needs, in tested versions, into the running Python.
+
+Made for ``make``: run it with the virtual environment's own Python. Standard library only. The one
+long step is compiling mmcv's operators, about ten minutes on two cores; pip keeps the result, so
+that later environments of the same machine get it in seconds.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRESS_SECONDS = 15
+
+
+def pip(*arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> None:
+    """Run pip with the pinned versions; with ``log``, show that a long build is alive."""
+    command = [sys.executable, '-m', 'pip', 'install', '--disable-pip-version-check']
+    command += ['--constraint', str(ROOT / 'constraints.txt'), *arguments]
+    # Settings of a surrounding environment must not send packages elsewhere.
+    for name in ('PYTHONPATH', 'PYTHONHOME', 'PIP_TARGET', 'PIP_PREFIX', 'PIP_USER'):
+        os.environ.pop(name, None)
+    env = {**os.environ, 'PYTHONNOUSERSITE': '1', **(env or {})}
+    if log is None:
+        code = subprocess.run([*command, '--quiet'], env=env).returncode
+    else:
+        code = logged(command, env, log)
+    if code:
+        sys.exit(f'error: pip failed: {" ".join(arguments)}' + (f' (see {log})' if log else ''))
+
+
+def logged(command: list[str], env: dict[str, str], log: Path) -> int:
+    """Run with output to ``log``, printing how far the compiler is every few seconds."""
+    start = time.monotonic()
+    with log.open('w') as output:
+        process = subprocess.Popen(
+            [*command, '--verbose'], env=env, stdout=output, stderr=subprocess.STDOUT
+        )
+        while True:
+            try:
+                return process.wait(timeout=PROGRESS_SECONDS)
+            except subprocess.TimeoutExpired:
+                steps = re.findall(r'\[(\d+)/(\d+)\]', log.read_text(errors='replace'))
+                done = f'{steps[-1][0]} of {steps[-1][1]} files compiled' if steps else 'preparing'
+                minutes, seconds = divmod(int(time.monotonic() - start), 60)
+                print(f'    {minutes}:{seconds:02d}  {done}', flush=True)
+
+
+def imports(module: str) -> bool:
+    return (
+        subprocess.run(
+            [sys.executable, '-c', f'import {module}'], capture_output=True, cwd=ROOT
+        ).returncode
+        == 0
+    )
+
+
+def install_mmcv() -> None:
+    """Build mmcv with its operators, against the torch that is installed."""
+    log = Path(sys.prefix) / 'mmcv-build.log'
+    arguments = ['--no-build-isolation', 'onedl-mmcv']
+    env = {'MMCV_WITH_OPS': '1'}
+    pip(*arguments, env=env, log=log)
+    if not imports('mmcv.ops'):
+        # pip's cache may hold a wheel built without operators or for another torch.
+        print('    cached build does not fit this torch, compiling anew', flush=True)
+        pip('--no-cache-dir', '--force-reinstall', '--no-deps', *arguments, env=env, log=log)
+    if not imports('mmcv.ops'):
+        sys.exit(f'error: mmcv was built, but mmcv.ops does not import (see {log})')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    if sys.prefix == sys.base_prefix:
+        sys.exit('error: run this with the Python of a virtual environment, as "make setup" does')
+    print('[1/3] torch and build tools', flush=True)
+    pip('torch', 'numpy', 'ninja', 'psutil', 'setuptools', 'wheel')
+    print(
+        '[2/3] mmcv with compiled operators: about 10 minutes on 2 cores the first time, '
+        "seconds from pip's cache",
+        flush=True,
+    )
+    install_mmcv()
+    print('[3/3] the other packages and acmix_mm', flush=True)
+    pip('--no-build-isolation', '--editable', f'{ROOT}[onedl,demo,dev]')
+    check = 'import acmix_mm; print("acmix_mm", acmix_mm.__version__, "is ready")'
+    sys.exit(subprocess.run([sys.executable, '-c', check], cwd=Path(sys.prefix)).returncode)
+
+
+if __name__ == '__main__':
+    main()
