@@ -1,5 +1,8 @@
 """ResNet-ACmix: mmdet's ResNet with a mixed operator for every 3x3 convolution."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 from mmdet.models.backbones.resnet import Bottleneck, ResNet
 from mmengine.registry import MODELS
 from torch import nn
@@ -43,9 +46,11 @@ class ACmixResNet(ResNet):
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
             Default: 'learned'.
         backend (str | None): Of :func:`acmix_mm.ops.local_attention`. Default: None.
-        **kwargs: All other arguments of mmdet's ResNet but ``dcn`` and ``stage_with_dcn``, with
-            its defaults. To mix in some stages only, give mmdet's own ResNet
-            ``dcn=dict(type='ACmix')`` and ``stage_with_dcn``.
+        stage_with_acmix (Sequence[bool]): Which stages are mixed; the others keep their
+            convolutions, so that all False is the plain ResNet of the same depth.
+            Default: all stages.
+        **kwargs: All other arguments of mmdet's ResNet, with its defaults, but ``dcn`` and
+            ``stage_with_dcn``.
 
     Inputs are images (B, in_channels, H, W) with H, W >= 1; outputs a tuple of maps, one for each
     of ``out_indices``, with 256, 512, 1024 and 2048 channels (at ``base_channels`` 64) at strides
@@ -57,7 +62,7 @@ class ACmixResNet(ResNet):
 
     # ResNet compares the block class with Bottleneck to choose which norm starts at zero, so the
     # mixed block comes in with make_res_layer only.
-    arch_settings = {
+    arch_settings: ClassVar = {
         26: (Bottleneck, (1, 2, 4, 1)),
         38: (Bottleneck, (2, 3, 5, 2)),
         50: (Bottleneck, (3, 4, 6, 3)),
@@ -73,15 +78,23 @@ class ACmixResNet(ResNet):
         conv_kernel_size: int = 3,
         mix: str = 'learned',
         backend: str | None = None,
+        stage_with_acmix: Sequence[bool] = (True, True, True, True),
         **kwargs,
     ):
         if depth not in self.arch_settings:
             raise ValueError(f'depth must be one of {tuple(self.arch_settings)}, got {depth!r}')
         if kwargs.get('dcn') is not None:
             raise ValueError(
-                f'dcn must be None, got {kwargs["dcn"]}: every 3x3 convolution is an ACmix; '
-                "mmdet's ResNet takes dcn=dict(type='ACmix') for chosen stages"
+                f'dcn must be None, got {kwargs["dcn"]}: ACmix stands where it would; choose its '
+                'stages with stage_with_acmix'
             )
+        num_stages = kwargs.get('num_stages', 4)
+        if len(stage_with_acmix) < num_stages:
+            raise ValueError(
+                f'stage_with_acmix must have a value for each of {num_stages} stages, '
+                f'got {stage_with_acmix}'
+            )
+        self.stage_with_acmix = tuple(stage_with_acmix)
         self._acmix = {
             'num_heads': num_heads,
             'attn_kernel_size': attn_kernel_size,
@@ -92,5 +105,7 @@ class ACmixResNet(ResNet):
         super().__init__(depth, **kwargs)
 
     def make_res_layer(self, block: type[nn.Module], **kwargs) -> nn.Module:
-        """A stage of ``ACmixBottleneck``; arguments as mmdet's."""
-        return super().make_res_layer(block=ACmixBottleneck, acmix=self._acmix, **kwargs)
+        """A stage; arguments as mmdet's."""
+        if self.stage_with_acmix[len(self.res_layers)]:
+            return super().make_res_layer(block=ACmixBottleneck, acmix=self._acmix, **kwargs)
+        return super().make_res_layer(block=block, **kwargs)

@@ -1,0 +1,253 @@
+import copy
+
+import oracles
+import pytest
+import torch
+from mmcv.cnn import ConvModule, build_conv_layer
+from mmdet.models.backbones import ResNet, ResNeXt
+from mmdet.models.necks import FPN
+from torch import nn
+
+from acmix_mm.layers import ACmix
+from acmix_mm.layers.mixed_operator import MIX_MODES
+from acmix_mm.ops import shift_kernel
+
+
+def load_published(module, tensors, prefix='state/'):
+    module.double().load_state_dict(
+        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    )
+    return module
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+def test_golden(golden, stride):
+    """Outputs and all gradients of the published module, from its own state dict."""
+    tensors = golden(f'acmix_local_stride{stride}')
+    module = load_published(ACmix(32, 32, stride=stride), tensors)
+    x = tensors['input'].requires_grad_()
+    out = module(x)
+    torch.testing.assert_close(out, tensors['output'], rtol=1e-5, atol=1e-5)
+    out.backward(tensors['grad_output'])
+    gradients = {'input': x.grad, **{n: p.grad for n, p in module.named_parameters()}}
+    published = {k.removeprefix('grad/'): v for k, v in tensors.items() if k.startswith('grad/')}
+    # The bias of conv_p has no effect: its published gradient is zero, and it does not exist here.
+    assert published.pop('conv_p.bias').abs().max() < 1e-6
+    assert gradients.keys() == published.keys()
+    for name, gradient in gradients.items():
+        scale = published[name].abs().max().item()
+        torch.testing.assert_close(gradient, published[name], rtol=1e-5, atol=1e-5 * scale)
+
+
+def straightforward(module: ACmix, x: torch.Tensor) -> torch.Tensor:
+    """ACmix from the paper's formulas: no folded kernel, position encoding in every logit."""
+    heads, dim, stride, dilation = (
+        module.num_heads, module.head_dim, module.stride[0], module.dilation[0],
+    )  # fmt: skip
+    maps = []
+    for name in ('conv1', 'conv2', 'conv3'):
+        p = getattr(module, name)
+        out = nn.functional.conv2d(x, p['weight'], p['bias'], groups=module.groups)
+        maps.append(out.unflatten(1, (heads, dim)))
+    query, key, value = maps
+    height, width = x.shape[-2:]
+    grid = torch.stack(
+        [
+            torch.linspace(-1, 1, width, dtype=x.dtype).expand(height, width),
+            torch.linspace(-1, 1, height, dtype=x.dtype)[:, None].expand(height, width),
+        ]
+    )
+    position = torch.einsum('dc,chw->dhw', module.conv_p['weight'].flatten(1), grid)
+    index = oracles.neighbours(height, width, module.attn_kernel_size, stride, dilation)
+    relative = position[:, ::stride, ::stride, None] - position.flatten(1)[:, index]
+    queries = query[..., ::stride, ::stride, None]
+    logits = (queries * (key.flatten(3)[..., index] + relative)).sum(2) / dim**0.5
+    attention = (logits.softmax(-1)[:, :, None] * value.flatten(3)[..., index]).sum(-1)
+
+    mixed = torch.einsum('km,bmdhw->bdkhw', module.fc['weight'].flatten(1), torch.cat(maps, 1))
+    kernel_size = module.kernel_size[0]
+    convolution = nn.functional.conv2d(
+        mixed.flatten(1, 2), module.dep_conv['weight'], None, stride,
+        kernel_size // 2 * dilation, dilation, dim,
+    )  # fmt: skip
+    return module.rate1 * attention.flatten(1, 2) + module.rate2 * convolution
+
+
+@pytest.mark.parametrize(
+    ('size', 'arguments'),
+    [
+        ((1, 1), {}),
+        ((2, 3), {'stride': 2}),
+        ((1, 9), {'attn_kernel_size': 5}),
+        ((17, 33), {'stride': 2}),
+        ((11, 8), {'dilation': 2}),
+        ((11, 8), {'dilation': 3, 'stride': 2, 'kernel_size': 5}),
+        ((9, 10), {'groups': 4}),
+        ((9, 10), {'num_heads': 8}),
+        ((6, 6), {'kernel_size': 1}),
+    ],
+)
+def test_equals_the_formulas(size, arguments):
+    module = ACmix(8, 16, **arguments).double()
+    nn.init.normal_(module.dep_conv['weight'])
+    nn.init.normal_(module.conv1['bias'])
+    x = torch.randn(2, 8, *size, dtype=torch.float64, requires_grad=True)
+    out = module(x)
+    stride = module.stride[0]
+    assert out.shape == (2, 16, -(-size[0] // stride), -(-size[1] // stride))
+    expected = straightforward(module, x)
+    torch.testing.assert_close(out, expected)
+    leaves = (x, *module.parameters())
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    )
+
+
+def test_mix_modes():
+    """Each mode is the learned mix at particular rates; single paths hold no other parameters."""
+    x = torch.randn(1, 8, 7, 9)
+    learned = ACmix(8, 8)
+    rates = {
+        'learned': (0.5, 0.5),
+        'complementary': (0.3, 0.7),
+        'sum': (1, 1),
+        'attention': (1, 0),
+        'conv': (0, 1),
+    }
+    assert rates.keys() == set(MIX_MODES)
+    for mode, (rate1, rate2) in rates.items():
+        module = ACmix(8, 8, mix=mode)
+        module.load_state_dict(learned.state_dict(), strict=False)
+        with torch.no_grad():
+            if mode == 'complementary':
+                module.rate1.fill_(rate1)
+            learned.rate1.fill_(rate1)
+            learned.rate2.fill_(rate2)
+        torch.testing.assert_close(module(x), learned(x))
+        # DistributedDataParallel refuses parameters without gradient.
+        module(x).square().sum().backward()
+        assert all(p.grad is not None for p in module.parameters()), mode
+
+
+def test_initialisation():
+    module = ACmix(16, 32)
+    assert torch.equal(module.dep_conv['weight'], shift_kernel(32, 8, 3))
+    assert module.rate1.item() == module.rate2.item() == 0.5
+    assert not module.conv1['bias'].any()
+    first, second = (
+        (torch.manual_seed(7), ACmix(16, 32).state_dict())[1] for _ in range(2)
+    )  # with the same seed a model repeats
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_dtypes(dtype):
+    module, x = ACmix(16, 16).double(), torch.randn(1, 16, 9, 12).double()
+    expected = module(x)
+    out = module.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    tolerance = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float64: 1e-12}[dtype]
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance * scale)
+
+
+def test_autocast_trains():
+    module, x = ACmix(16, 16), torch.randn(1, 16, 9, 12)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), module(x), rtol=0, atol=0.1)
+    out.float().square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+def test_channels_last():
+    module, x = ACmix(16, 16, stride=2), torch.randn(2, 16, 9, 12)
+    out = module(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(out, module(x))
+
+
+def test_compiles_as_one_graph():
+    module, x = ACmix(8, 8), torch.randn(1, 8, 9, 12)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend='aot_eager')
+    compiled(x).square().sum().backward()
+    module(x).square().sum().backward()
+    for ours, theirs in zip(module.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_output_bias():
+    module, x = ACmix(8, 8, bias=True), torch.randn(1, 8, 5, 6)
+    with torch.no_grad():
+        before = module(x)
+        module.bias += torch.arange(8.0)
+    torch.testing.assert_close(
+        module(x) - before, torch.arange(8.0).view(8, 1, 1).expand(1, 8, 5, 6)
+    )
+
+
+class TestAsConvolutionLayer:
+    def test_registered(self):
+        layer = build_conv_layer({'type': 'ACmix', 'num_heads': 2}, 8, 4, 3, padding=1, bias=False)
+        assert isinstance(layer, ACmix)
+        assert layer.num_heads == 2
+
+    def test_conv_module(self):
+        module = ConvModule(8, 8, 3, stride=2, padding=1, conv_cfg={'type': 'ACmix'})
+        assert module(torch.randn(1, 8, 9, 9)).shape == (1, 8, 5, 5)
+        assert torch.equal(module.conv.dep_conv['weight'], shift_kernel(8, 2, 3))
+
+    @pytest.mark.parametrize(
+        ('backbone', 'arguments'), [(ResNet, {}), (ResNeXt, {'groups': 8, 'base_width': 4})]
+    )
+    def test_dcn_of_mmdet_backbones(self, backbone, arguments):
+        model = backbone(
+            depth=50,
+            dcn={'type': 'ACmix'},
+            stage_with_dcn=(False, True, True, True),
+            base_channels=16 if backbone is ResNet else 64,
+            **arguments,
+        )
+        model.init_weights()
+        model.train()
+        layers = [m for m in model.modules() if isinstance(m, ACmix)]
+        assert len(layers) == 4 + 6 + 3
+        for layer in layers:
+            kernel = shift_kernel(layer.out_channels, layer.head_dim, 3)
+            assert torch.equal(layer.dep_conv['weight'], kernel)
+        outs = model(torch.randn(1, 3, 45, 33))
+        assert [o.shape[-2:] for o in outs] == [(12, 9), (6, 5), (3, 3), (2, 2)]
+        sum(o.mean() for o in outs).backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_conv_cfg_of_a_neck(self):
+        neck = FPN([8, 16], 8, num_outs=3, add_extra_convs='on_input', conv_cfg={'type': 'ACmix'})
+        neck.init_weights()
+        layers = [m for m in neck.modules() if isinstance(m, ACmix)]
+        assert len(layers) == 5
+        for layer in layers:
+            kernel = shift_kernel(layer.out_channels, layer.head_dim, layer.kernel_size[0])
+            assert torch.equal(layer.dep_conv['weight'], kernel)
+        outs = neck([torch.randn(1, 8, 12, 10), torch.randn(1, 16, 6, 5)])
+        assert [o.shape[-2:] for o in outs] == [(12, 10), (6, 5), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'out_channels': 10}, r'out_channels must be divisible by num_heads \(4\), got 10'),
+        ({'groups': 3}, r'in_channels must be divisible by groups \(3\), got 8'),
+        ({'kernel_size': 2}, 'kernel_size must be a positive odd integer, got 2'),
+        ({'kernel_size': (3, 5)}, r'kernel_size must be .* pair of equal integers, got \(3, 5\)'),
+        ({'attn_kernel_size': 6}, 'attn_kernel_size must be a positive odd integer, got 6'),
+        ({'padding': 0}, "padding must be 'same' or 1 for kernel_size 3 and dilation 1, got 0"),
+        ({'num_heads': 0}, 'num_heads must be a positive integer, got 0'),
+        ({'stride': -1}, 'stride must be a positive integer, got -1'),
+        ({'mix': 'both'}, "mix must be one of .*'learned'.* got 'both'"),
+        ({'backend': 'fast'}, "backend must be None or one of .* got 'fast'"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ACmix(**{'in_channels': 8, 'out_channels': 8, **arguments})

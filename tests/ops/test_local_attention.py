@@ -1,0 +1,208 @@
+import math
+
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acmix_mm.ops import available_backends, local_attention
+from acmix_mm.ops.backends import torch_backend
+
+BACKENDS = available_backends()
+shapes = st.tuples(
+    st.integers(1, 2),  # batch
+    st.integers(1, 3),  # heads
+    st.integers(1, 9),  # head dimension
+    st.integers(1, 21),  # height
+    st.integers(1, 21),  # width
+)
+
+
+def inputs(shape, stride, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    *lead, height, width = shape
+    queries = (*lead, -(-height // stride), -(-width // stride))
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for s in (queries, shape, shape)
+    ]
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_equals_unfolded_attention(backend, shape, kernel_size, stride, dilation, seed):
+    query, key, value = inputs(shape, stride, seed=seed)
+    out = local_attention(query, key, value, kernel_size, stride, dilation, backend=backend)
+    expected = oracles.local_attention(query, key, value, kernel_size, stride, dilation)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+
+    grad = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, (query, key, value), grad)
+    expected = torch.autograd.grad(expected, (query, key, value), grad)
+    torch.testing.assert_close(gradients, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'),
+    [(torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)],
+)
+@pytest.mark.parametrize(
+    ('shape', 'kernel_size', 'stride', 'dilation'),
+    [
+        ((2, 4, 16, 25, 38), 7, 1, 1),
+        ((1, 2, 8, 17, 33), 7, 2, 1),
+        ((1, 2, 8, 14, 9), 3, 1, 3),
+        ((1, 1, 4, 1, 6), 7, 1, 1),
+    ],
+)
+def test_rounding_of_each_dtype(backend, dtype, tolerance, shape, kernel_size, stride, dilation):
+    tensors = inputs(shape, stride, dtype)
+    out = local_attention(*tensors, kernel_size, stride, dilation, backend=backend)
+    assert out.dtype == dtype
+    expected = oracles.local_attention(*tensors, kernel_size, stride, dilation)
+    grad = torch.randn(out.shape).to(dtype)
+    gradients = torch.autograd.grad(out, tensors, grad)
+    exact = torch.autograd.grad(expected, tensors, grad)
+    # The oracle's gradients come back in the dtype of its leaves, so both sides are rounded once.
+    for result, oracle in zip((out, *gradients), (expected, *exact), strict=True):
+        scale = oracle.abs().max().item()
+        torch.testing.assert_close(
+            result.double(), oracle.double(), rtol=tolerance, atol=tolerance * scale
+        )
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 2), (3, 2)])
+def test_gradcheck(backend, stride, dilation):
+    tensors = inputs((1, 2, 2, 4, 5), stride)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: local_attention(q, k, v, 3, stride, dilation, backend=backend), tensors
+    )
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_kernel_of_one_returns_value(backend):
+    query, key, value = inputs((2, 3, 4, 6, 5), 2)
+    out = local_attention(query, key, value, kernel_size=1, stride=2, backend=backend)
+    torch.testing.assert_close(out, value[..., ::2, ::2])
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_equal_keys_average_the_neighbourhood(backend):
+    """With equal logits, attention is a mean filter over the reflect-padded map."""
+    query, _, value = inputs((1, 2, 3, 9, 11), 1)
+    out = local_attention(query, torch.zeros_like(value), value, 5, backend=backend)
+    padded = torch.nn.functional.pad(value[0], (2, 2, 2, 2), mode='reflect')
+    expected = torch.nn.functional.avg_pool2d(padded, 5, stride=1)[None]
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_large_logits_and_scale(backend):
+    query, key, value = (1000 * t.detach() for t in inputs((1, 1, 4, 6, 7), 1))
+    out = local_attention(query, key, value, 3, backend=backend)
+    assert torch.isfinite(out).all()
+    tensors = inputs((1, 1, 4, 6, 7), 1)
+    out = local_attention(*tensors, 3, scale=0.25, backend=backend)
+    torch.testing.assert_close(out, oracles.local_attention(*tensors, 3, scale=0.25))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_strided_inputs_and_empty_batch(backend):
+    query, key, value = (
+        t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in inputs((2, 3, 4, 9, 8), 1)
+    )
+    out = local_attention(query, key, value, backend=backend)
+    expected = local_attention(*(t.contiguous() for t in (query, key, value)), backend=backend)
+    torch.testing.assert_close(out, expected)
+    assert local_attention(query[:0], key[:0], value[:0], backend=backend).shape == (0, 3, 4, 9, 8)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_chunks_do_not_change_results(backend, monkeypatch):
+    """Several samples, and several rows of tiles, in a chunk against one row at a time."""
+    tensors = inputs((3, 2, 4, 30, 20), 1, torch.float32)
+    results = []
+    for chunk_bytes in (1, 200_000, 1 << 30):
+        monkeypatch.setitem(torch_backend.CHUNK_BYTES, 'cpu', chunk_bytes)
+        out = local_attention(*tensors, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_opcheck(backend):
+    """Schema, fake kernel and autograd registration, as torch.compile needs them."""
+    tensors = inputs((1, 2, 3, 7, 6), 2, torch.float32)
+    op = getattr(torch.ops.acmix_mm, f'local_attention_{backend}').default
+    torch.library.opcheck(op, (*tensors, 3, 2, 1, 0.5))
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_compiles_as_one_graph(backend):
+    tensors = inputs((1, 2, 4, 9, 10), 1, torch.float32)
+
+    def loss(query, key, value):
+        return local_attention(query, key, value, backend=backend).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    torch.testing.assert_close(torch.autograd.grad(compiled(*tensors), tensors), expected)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(backend, dtype):
+    tensors = inputs((1, 2, 4, 9, 10), 1, torch.float32)
+    with torch.autocast('cpu', dtype=dtype):
+        out = local_attention(*tensors, backend=backend)
+    assert out.dtype == dtype
+    expected = local_attention(*(t.to(dtype) for t in tensors), backend=backend)
+    torch.testing.assert_close(out, expected)
+    out.float().sum().backward()
+    assert all(t.grad.dtype == torch.float32 for t in tensors)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_training_saves_inputs_only(backend):
+    """What autograd keeps is no more than inputs, output and a number a query and head."""
+    query, key, value = inputs((1, 2, 8, 40, 40), 1, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        local_attention(query, key, value, backend=backend)
+    numbers = sum(t.numel() for t in saved)
+    assert 3 * query.numel() <= numbers <= 4 * query.numel() + query[:, :, 0].numel()
+
+
+@pytest.mark.parametrize(
+    ('change', 'error', 'message'),
+    [
+        ({'query': None}, TypeError, 'query must be a floating-point tensor, got NoneType'),
+        ({'key': torch.ones(1, 2, 4, 6, 8, dtype=int)}, TypeError, 'key .* got torch.int64'),
+        ({'value': torch.ones(2, 4, 6, 8)}, ValueError, r'value must have 5 dim.*\(2, 4, 6, 8\)'),
+        ({'value': torch.ones(1, 2, 4, 6, 7)}, ValueError, 'value must have the shape of key'),
+        ({'query': torch.ones(1, 2, 4, 3, 4)}, ValueError, r'query must have shape \(1, 2, 4, 6, '),
+        ({'key': torch.ones(1, 2, 4, 0, 8)}, ValueError, r'key must have N, d, H, W >= 1'),
+        ({'value': torch.ones(1, 2, 4, 6, 8).double()}, ValueError, 'one dtype'),
+        ({'kernel_size': 4}, ValueError, 'kernel_size must be a positive odd integer, got 4'),
+        ({'kernel_size': 3.0}, ValueError, 'kernel_size must be .* got 3.0'),
+        ({'stride': 0}, ValueError, 'stride must be a positive integer, got 0'),
+        ({'dilation': True}, ValueError, 'dilation must be a positive integer, got True'),
+        ({'scale': math.nan}, ValueError, 'scale must be a finite number or None, got nan'),
+        ({'backend': 'cuda'}, ValueError, "backend must be None or one of .* got 'cuda'"),
+    ],
+)
+def test_wrong_arguments(change, error, message):
+    tensors = {name: torch.ones(1, 2, 4, 6, 8) for name in ('query', 'key', 'value')}
+    with pytest.raises(error, match=message):
+        local_attention(**{**tensors, **change})

@@ -1,0 +1,55 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from acmix_mm.ops import shift_conv, shift_kernel
+
+
+def two_steps(maps, fc, dep, stride, dilation):
+    """fc on every head position, then the grouped convolution, as section 4.2 states them."""
+    mixed = torch.einsum('km,bgmhw->bgkhw', fc, maps)
+    padding = dep.size(-1) // 2 * dilation
+    return F.conv2d(mixed.flatten(1, 2), dep, None, stride, padding, dilation, maps.size(1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.sampled_from([1, 2, 4, 5, 8, 16]),  # few: folded; many: two steps
+    positions=st.integers(1, 4),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    kernel_size=st.sampled_from([1, 3, 5]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+)
+def test_equals_its_two_steps(heads, positions, size, kernel_size, stride, dilation):
+    maps = torch.randn(2, positions, 3 * heads, *size, dtype=torch.float64, requires_grad=True)
+    fc = torch.randn(kernel_size**2, 3 * heads, dtype=torch.float64, requires_grad=True)
+    shape = (positions * heads, kernel_size**2, kernel_size, kernel_size)
+    dep = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    out = shift_conv(maps, fc, dep, stride, dilation)
+    expected = two_steps(maps, fc, dep, stride, dilation)
+    assert out.shape[-2:] == (-(-size[0] // stride), -(-size[1] // stride))
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, (maps, fc, dep), grad),
+        torch.autograd.grad(expected, (maps, fc, dep), grad),
+    )
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3, 5])
+def test_shift_kernel_sums_shifted_maps(kernel_size):
+    """Every output is the sum of the k * k maps of its group, each moved by its position."""
+    groups, radius = 2, kernel_size // 2
+    maps = torch.randn(1, groups, kernel_size**2, 7, 8)
+    kernel = shift_kernel(3 * groups, groups, kernel_size)
+    out = F.conv2d(maps.flatten(1, 2), kernel, padding=radius, groups=groups)
+    padded = F.pad(maps, (radius,) * 4)
+    expected = sum(
+        padded[:, :, i * kernel_size + j, i : i + 7, j : j + 8]
+        for i in range(kernel_size)
+        for j in range(kernel_size)
+    )
+    torch.testing.assert_close(out, expected.repeat_interleave(3, dim=1))

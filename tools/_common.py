@@ -1,0 +1,82 @@
+"""What the command-line programs share: config with overrides, and checkpoints read with care."""
+
+import argparse
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner.checkpoint import CheckpointLoader
+
+WORK_DIRS = 'work_dirs'
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every program that builds a model from a config."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config, for example optim_wrapper.optimizer.lr=0.005 or '
+        'key="[(a,b),(c,d)]" (no white space inside)',
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the programs that run a config with mmengine's Runner."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        '--work-dir',
+        help=f'folder for logs, checkpoints and metrics (default: {WORK_DIRS}/CONFIG_NAME)',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed job were started (default: none)',
+    )
+    # torch.distributed.launch passes it; torchrun sets the environment variable.
+    parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config file with ``--cfg-options``; exits with a message if it does not exist."""
+    if not Path(args.config).is_file():
+        sys.exit(f'error: config {args.config} does not exist')
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    return cfg
+
+
+def load_run_config(args: argparse.Namespace) -> Config:
+    """:func:`load_config` with launcher and work directory set for the Runner."""
+    cfg = load_config(args)
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path(WORK_DIRS) / Path(args.config).stem)
+    return cfg
+
+
+def load_checkpoint(path: str) -> dict:
+    """Read a checkpoint into CPU memory; exits with a message if it cannot be read."""
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    except FileNotFoundError:
+        sys.exit(f'error: checkpoint {path} does not exist')
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        sys.exit(
+            f'error: checkpoint {path} cannot be read, it may be damaged or no checkpoint '
+            f'({type(error).__name__}: {str(error).splitlines()[0]})'
+        )
+    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
+    if not state_dict or not any(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        sys.exit(f'error: checkpoint {path} holds no weights')
+    return checkpoint

@@ -1,0 +1,119 @@
+"""Predict on an image or a folder of images; write pictures with the predictions and a JSON.
+
+The JSON is a list with one entry an image:
+  {"image": NAME, "predictions": [{"category": NAME, "label": INDEX, "score": SCORE,
+                                   "bbox": [x1, y1, x2, y2] in pixels, "mask": RLE if any}]}
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from _common import add_config_arguments, load_checkpoint, load_config
+from mmengine.config import Config
+from mmengine.utils import import_modules_from_strings
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('input', type=Path, help='image, or folder of images')
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--out-dir', type=Path, required=True, help='folder for pictures and predictions.json'
+    )
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        help='least score of a prediction that is drawn or written (default: %(default)s)',
+    )
+    parser.add_argument('--batch-size', type=int, default=1, help='default: %(default)s')
+    parser.add_argument('--limit', type=int, help='take the first images only')
+    parser.add_argument('--device', help='for example cpu or cuda:0 (default: GPU if present)')
+    args = parser.parse_args(argv)
+    if not 0 <= args.score_thr <= 1:
+        parser.error(f'--score-thr must be between 0 and 1, got {args.score_thr}')
+    for name in ('batch_size', 'limit'):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
+    return args
+
+
+def find_images(path: Path) -> list[Path]:
+    """The image itself, or a folder's images in the order of their names."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        sys.exit(f'error: {path} does not exist')
+    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not images:
+        sys.exit(f'error: no image in {path} (looked for {", ".join(IMAGE_SUFFIXES)})')
+    return images
+
+
+def build_inferencer(cfg: Config, args: argparse.Namespace):
+    """mmdet's inferencer with the checkpoint's weights, which must all be there."""
+    import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
+    from mmdet.apis import DetInferencer
+
+    inferencer = DetInferencer(cfg, args.checkpoint, device=args.device)
+    weights = load_checkpoint(args.checkpoint)
+    weights = weights.get('state_dict', weights)
+    missing = [
+        name
+        for name, value in inferencer.model.state_dict().items()
+        if name not in weights or weights[name].shape != value.shape
+    ]
+    if missing:
+        sys.exit(
+            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: '
+            f'{len(missing)} weights are missing or of another shape, for example {missing[0]}'
+        )
+    return inferencer
+
+
+def readable(prediction: dict, classes: tuple[str, ...], score_thr: float) -> list[dict]:
+    """An inferencer's parallel lists as one entry a detection, best first."""
+    masks = prediction.get('masks', [None] * len(prediction['scores']))
+    rows = []
+    for label, score, box, mask in zip(
+        prediction['labels'], prediction['scores'], prediction['bboxes'], masks, strict=True
+    ):
+        if score >= score_thr:
+            row = {'category': classes[label], 'label': label, 'score': score, 'bbox': box}
+            rows.append(row if mask is None else {**row, 'mask': mask})
+    return sorted(rows, key=lambda row: -row['score'])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    images = find_images(args.input)[: args.limit]
+    cfg = load_config(args)
+    load_checkpoint(args.checkpoint)
+    inferencer = build_inferencer(cfg, args)
+    results = inferencer(
+        [str(image) for image in images],
+        batch_size=args.batch_size,
+        out_dir=str(args.out_dir),
+        pred_score_thr=args.score_thr,
+    )
+    classes = inferencer.model.dataset_meta['classes']
+    entries = [
+        {'image': image.name, 'predictions': readable(prediction, classes, args.score_thr)}
+        for image, prediction in zip(images, results['predictions'], strict=True)
+    ]
+    file = args.out_dir / 'predictions.json'
+    file.write_text(json.dumps(entries, indent=1))
+    print(f'pictures:    {args.out_dir / "vis"} ({len(images)})')
+    print(f'predictions: {file}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,71 @@
+"""Evaluate a detector or segmenter from a config and a checkpoint."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from _common import add_run_arguments, load_checkpoint, load_run_config
+from mmengine.config import Config
+from mmengine.dist import master_only
+from mmengine.evaluator import DumpResults
+from mmengine.runner import Runner
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_run_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--out', metavar='FILE.pkl', help='dump the predictions for later use')
+    parser.add_argument('--show', action='store_true', help='show the predictions in a window')
+    parser.add_argument(
+        '--show-dir',
+        help='draw the predictions into this folder, below work directory and time stamp',
+    )
+    parser.add_argument(
+        '--wait-time', type=float, default=2, help='seconds a window stays (default: %(default)s)'
+    )
+    args = parser.parse_args(argv)
+    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
+        parser.error(f'--out must end in .pkl or .pickle, got {args.out}')
+    return args
+
+
+def build_config(args: argparse.Namespace) -> Config:
+    """Config with all command-line settings."""
+    cfg = load_run_config(args)
+    load_checkpoint(args.checkpoint)
+    cfg.load_from = args.checkpoint
+    if args.show or args.show_dir:
+        hook = cfg.get('default_hooks', {}).get('visualization')
+        if hook is None:
+            sys.exit(f'error: --show: {args.config} has no default_hooks.visualization')
+        hook.update(draw=True, show=args.show, wait_time=args.wait_time)
+        if args.show_dir:
+            hook.test_out_dir = args.show_dir
+    return cfg
+
+
+@master_only
+def report(runner: Runner, args: argparse.Namespace, metrics: dict[str, float]) -> None:
+    """Say the metrics and where the results are."""
+    for name, value in metrics.items():
+        print(f'{name}: {value:g}')
+    print(f'log:         {runner.log_dir}')
+    if args.show_dir:
+        print(f'pictures:    {Path(runner.log_dir) / args.show_dir}')
+    if args.out:
+        print(f'predictions: {args.out}')
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    cfg = build_config(args)
+    Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+    runner = Runner.from_cfg(cfg)
+    if args.out is not None:
+        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    report(runner, args, runner.test())
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,71 @@
+"""Train a detector or segmenter from a config."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from _common import add_run_arguments, load_checkpoint, load_run_config
+from mmengine.config import Config
+from mmengine.dist import master_only
+from mmengine.runner import Runner, find_latest_checkpoint
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_run_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint with its optimiser and schedule state; without a value, from '
+        'the latest one in the work directory, if any',
+    )
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by the real batch size over auto_scale_lr.base_batch_size',
+    )
+    return parser.parse_args(argv)
+
+
+def build_config(args: argparse.Namespace) -> Config:
+    """Config with all command-line settings."""
+    cfg = load_run_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            sys.exit(f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
+        cfg.auto_scale_lr.enable = True
+    if args.resume == 'auto':
+        cfg.resume, cfg.load_from = True, None
+        latest = find_latest_checkpoint(cfg.work_dir)
+        if latest is not None:
+            load_checkpoint(latest)
+    elif args.resume is not None:
+        cfg.resume, cfg.load_from = True, args.resume
+    if cfg.get('load_from') is not None:
+        load_checkpoint(cfg.load_from)
+    return cfg
+
+
+@master_only
+def report(runner: Runner) -> None:
+    """Say where the results are."""
+    print(f'log:        {runner.log_dir}')
+    print(f'checkpoint: {find_latest_checkpoint(runner.work_dir)}')
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg = build_config(parse_args(argv))
+    Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    report(runner)
+
+
+if __name__ == '__main__':
+    main()
