@@ -50,3 +50,19 @@ def scene_digits(tmp_path_factory) -> Path:
         [str(out), '--train', '12', '--val', '4', '--size', '96']
     )
     return out
+
+
+@pytest.fixture(scope='session')
+def digits_options(scene_digits) -> list[str]:
+    """--cfg-options with which a scene-digits config runs on the very small data set."""
+    root = f'{scene_digits}/coco/'
+    options = ['train_dataloader.batch_size=4', 'default_hooks.checkpoint.max_keep_ckpts=-1']
+    for split in ('train', 'val', 'test'):
+        options += [
+            f'{split}_dataloader.dataset.data_root={root}',
+            f'{split}_dataloader.num_workers=0',
+            f'{split}_dataloader.persistent_workers=False',
+        ]
+        if split != 'train':
+            options.append(f'{split}_evaluator.ann_file={root}annotations/instances_val2017.json')
+    return options

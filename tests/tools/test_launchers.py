@@ -1,0 +1,70 @@
+"""The shell scripts hand the right command to torchrun and srun."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[2] / 'tools'
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a script with stand-ins for the launchers that print their arguments."""
+    for name in ('torchrun', 'srun'):
+        (tmp_path / name).write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n')
+        (tmp_path / name).chmod(0o755)
+
+    def run(script: str, *arguments: str, **variables: str) -> list[str]:
+        path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+        result = subprocess.run(
+            [TOOLS / script, *arguments], env={**os.environ, **variables, 'PATH': path},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return result.stdout.splitlines()
+
+    return run
+
+
+def test_one_machine(launch):
+    words = launch('dist_train.sh', 'my config.py', '8', '--amp')
+    assert words[words.index('--nproc_per_node') + 1] == '8'
+    assert words[words.index('--nnodes') + 1] == '1'
+    assert Path(words[-5]).samefile(TOOLS / 'train.py')
+    assert words[-4:] == ['my config.py', '--launcher', 'pytorch', '--amp']
+
+
+def test_several_machines(launch):
+    words = launch(
+        'dist_test.sh', 'c.py', 'c.pth', '4', '--out', 'o.pkl',
+        NNODES='3', NODE_RANK='2', MASTER_ADDR='host', PORT='1234',
+    )  # fmt: skip
+    options = dict(zip(words[:10:2], words[1:10:2], strict=True))
+    assert options == {
+        '--nnodes': '3', '--node_rank': '2', '--master_addr': 'host', '--master_port': '1234',
+        '--nproc_per_node': '4',
+    }  # fmt: skip
+    assert Path(words[10]).samefile(TOOLS / 'test.py')
+    assert words[11:] == ['c.py', 'c.pth', '--launcher', 'pytorch', '--out', 'o.pkl']
+
+
+def test_slurm(launch):
+    words = launch(
+        'slurm_train.sh', 'part', 'job', 'c.py', 'work', '--resume',
+        GPUS='4', GPUS_PER_NODE='8', SRUN_ARGS='--mem 8G',
+    )  # fmt: skip
+    assert {'--job-name=job', '--gres=gpu:4', '--ntasks=4', '--ntasks-per-node=4'} < set(words)
+    assert words[:2] == ['-p', 'part']
+    assert words[words.index('--mem') + 1] == '8G'
+    assert words[-6:] == ['c.py', '--work-dir', 'work', '--launcher', 'slurm', '--resume']
+    words = launch('slurm_test.sh', 'part', 'job', 'c.py', 'c.pth', GPUS='16')
+    assert {'--gres=gpu:8', '--ntasks=16', '--ntasks-per-node=8'} < set(words)
+    assert words[-4:] == ['c.py', 'c.pth', '--launcher', 'slurm']
+
+
+@pytest.mark.parametrize('script', sorted(p.name for p in TOOLS.glob('*.sh')))
+def test_too_few_arguments(script):
+    result = subprocess.run([TOOLS / script, 'x'], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f'tools/{script}' in result.stderr

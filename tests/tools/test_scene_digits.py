@@ -1,0 +1,109 @@
+import json
+import re
+
+import cv2
+import numpy as np
+import pytest
+from mmdet.datasets import CocoDataset
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+
+def read(folder, split):
+    return json.loads((folder / f'coco/annotations/instances_{split}2017.json').read_text())
+
+
+@pytest.mark.parametrize(('split', 'count'), [('train', 12), ('val', 4)])
+def test_coco_instances(scene_digits, split, count):
+    coco = COCO(scene_digits / f'coco/annotations/instances_{split}2017.json')
+    assert [c['name'] for c in coco.loadCats(coco.getCatIds())] == list('0123456789')
+    assert len(coco.imgs) == count
+    for image in coco.imgs.values():
+        picture = cv2.imread(str(scene_digits / f'coco/{split}2017' / image['file_name']))
+        assert picture.shape == (image['height'], image['width'], 3) == (96, 96, 3)
+        visible = np.zeros(picture.shape[:2], int)
+        for row in coco.loadAnns(coco.getAnnIds(image['id'])):
+            mask = coco.annToMask(row).astype(bool)
+            ys, xs = np.nonzero(mask)
+            x, y, width, height = row['bbox']
+            assert (xs.min(), ys.min()) == (x, y)
+            assert (xs.max() + 1, ys.max() + 1) == (x + width, y + height)
+            assert row['area'] == mask.sum() > 0
+            visible += mask
+        assert visible.max() == 1  # what is covered belongs to the digit on top only
+
+
+@pytest.mark.parametrize(('split', 'name'), [('train', 'training'), ('val', 'validation')])
+def test_label_maps_agree_with_instances(scene_digits, split, name):
+    content = read(scene_digits, split)
+    for image in content['images']:
+        stem = image['file_name'].removesuffix('.jpg')
+        maps = scene_digits / f'ade/annotations/{name}/{stem}.png'
+        label_map = cv2.imread(str(maps), cv2.IMREAD_UNCHANGED)
+        expected = np.zeros((image['height'], image['width']), np.uint8)
+        for row in content['annotations']:
+            if row['image_id'] == image['id']:
+                expected[coco_mask.decode(row['segmentation']).astype(bool)] = row['category_id']
+        np.testing.assert_array_equal(label_map, expected)
+        ade, coco = (
+            (scene_digits / folder / image['file_name']).read_bytes()
+            for folder in (f'ade/images/{name}', f'coco/{split}2017')
+        )
+        assert ade == coco
+
+
+def test_mmdet_loads_it(scene_digits):
+    dataset = CocoDataset(
+        data_root=str(scene_digits / 'coco'),
+        ann_file='annotations/instances_train2017.json',
+        data_prefix={'img': 'train2017/'},
+        metainfo={'classes': tuple('0123456789')},
+        filter_cfg={'filter_empty_gt': True},
+    )
+    digits = [instance['bbox_label'] for i in range(len(dataset))
+              for instance in dataset.get_data_info(i)['instances']]  # fmt: skip
+    categories = [row['category_id'] - 1 for row in read(scene_digits, 'train')['annotations']]
+    assert digits == categories
+
+
+def test_splits_share_nothing(tool):
+    module = tool('dataset_converters/scene_digits.py')
+    assert not module.PHOTOGRAPHS['train'].keys() & module.PHOTOGRAPHS['val'].keys()
+    train, val = (module.digits(s, np.random.default_rng(5))[0] for s in ('train', 'val'))
+    assert len(train) + len(val) == 1797
+    # Some of scikit-learn's digits are equal to the last pixel; those alone may stand in both.
+    common = {d.tobytes() for d in train} & {d.tobytes() for d in val}
+    images = [d.tobytes() for d in np.concatenate([train, val])]
+    assert all(images.count(d) > 1 for d in common)
+    assert len(val) == round(0.2 * 1797)
+
+
+def test_same_seed_repeats_and_force(scene_digits, tool, tmp_path):
+    main = tool('dataset_converters/scene_digits.py').main
+    arguments = [str(tmp_path), '--train', '3', '--val', '1', '--size', '96']
+    main(arguments)
+    first = (tmp_path / 'coco/annotations/instances_train2017.json').read_bytes()
+    assert (tmp_path / 'coco/train2017/000000000002.jpg').read_bytes() == (
+        scene_digits / 'coco/train2017/000000000002.jpg'
+    ).read_bytes()
+    with pytest.raises(SystemExit, match=r'exist; give --force to replace'):
+        main(arguments)
+    main([*arguments, '--force', '--seed', '1'])
+    assert (tmp_path / 'coco/annotations/instances_train2017.json').read_bytes() != first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ade', 'coco']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--train', '0'], '--train must be at least 1, got 0'),
+        (['--digits', '5', '2'], '--digits must satisfy 0 <= MIN <= MAX, got 5 2'),
+        (['--digit-size', '20', '200'], r'--digit-size must satisfy 8 <= MIN <= MAX <= --size'),
+        (['--seed', '-1'], '--seed must be at least 0, got -1'),
+    ],
+)
+def test_wrong_arguments(tool, capsys, tmp_path, arguments, message):
+    with pytest.raises(SystemExit):
+        tool('dataset_converters/scene_digits.py').main([str(tmp_path / 'out'), *arguments])
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / 'out').exists()
