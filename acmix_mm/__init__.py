@@ -4,11 +4,11 @@ Importing the package registers its backbones and layers in ``mmengine.registry.
 so with ``custom_imports = dict(imports=['acmix_mm'])``.
 """
 
-from ._requirements import allow_history_buffers, check_requirements
+from ._requirements import check_requirements, make_checkpoints_loadable
 from .version import __version__
 
 check_requirements()
-allow_history_buffers()
+make_checkpoints_loadable()
 
 from . import backbones, layers, ops  # noqa: E402
 

@@ -4,6 +4,7 @@ Two families provide them under the same import names: OneDL (``onedl-*``, maint
 the original OpenMMLab packages. Versions are those that were tried.
 """
 
+import copyreg
 import importlib
 from dataclasses import dataclass
 
@@ -67,13 +68,30 @@ def check_requirements() -> None:
             )
 
 
-def allow_history_buffers() -> None:
-    """Let torch >= 2.6 load mmengine's checkpoints with its safe loader.
+def make_checkpoints_loadable() -> None:
+    """Make checkpoints of mmengine's Runner load with torch's safe loader (``weights_only``).
 
-    They hold a ``HistoryBuffer``, which the loader refuses unless it is registered; OneDL's
-    mmengine loads them anyway, the original's resuming fails without this.
+    They hold the log's history as ``HistoryBuffer``, which torch >= 2.6 refuses, so that resuming
+    with the original mmengine fails and OneDL's falls back to the unsafe loader. Here the class is
+    registered as safe, with the numpy objects in it, and is pickled by its constructor: by default
+    a pickle of it also calls ``getattr``, which no safe loader can allow.
     """
+    import numpy as np
     from mmengine.logging.history_buffer import HistoryBuffer
     from torch.serialization import add_safe_globals
 
-    add_safe_globals([HistoryBuffer])
+    copyreg.pickle(HistoryBuffer, _reduce_history_buffer)
+    dtypes = {type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float']}
+    functions = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    # numpy 2 moved these functions; a file names them by the place they had when it was written.
+    names = [
+        (function, f'numpy.{core}.multiarray.{function.__name__}')
+        for function in functions
+        for core in ('core', '_core')
+    ]
+    add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *dtypes, *names])
+
+
+def _reduce_history_buffer(buffer):
+    log_history, count_history = buffer.data
+    return type(buffer), (log_history, count_history, buffer.max_length)

@@ -1,34 +1,16 @@
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from scene_digits import main as make_scene_digits
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ROOT / 'tools'
-
-
-def load_tool(path: str) -> ModuleType:
-    """A program of tools/ as a module."""
-    file = TOOLS / path
-    spec = importlib.util.spec_from_file_location(f'tools_{file.stem}', file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope='session')
-def tool():
-    return load_tool
 
 
 @pytest.fixture
@@ -46,9 +28,7 @@ def golden():
 def scene_digits(tmp_path_factory) -> Path:
     """A very small scene digits data set."""
     out = tmp_path_factory.mktemp('scene_digits')
-    load_tool('dataset_converters/scene_digits.py').main(
-        [str(out), '--train', '12', '--val', '4', '--size', '96']
-    )
+    make_scene_digits([str(out), '--train', '12', '--val', '4', '--size', '96'])
     return out
 
 

@@ -68,8 +68,14 @@ def test_install_commands_are_the_tested_versions(pytestconfig):
 
 
 def test_history_buffers_load_safely(tmp_path):
-    """Original mmengine's resume: torch's safe loader takes its checkpoints' message hub."""
-    buffer = HistoryBuffer(log_history=np.arange(3.0), count_history=np.ones(3))
-    torch.save({'message_hub': buffer}, tmp_path / 'checkpoint.pth')
+    """Resuming: torch's safe loader takes what mmengine's message hub puts in a checkpoint."""
+    buffer = HistoryBuffer(log_history=np.arange(3.0), count_history=np.ones(3), max_length=5)
+    hub = {'log_scalars': {'loss': buffer}, 'runtime_info': {'loss': np.float64(2), 'iter': 3}}
+    torch.save({'message_hub': hub}, tmp_path / 'checkpoint.pth')
     loaded = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['message_hub']
-    assert loaded.mean() == 1
+    assert loaded['runtime_info'] == hub['runtime_info']
+    loss = loaded['log_scalars']['loss']
+    assert loss.mean() == 1
+    for value in range(4):  # the greatest length came back, too
+        loss.update(value)
+    assert loss.data[0].tolist() == [2, 0, 1, 2, 3]

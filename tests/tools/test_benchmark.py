@@ -1,18 +1,15 @@
+import functools
 import json
 
+import benchmark
 import pytest
 import torch
 
 from acmix_mm.layers import ACmix
 
 
-@pytest.fixture(scope='module')
-def benchmark(tool):
-    return tool('analysis_tools/benchmark.py')
-
-
 @pytest.mark.parametrize('stride', [1, 2])
-def test_unfold_formulation_is_the_same_operator(benchmark, stride):
+def test_unfold_formulation_is_the_same_operator(stride):
     """The benchmark compares equals: same outputs and gradients from the same weights."""
     ours, unfold = (cls(16, 16, stride=stride).double() for cls in (ACmix, benchmark.UnfoldACmix))
     unfold.load_state_dict(ours.state_dict())
@@ -24,7 +21,7 @@ def test_unfold_formulation_is_the_same_operator(benchmark, stride):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_operator_suite(benchmark, capsys, tmp_path):
+def test_operator_suite(capsys, tmp_path):
     file = tmp_path / 'measurements.json'
     arguments = ['--shape', '1', '16', '24', '24', '--rounds', '2', '--json', str(file)]
     benchmark.main(['operator', *arguments])
@@ -39,31 +36,23 @@ def test_operator_suite(benchmark, capsys, tmp_path):
     assert str(file) in out
 
 
-def test_peak_memory_sees_an_allocation(benchmark):
+def test_peak_memory_sees_an_allocation():
     """Against a known amount: 64 MiB of float32 are created by the step, not before it."""
-    peak = benchmark.peak_memory(1, 'cpu', _allocate, 64)
+    peak = benchmark.peak_memory(1, 'cpu', functools.partial, torch.ones, 64 * 2**18)
     assert 60 <= peak / 2**20 <= 90
 
 
-def _allocate(mebibytes):
-    return lambda: torch.ones(mebibytes * 2**18).sum()
-
-
-def test_failure_in_the_measured_process(benchmark, capfd):
-    with pytest.raises(RuntimeError, match='measuring peak memory of _fail'):
-        benchmark.peak_memory(1, 'cpu', _fail)
-    assert 'this fails' in capfd.readouterr().err
-
-
-def _fail():
-    raise ValueError('this fails')
+def test_failure_in_the_measured_process(capfd):
+    with pytest.raises(RuntimeError, match='measuring peak memory of partial'):
+        benchmark.peak_memory(1, 'cpu', functools.partial, torch.ones, -1)
+    assert 'RuntimeError' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [(['--rounds', '0'], '--rounds must be at least 1'), (['--config', 'x.py'], 'does not exist')],
 )
-def test_wrong_arguments(benchmark, capsys, arguments, message):
+def test_wrong_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit):
         benchmark.parse_args(['detector', *arguments])
     assert message in capsys.readouterr().err

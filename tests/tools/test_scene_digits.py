@@ -4,6 +4,7 @@ import re
 import cv2
 import numpy as np
 import pytest
+import scene_digits as program
 from mmdet.datasets import CocoDataset
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -66,10 +67,9 @@ def test_mmdet_loads_it(scene_digits):
     assert digits == categories
 
 
-def test_splits_share_nothing(tool):
-    module = tool('dataset_converters/scene_digits.py')
-    assert not module.PHOTOGRAPHS['train'].keys() & module.PHOTOGRAPHS['val'].keys()
-    train, val = (module.digits(s, np.random.default_rng(5))[0] for s in ('train', 'val'))
+def test_splits_share_nothing():
+    assert not program.PHOTOGRAPHS['train'].keys() & program.PHOTOGRAPHS['val'].keys()
+    train, val = (program.digits(s, np.random.default_rng(5))[0] for s in ('train', 'val'))
     assert len(train) + len(val) == 1797
     # Some of scikit-learn's digits are equal to the last pixel; those alone may stand in both.
     common = {d.tobytes() for d in train} & {d.tobytes() for d in val}
@@ -78,17 +78,16 @@ def test_splits_share_nothing(tool):
     assert len(val) == round(0.2 * 1797)
 
 
-def test_same_seed_repeats_and_force(scene_digits, tool, tmp_path):
-    main = tool('dataset_converters/scene_digits.py').main
+def test_same_seed_repeats_and_force(scene_digits, tmp_path):
     arguments = [str(tmp_path), '--train', '3', '--val', '1', '--size', '96']
-    main(arguments)
+    program.main(arguments)
     first = (tmp_path / 'coco/annotations/instances_train2017.json').read_bytes()
     assert (tmp_path / 'coco/train2017/000000000002.jpg').read_bytes() == (
         scene_digits / 'coco/train2017/000000000002.jpg'
     ).read_bytes()
     with pytest.raises(SystemExit, match=r'exist; give --force to replace'):
-        main(arguments)
-    main([*arguments, '--force', '--seed', '1'])
+        program.main(arguments)
+    program.main([*arguments, '--force', '--seed', '1'])
     assert (tmp_path / 'coco/annotations/instances_train2017.json').read_bytes() != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ade', 'coco']
 
@@ -102,8 +101,8 @@ def test_same_seed_repeats_and_force(scene_digits, tool, tmp_path):
         (['--seed', '-1'], '--seed must be at least 0, got -1'),
     ],
 )
-def test_wrong_arguments(tool, capsys, tmp_path, arguments, message):
+def test_wrong_arguments(capsys, tmp_path, arguments, message):
     with pytest.raises(SystemExit):
-        tool('dataset_converters/scene_digits.py').main([str(tmp_path / 'out'), *arguments])
+        program.main([str(tmp_path / 'out'), *arguments])
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / 'out').exists()

@@ -5,10 +5,14 @@ import math
 import pickle
 
 import numpy as np
+import predict
 import pytest
+import test as evaluate  # tools/test.py
 import torch
+import train
 from PIL import Image
 
+PROGRAMS = {'train': train, 'test': evaluate, 'predict': predict}
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 NARROW = ['model.backbone.base_channels=8', 'model.neck.in_channels=[32,64,128,256]',
           'default_hooks.logger.interval=1', 'train_cfg.max_epochs=2',
@@ -28,10 +32,10 @@ def options(digits_options):
 
 
 @pytest.fixture(scope='module')
-def run(tool, options, tmp_path_factory):
+def run(options, tmp_path_factory):
     """Work directory of two epochs of three iterations, evaluated at the end."""
     work_dir = tmp_path_factory.mktemp('run')
-    tool('train.py').main([CONFIG, '--work-dir', str(work_dir), *options])
+    train.main([CONFIG, '--work-dir', str(work_dir), *options])
     return work_dir
 
 
@@ -47,13 +51,13 @@ def test_train_logs_saves_and_evaluates(run):
     assert all(math.isfinite(loss) for loss in losses)
     assert any('coco/bbox_mAP_50' in row for row in rows)
     for epoch in (1, 2):
-        checkpoint = torch.load(run / f'epoch_{epoch}.pth', weights_only=False)
+        checkpoint = torch.load(run / f'epoch_{epoch}.pth', weights_only=True)
         assert checkpoint['meta']['dataset_meta']['classes'] == tuple('0123456789')
 
 
 def test_training_changes_every_weight(run):
     first, second = (
-        torch.load(run / f'epoch_{epoch}.pth', weights_only=False)['state_dict'] for epoch in (1, 2)
+        torch.load(run / f'epoch_{epoch}.pth', weights_only=True)['state_dict'] for epoch in (1, 2)
     )
     same = [k for k in first if k.endswith(('weight', 'bias', 'rate1', 'rate2'))
             and torch.equal(first[k], second[k])]  # fmt: skip
@@ -61,26 +65,26 @@ def test_training_changes_every_weight(run):
 
 
 @pytest.mark.parametrize('how', ['checkpoint', 'auto'])
-def test_resume_equals_uninterrupted(run, tool, options, tmp_path, how):
+def test_resume_equals_uninterrupted(run, options, tmp_path, how):
     """From the checkpoint after epoch 1, the second epoch has the same losses and weights."""
     resume = ['--resume', str(run / 'epoch_1.pth')]
     if how == 'auto':
         (tmp_path / 'epoch_1.pth').write_bytes((run / 'epoch_1.pth').read_bytes())
         (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
         resume = ['--resume']
-    tool('train.py').main([CONFIG, *resume, '--work-dir', str(tmp_path), *options])
+    train.main([CONFIG, *resume, '--work-dir', str(tmp_path), *options])
     expected = [row['loss'] for row in scalars(run) if 'loss' in row][3:]
     resumed = [row['loss'] for row in scalars(tmp_path) if 'loss' in row]
     assert resumed == expected
     ours, theirs = (
-        torch.load(folder / 'epoch_2.pth', weights_only=False)['state_dict']
+        torch.load(folder / 'epoch_2.pth', weights_only=True)['state_dict']
         for folder in (tmp_path, run)
     )
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
-def test_amp_and_auto_scale_lr(tool, options, tmp_path):
-    tool('train.py').main([
+def test_amp_and_auto_scale_lr(options, tmp_path):
+    train.main([
         CONFIG, '--work-dir', str(tmp_path), '--amp', '--auto-scale-lr', *options,
         'optim_wrapper.dtype=bfloat16', 'optim_wrapper.loss_scale=1.0', 'train_cfg.max_epochs=1',
         'auto_scale_lr.base_batch_size=8',
@@ -88,14 +92,14 @@ def test_amp_and_auto_scale_lr(tool, options, tmp_path):
     rows = scalars(tmp_path)
     assert all(math.isfinite(row['loss']) for row in rows if 'loss' in row)
     # Batches of 4 at a base of 8: half of the configured rate of the first warm-up step.
-    args = tool('train.py').parse_args([CONFIG, *options])
-    base = tool('train.py').build_config(args).optim_wrapper.optimizer.lr
+    args = train.parse_args([CONFIG, *options])
+    base = train.build_config(args).optim_wrapper.optimizer.lr
     assert rows[0]['base_lr'] == pytest.approx(base * 0.01 / 2, rel=1e-3)
 
 
-def test_evaluate(run, tool, options, tmp_path, capsys):
+def test_evaluate(run, options, tmp_path, capsys):
     out = tmp_path / 'predictions.pkl'
-    tool('test.py').main([
+    evaluate.main([
         CONFIG, str(run / 'epoch_2.pth'), '--work-dir', str(tmp_path), '--out', str(out),
         '--show-dir', 'pictures', *options,
     ])  # fmt: skip
@@ -108,16 +112,14 @@ def test_evaluate(run, tool, options, tmp_path, capsys):
 
 
 class TestPredict:
-    def predict(self, tool, source, checkpoint, out, options, *more):
-        tool('predict.py').main(
-            [str(source), CONFIG, str(checkpoint), '--out-dir', str(out), *more, *options]
-        )
+    def predict(self, source, checkpoint, out, options, *more):
+        predict.main([str(source), CONFIG, str(checkpoint), '--out-dir', str(out), *more, *options])
         return json.loads((out / 'predictions.json').read_text())
 
-    def test_folder(self, run, tool, options, scene_digits, tmp_path, capsys):
+    def test_folder(self, run, options, scene_digits, tmp_path, capsys):
         folder = scene_digits / 'coco' / 'val2017'
         entries = self.predict(
-            tool, folder, run / 'epoch_2.pth', tmp_path, options,
+            folder, run / 'epoch_2.pth', tmp_path, options,
             '--score-thr', '0', '--limit', '3', '--device', 'cpu',
         )  # fmt: skip
         names = [entry['image'] for entry in entries]
@@ -131,31 +133,29 @@ class TestPredict:
             assert all(-1 <= corner <= 97 for corner in row['bbox'])
         assert str(tmp_path / 'predictions.json') in capsys.readouterr().out
 
-    def test_image_of_another_size(self, run, tool, options, tmp_path):
+    def test_image_of_another_size(self, run, options, tmp_path):
         picture = np.random.default_rng(0).integers(0, 256, (57, 101, 3), np.uint8)
         Image.fromarray(picture).save(tmp_path / 'noise.png')
         entries = self.predict(
-            tool, tmp_path / 'noise.png', run / 'epoch_2.pth', tmp_path / 'out', options
+            tmp_path / 'noise.png', run / 'epoch_2.pth', tmp_path / 'out', options
         )
         assert [entry['image'] for entry in entries] == ['noise.png']
 
-    def test_missing_input_and_empty_folder(self, run, tool, options, tmp_path):
+    def test_missing_input_and_empty_folder(self, run, options, tmp_path):
         for source, message in ((tmp_path / 'none', 'does not exist'), (tmp_path, 'no image in')):
             with pytest.raises(SystemExit, match=message):
-                self.predict(tool, source, run / 'epoch_2.pth', tmp_path / 'out', options)
+                self.predict(source, run / 'epoch_2.pth', tmp_path / 'out', options)
 
-    def test_checkpoint_of_another_model(self, run, tool, options, scene_digits, tmp_path):
+    def test_checkpoint_of_another_model(self, run, options, scene_digits, tmp_path):
         with pytest.raises(SystemExit, match=r'does not fit config .* weights are missing'):
             self.predict(
-                tool, scene_digits / 'coco' / 'val2017', run / 'epoch_2.pth', tmp_path,
+                scene_digits / 'coco' / 'val2017', run / 'epoch_2.pth', tmp_path,
                 [*options, 'model.backbone.depth=38'],
             )  # fmt: skip
 
-    def test_wrong_score(self, tool, capsys):
+    def test_wrong_score(self, capsys):
         with pytest.raises(SystemExit):
-            tool('predict.py').parse_args(
-                ['x.jpg', CONFIG, 'x.pth', '--out-dir', 'x', '--score-thr', '2']
-            )
+            predict.parse_args(['x.jpg', CONFIG, 'x.pth', '--out-dir', 'x', '--score-thr', '2'])
         assert '--score-thr must be between 0 and 1, got 2' in capsys.readouterr().err
 
 
@@ -174,7 +174,7 @@ def bad_checkpoint(request, run, tmp_path):
 
 
 @pytest.mark.parametrize('program', ['train', 'test', 'predict'])
-def test_bad_checkpoint(program, bad_checkpoint, tool, options, scene_digits, tmp_path):
+def test_bad_checkpoint(program, bad_checkpoint, options, scene_digits, tmp_path):
     path, message = bad_checkpoint
     work = ['--work-dir', str(tmp_path / 'work')]
     arguments = {
@@ -184,12 +184,12 @@ def test_bad_checkpoint(program, bad_checkpoint, tool, options, scene_digits, tm
                     str(tmp_path / 'work')],
     }  # fmt: skip
     with pytest.raises(SystemExit, match=rf'error: checkpoint .*bad\.pth {message}'):
-        tool(f'{program}.py').main([*arguments[program], *options])
+        PROGRAMS[program].main([*arguments[program], *options])
     assert not (tmp_path / 'work').exists()
 
 
 @pytest.mark.parametrize('program', ['train', 'test'])
-def test_missing_config(program, tool):
+def test_missing_config(program):
     checkpoint = ['x.pth'] if program == 'test' else []
     with pytest.raises(SystemExit, match=r'config configs/none\.py does not exist'):
-        tool(f'{program}.py').main(['configs/none.py', *checkpoint])
+        PROGRAMS[program].main(['configs/none.py', *checkpoint])

@@ -35,6 +35,9 @@ PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
         'china': lambda: load_sample_image('china.jpg'),
         'coins': skimage.data.coins,
         'grass': skimage.data.grass,
+        'hubble': skimage.data.hubble_deep_field,
+        'moon': skimage.data.moon,
+        'retina': skimage.data.retina,
         'rocket': skimage.data.rocket,
     },
     'val': {
@@ -45,8 +48,8 @@ PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
 }
 ADE_NAMES = {'train': 'training', 'val': 'validation'}
 DIGIT_SHARE_TRAIN = 0.8
-MIN_CONTRAST = 90  # least Euclidean distance of a digit's RGB colour to the mean behind it
-MAX_COVERED = 0.4  # of an earlier digit's visible pixels, by a later one
+MIN_CONTRAST = 120  # least Euclidean distance of a digit's RGB colour to the mean behind it
+MAX_COVERED = 0.25  # of an earlier digit's visible pixels, by a later one
 TRIES = 30  # to find a place for a digit
 
 
@@ -211,17 +214,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--digits',
         type=int,
         nargs=2,
-        default=(2, 6),
+        default=(1, 5),
         metavar=('MIN', 'MAX'),
-        help='digits in an image (2 6)',
+        help='digits in an image (1 4)',
     )
     parser.add_argument(
         '--digit-size',
         type=int,
         nargs=2,
-        default=(24, 56),
+        default=(28, 60),
         metavar=('MIN', 'MAX'),
-        help='side of a digit, pixels (24 56)',
+        help='side of a digit, pixels (28 64)',
     )
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
     parser.add_argument(
