@@ -207,14 +207,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('out', type=Path, help='folder to make, for example data/scene_digits')
-    parser.add_argument('--train', type=int, default=1600, help='training images (%(default)s)')
+    parser.add_argument('--train', type=int, default=2400, help='training images (%(default)s)')
     parser.add_argument('--val', type=int, default=200, help='validation images (%(default)s)')
-    parser.add_argument('--size', type=int, default=128, help='image side, pixels (%(default)s)')
+    parser.add_argument('--size', type=int, default=96, help='image side, pixels (%(default)s)')
     parser.add_argument(
         '--digits',
         type=int,
         nargs=2,
-        default=(1, 5),
+        default=(1, 4),
         metavar=('MIN', 'MAX'),
         help='digits in an image (1 4)',
     )
@@ -222,7 +222,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--digit-size',
         type=int,
         nargs=2,
-        default=(28, 60),
+        default=(22, 46),
         metavar=('MIN', 'MAX'),
         help='side of a digit, pixels (28 64)',
     )

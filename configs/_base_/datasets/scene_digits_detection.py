@@ -22,10 +22,12 @@ test_pipeline = [
 
 train_dataloader = dict(
     batch_size=8,
+    num_workers=1,
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=8,
+    num_workers=1,
     dataset=dict(data_root=data_root, metainfo=metainfo, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
