@@ -53,9 +53,7 @@ def draw_grid(images: Path, predictions: Path, out: Path) -> None:
         visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=0)
         cells.append(np.pad(visualizer.get_image(), ((2, 2), (2, 2), (0, 0)), constant_values=255))
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % COLUMNS)
-    grid = np.vstack(
-        [np.hstack(cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)]
-    )
+    grid = np.vstack([np.hstack(cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)])
     cv2.imwrite(str(out), grid[..., ::-1])
 
 
