@@ -6,6 +6,7 @@ validation images, whose digits and photographs it has not seen.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     log_dir = max(p for p in (ROOT / evaluation).iterdir() if (p / f'{p.name}.json').exists())
     metrics = json.loads((log_dir / f'{log_dir.name}.json').read_text())
     print(f'\nval box mAP {metrics["coco/bbox_mAP"]:.3f}, AP50 {metrics[METRIC]:.3f}')
-    print(f'checkpoint: {checkpoint}')
+    print(f'checkpoint: {os.path.relpath(checkpoint, ROOT)}')
     print(f'logs:       {work_dir}')
     print(f'pictures:   {grid} (all in {pictures / "vis"})')
 

@@ -1,8 +1,8 @@
 """Make the small real data set *scene digits*.
 
 Handwritten digits (the 1,797 of scikit-learn) stand at random places, sizes and colours, partly
-over one another, on random crops of real photographs (scikit-image's and scikit-learn's). Train and
-val share neither digits nor photographs. The same images are written in two layouts:
+over one another, on random crops of real photographs (scikit-image's and scikit-learn's), some of which
+are recoloured in train. Train and val share neither digits nor photographs. The same images are written in two layouts:
 
   OUT/coco/{train2017,val2017}/*.jpg                    COCO instances: boxes, areas, RLE masks
   OUT/coco/annotations/instances_{train,val}2017.json
@@ -86,15 +86,30 @@ def digits(split: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     return data.images[chosen].astype(np.float32) / 16, data.target[chosen]
 
 
-def background(images: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square crop of a random photograph, scaled to ``size`` and perhaps mirrored."""
+def recolour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An RGB image with another hue, saturation and brightness."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV).astype(np.float32)
+    hsv[..., 0] = (hsv[..., 0] + rng.integers(180)) % 180  # OpenCV counts hue in 180 steps
+    hsv[..., 1:] *= rng.uniform((0.3, 0.6), (1.5, 1.3))
+    return cv2.cvtColor(hsv.clip(0, 255).astype(np.uint8), cv2.COLOR_HSV2RGB)
+
+
+def background(
+    images: list[np.ndarray], size: int, vary: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """A random square crop of a random photograph, scaled to ``size``.
+
+    With ``vary``, half of the crops are mirrored and half recoloured, because photographs are few.
+    """
     image = images[rng.integers(len(images))]
     side = rng.integers(size, min(image.shape[:2]) + 1)
     y = rng.integers(image.shape[0] - side + 1)
     x = rng.integers(image.shape[1] - side + 1)
     crop = image[y : y + side, x : x + side]
     crop = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
-    return crop[:, ::-1].copy() if rng.random() < 0.5 else crop
+    if vary and rng.random() < 0.5:
+        crop = crop[:, ::-1].copy()
+    return recolour(crop, rng) if vary and rng.random() < 0.5 else crop
 
 
 def stamp(glyph: np.ndarray, size: int) -> np.ndarray:
@@ -119,10 +134,11 @@ def draw(
     size: int,
     count: tuple[int, int],
     digit_size: tuple[int, int],
+    vary: bool,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, list[Digit]]:
     """One picture (size, size, 3) RGB and the digits in it."""
-    canvas = background(images, size, rng).astype(np.float32)
+    canvas = background(images, size, vary, rng).astype(np.float32)
     placed: list[Digit] = []
     for _ in range(rng.integers(count[0], count[1] + 1)):
         index = rng.integers(len(labels))
@@ -182,7 +198,9 @@ def write_split(
 
     records, annotations = [], []
     for image_id in tqdm(range(1, num_images + 1), desc=f'scene digits {split}', unit='image'):
-        picture, placed = draw(images, glyphs, labels, size, count, digit_size, rng)
+        picture, placed = draw(
+            images, glyphs, labels, size, count, digit_size, split == 'train', rng
+        )
         name = f'{image_id:012d}'
         cv2.imwrite(
             str(coco_images / f'{name}.jpg'), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]

@@ -49,9 +49,9 @@ def reflect(index: Tensor, size: int) -> Tensor:
 class _Axis:
     """How one spatial axis is padded and cut into tiles.
 
-    The queries of one axis fall into ``phases`` classes whose neighbourhoods share no key position
-    pattern: within a class, a dilated neighbourhood is an undilated one on every ``dilation``-th
-    key, with stride ``step``.
+    With dilation, queries are worked off in ``phases``: every ``phases``-th query, whose keys all
+    lie on every ``dilation``-th position. On those keys, the neighbourhoods of a phase are
+    undilated, with stride ``step``.
     """
 
     size: int  # of key and value

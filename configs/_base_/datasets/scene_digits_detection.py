@@ -8,7 +8,6 @@ metainfo = dict(classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9'))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
-    dict(type='PhotoMetricDistortion'),  # photographs are few
     dict(type='PackDetInputs'),
 ]
 test_pipeline = [
