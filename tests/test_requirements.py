@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from acmix_mm._requirements import REQUIREMENTS, check_requirements
+from acmix_mm._requirements import REQUIREMENTS, check_requirements, make_checkpoints_loadable
 
 
 def import_with(tmp_path, files: dict[str, str]) -> str:
@@ -69,6 +69,7 @@ def test_install_commands_are_the_tested_versions(pytestconfig):
 
 def test_history_buffers_load_safely(tmp_path):
     """Resuming: torch's safe loader takes what mmengine's message hub puts in a checkpoint."""
+    make_checkpoints_loadable()  # OneDL's own loading, in other tests, withdraws registrations
     buffer = HistoryBuffer(log_history=np.arange(3.0), count_history=np.ones(3), max_length=5)
     hub = {'log_scalars': {'loss': buffer}, 'runtime_info': {'loss': np.float64(2), 'iter': 3}}
     torch.save({'message_hub': hub}, tmp_path / 'checkpoint.pth')

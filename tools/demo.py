@@ -22,6 +22,7 @@ DATA = Path('data/scene_digits')
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 METRIC = 'coco/bbox_mAP_50'
 COLUMNS, ROWS = 6, 4
+SCORE_THR = 0.5
 ENLARGE = 2  # the images are small; drawn labels need room
 
 
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     images, pictures = DATA / 'coco' / 'val2017', work_dir / 'predictions'
     run(
         'predict', 'tools/predict.py', str(images), args.config, checkpoint,
-        '--out-dir', str(pictures), '--limit', str(COLUMNS * ROWS),
+        '--out-dir', str(pictures), '--limit', str(COLUMNS * ROWS), '--score-thr', str(SCORE_THR),
     )  # fmt: skip
     grid = work_dir / 'predictions.png'
     draw_grid(ROOT / images, ROOT / pictures / 'predictions.json', ROOT / grid)

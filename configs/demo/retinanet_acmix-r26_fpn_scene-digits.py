@@ -32,6 +32,4 @@ model = dict(
         norm_cfg=norm_cfg,
         anchor_generator=dict(strides=[4, 8, 16, 32]),
     ),
-    # What covers half of a digit's box in another class is the same digit.
-    test_cfg=dict(nms=dict(class_agnostic=True)),
 )

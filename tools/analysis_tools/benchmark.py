@@ -15,7 +15,7 @@ import argparse
 import json
 import multiprocessing
 import platform
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -148,18 +148,18 @@ def _measure_peak(connection, threads: int, device: str, build: Callable, argume
         step()
         peak = torch.cuda.max_memory_allocated()
     else:
-        before = _resident()
+        # getrusage would also see what the parent held; this forgets earlier peaks.
+        Path('/proc/self/clear_refs').write_text('5')
+        before = _resident('VmRSS')
         step()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        peak = _resident('VmHWM') - before
     connection.send(peak)
 
 
-def _resident() -> int:
-    """Resident memory of this process, bytes."""
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith('VmRSS:'):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError('/proc/self/status has no VmRSS')
+def _resident(kind: str) -> int:
+    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), bytes (Linux)."""
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(rf'^{kind}:\s+(\d+) kB', status, re.MULTILINE)[1]) * 1024
 
 
 def peak_memory(threads: int, device: str, build: Callable, *arguments) -> int:

@@ -1,8 +1,9 @@
 """Make the small real data set *scene digits*.
 
 Handwritten digits (the 1,797 of scikit-learn) stand at random places, sizes and colours, partly
-over one another, on random crops of real photographs (scikit-image's and scikit-learn's), some of which
-are recoloured in train. Train and val share neither digits nor photographs. The same images are written in two layouts:
+over one another, on random crops of real photographs (scikit-image's and scikit-learn's). Train and
+val share neither digits nor photographs; half of the training crops are recoloured. The same images
+are written in two layouts:
 
   OUT/coco/{train2017,val2017}/*.jpg                    COCO instances: boxes, areas, RLE masks
   OUT/coco/annotations/instances_{train,val}2017.json
@@ -50,7 +51,7 @@ PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
 }
 ADE_NAMES = {'train': 'training', 'val': 'validation'}
 DIGIT_SHARE_TRAIN = 0.8
-MIN_CONTRAST = 120  # least Euclidean distance of a digit's RGB colour to the mean behind it
+MIN_CONTRAST = 160  # least Euclidean distance of a digit's RGB colour to the mean behind it
 MAX_COVERED = 0.25  # of an earlier digit's visible pixels, by a later one
 TRIES = 30  # to find a place for a digit
 
