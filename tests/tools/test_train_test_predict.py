@@ -26,6 +26,18 @@ NARROW = [
 ]
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _from_the_root(pytestconfig):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(pytestconfig.rootpath)
+        yield
+
+
+@pytest.fixture(scope='module')
+def options(digits_options):
+    return ['--cfg-options', *digits_options, *NARROW]
+
+
 def program(name: str, *arguments: str) -> str:
     """What a program of tools/ prints, run as users do: Runners share state within a process."""
     command = [sys.executable, f'tools/{name}.py', *arguments]
