@@ -6,14 +6,13 @@ READY := $(VENV)/.ready
 # Nothing from the environment that make is called in may leak into .venv.
 RUN := env -u PYTHONPATH -u PYTHONHOME PYTHONNOUSERSITE=1
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test lint clean
 
 help:
-	@echo 'make demo       make a small real data set, train, evaluate, draw predictions (CPU)'
-	@echo 'make test       lint and run the tests'
-	@echo 'make test-slow  run the long tests'
-	@echo 'make setup      only create .venv with everything installed'
-	@echo 'make clean      remove .venv and what the demo made'
+	@echo 'make demo   make a small real data set, train, evaluate, draw predictions (CPU)'
+	@echo 'make test   lint and run the tests'
+	@echo 'make setup  only create .venv with everything installed'
+	@echo 'make clean  remove .venv and what the demo made'
 
 $(READY): constraints.txt setup.py tools/dev/install.py
 	@$(RUN) $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python >= 3.10 is needed, set PYTHON=")'
@@ -32,9 +31,6 @@ lint: $(READY)
 
 test: lint
 	$(RUN) $(BIN)/python -m pytest
-
-test-slow: $(READY)
-	$(RUN) $(BIN)/python -m pytest -m slow
 
 clean:
 	rm -rf $(VENV) build *.egg-info data/scene_digits work_dirs/demo
