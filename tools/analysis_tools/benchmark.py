@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from acmix_mm.layers import ACmix
+from acmix_mm.ops import available_backends
 
 RETINANET = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
 
@@ -73,17 +74,19 @@ class UnfoldACmix(ACmix):
         return self.rate1 * attention + self.rate2 * convolution
 
 
-def build_operator(name: str, channels: int) -> nn.Module:
+def build_operator(name: str, channels: int, backend: str | None) -> nn.Module:
     """One of the layers that the suite *operator* compares; equal weights in the ACmix forms."""
     torch.manual_seed(0)
     if name == 'conv3x3':
         return nn.Conv2d(channels, channels, 3, padding=1)
-    return {'acmix': ACmix, 'unfold': UnfoldACmix}[name](channels, channels)
+    return {'acmix': ACmix, 'unfold': UnfoldACmix}[name](channels, channels, backend=backend)
 
 
-def operator_step(name: str, shape: list[int], device: str, train: bool) -> Callable[[], None]:
+def operator_step(
+    name: str, shape: list[int], backend: str | None, device: str, train: bool
+) -> Callable[[], None]:
     """A function that runs the layer once on a map (B, C, H, W)."""
-    layer = build_operator(name, shape[1]).to(device)
+    layer = build_operator(name, shape[1], backend).to(device)
     x = torch.randn(shape, device=device, requires_grad=train)
 
     def forward() -> None:
@@ -96,7 +99,9 @@ def operator_step(name: str, shape: list[int], device: str, train: bool) -> Call
     return train_step if train else forward
 
 
-def detector_step(config: str, size: list[int], device: str) -> Callable[[], None]:
+def detector_step(
+    config: str, size: list[int], backend: str | None, device: str
+) -> Callable[[], None]:
     """A function that runs one training step on one image (height, width) with ten boxes."""
     from mmdet.registry import MODELS
     from mmdet.structures import DetDataSample
@@ -105,6 +110,9 @@ def detector_step(config: str, size: list[int], device: str) -> Callable[[], Non
     cfg = Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     model = MODELS.build(cfg.model).to(device)
+    for module in model.modules():
+        if isinstance(module, ACmix) and backend is not None:
+            module.backend = backend
     model.train()
     torch.manual_seed(0)
     height, width = size
@@ -187,11 +195,11 @@ def suite_operator(args: argparse.Namespace) -> list[dict]:
     names = ('acmix', 'unfold', 'conv3x3')
     rows = []
     for train in (False, True):
-        steps = {n: operator_step(n, args.shape, args.device, train) for n in names}
+        steps = {n: operator_step(n, args.shape, args.backend, args.device, train) for n in names}
         times = interleave(steps, args.rounds, args.device)
         del steps
         for name in names:
-            arguments = (name, args.shape, args.device, train)
+            arguments = (name, args.shape, args.backend, args.device, train)
             peak = peak_memory(args.threads, args.device, operator_step, *arguments)
             mode = 'forward + backward' if train else 'forward'
             rows.append({'candidate': name, 'mode': mode, 'times': times[name], 'peak': peak})
@@ -199,7 +207,7 @@ def suite_operator(args: argparse.Namespace) -> list[dict]:
 
 
 def suite_detector(args: argparse.Namespace) -> list[dict]:
-    arguments = (args.config, args.size, args.device)
+    arguments = (args.config, args.size, args.backend, args.device)
     times = interleave({'step': detector_step(*arguments)}, args.rounds, args.device)
     peak = peak_memory(args.threads, args.device, detector_step, *arguments)
     name = Path(args.config).stem
@@ -236,6 +244,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--size', type=int, nargs=2, default=[800, 1216], metavar=('H', 'W'),
         help='image of the suite detector (800 1216)',
     )  # fmt: skip
+    parser.add_argument(
+        '--backend', choices=available_backends(), help='of the ACmix layers (default: automatic)'
+    )
     parser.add_argument('--rounds', type=int, default=5, help='timed rounds (%(default)s)')
     parser.add_argument(
         '--threads', type=int, default=torch.get_num_threads(), help='default: %(default)s'
@@ -257,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     setting = {
         'suite': args.suite,
         'torch': torch.__version__,
+        'backend': args.backend or 'automatic',
         'device': torch.cuda.get_device_name() if args.device.startswith('cuda') else 'CPU',
         'machine': platform.machine(),
         'cpu_capability': torch.backends.cpu.get_cpu_capability(),
