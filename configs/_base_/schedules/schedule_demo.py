@@ -1,5 +1,5 @@
 # For small data on a CPU, from random weights: AdamW with a short warm-up and a cosine.
-max_epochs = 3
+max_epochs = 4
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
