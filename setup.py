@@ -1,5 +1,6 @@
 """Installation of acmix_mm; exact tested versions are in constraints.txt."""
 
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,6 +9,42 @@ ROOT = Path(__file__).parent
 VERSION: dict[str, str] = {}
 exec((ROOT / 'acmix_mm' / 'version.py').read_text(), VERSION)
 
+SOURCES = 'acmix_mm/ops/csrc'
+WARNING = """
+acmix_mm: the native CPU kernels were NOT built: {}
+acmix_mm works without them, with slower operators on the CPU. To have them, install with a C++
+compiler, beside the torch to be used: pip install --no-build-isolation ...
+"""
+
+
+def native_kernels() -> dict:
+    """Arguments of setup() that build the native CPU kernels; without torch, a warning and none."""
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        print(WARNING.format(error), file=sys.stderr)
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        """A failed build, for example without a compiler, leaves the package usable."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                print(WARNING.format(error), file=sys.stderr)
+                self.extensions.clear()
+
+    extension = CppExtension(
+        'acmix_mm.ops._native',
+        [f'{SOURCES}/local_attention.cpp'],
+        depends=[f'{SOURCES}/local_attention_plan.h', f'{SOURCES}/local_attention_kernel.h'],
+        # Without OpenMP, at::parallel_for runs serially.
+        extra_compile_args=['-O3', '-fopenmp'],
+    )
+    return {'ext_modules': [extension], 'cmdclass': {'build_ext': OptionalBuild}}
+
+
 setup(
     name='acmix-mm',
     version=VERSION['__version__'],
@@ -15,6 +52,7 @@ setup(
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    **native_kernels(),
     packages=find_packages(include=['acmix_mm', 'acmix_mm.*']),
     python_requires='>=3.10',
     install_requires=['torch>=2.4', 'packaging'],

@@ -5,14 +5,19 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import torch_backend
+from .backends import native_backend, torch_backend
 from .checks import check_positive
 
 _BACKENDS = {'torch': torch_backend.local_attention}
+if native_backend.AVAILABLE:
+    _BACKENDS['native'] = native_backend.local_attention
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that :func:`local_attention` takes as ``backend`` on this installation."""
+    """Names that :func:`local_attention` takes as ``backend`` on this installation.
+
+    'torch' is plain PyTorch, for every device; 'native' is compiled C++, for the CPU.
+    """
     return tuple(_BACKENDS)
 
 
@@ -50,8 +55,9 @@ def local_attention(
         stride (int): Keys between the neighbourhoods of adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
         scale (float | None): Factor on the logits. Default: None, for ``d ** -0.5``.
-        backend (str | None): One of :func:`available_backends`, or None to choose automatically.
-            The choice changes results by rounding only. Default: None.
+        backend (str | None): One of :func:`available_backends`. The choice changes results by
+            rounding only. Default: None, for 'native' on the CPU where it was compiled and 'torch'
+            elsewhere.
 
     Returns:
         Tensor: Shape and dtype of ``query``; under autocast, of the autocast dtype (inputs are
@@ -82,7 +88,11 @@ def local_attention(
             'query, key and value must have one dtype, got '
             f'{query.dtype}, {key.dtype}, {value.dtype}'
         )
-    function = _BACKENDS[backend or 'torch']
+    if backend is None:
+        backend = 'native' if device_type == 'cpu' and 'native' in _BACKENDS else 'torch'
+    elif backend == 'native' and device_type != 'cpu':
+        raise ValueError(f"backend 'native' needs tensors on the CPU, got {query.device}")
+    function = _BACKENDS[backend]
     return function(query, key, value, kernel_size, stride, dilation, float(scale))
 
 

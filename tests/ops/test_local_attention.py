@@ -144,7 +144,8 @@ def test_chunks_do_not_change_results(backend, monkeypatch):
 def test_opcheck(backend):
     """Schema, fake kernel and autograd registration, as torch.compile needs them."""
     tensors = inputs((1, 2, 3, 7, 6), 2, torch.float32)
-    op = getattr(torch.ops.acmix_mm, f'local_attention_{backend}').default
+    name = {'torch': 'local_attention_torch', 'native': 'local_attention_native_forward'}[backend]
+    op = getattr(torch.ops.acmix_mm, name).default
     torch.library.opcheck(op, (*tensors, 3, 2, 1, 0.5))
 
 

@@ -1,0 +1,77 @@
+"""Neighbourhood attention in C++ for the CPU: float64, float32, bfloat16 and float16.
+
+The library is compiled from ``csrc`` when the package is installed; without a compiler it is absent
+and the PyTorch backend serves. Kernels for AVX-512, AVX2 and baseline processors are chosen at run
+time; ``ATEN_CPU_CAPABILITY`` limits the choice as it does for PyTorch's own.
+"""
+
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def _load() -> bool:
+    """Load the compiled library, which registers the operators; False where there is none."""
+    spec = importlib.util.find_spec('acmix_mm.ops._native')
+    if spec is None:
+        return False
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        warnings.warn(
+            f'{spec.origin} does not load ({error}); install acmix_mm anew beside this torch to '
+            'have the native backend',
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+AVAILABLE = _load()
+
+if AVAILABLE:
+    _forward = torch.ops.acmix_mm.local_attention_native_forward
+    _backward = torch.ops.acmix_mm.local_attention_native_backward
+
+    @torch.library.register_fake('acmix_mm::local_attention_native_forward')
+    def _(query, key, value, kernel_size, stride, dilation, scale):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        return (
+            query.new_empty(query.shape),
+            query.new_empty((*query.shape[:2], *query.shape[3:]), dtype=dtype),
+        )
+
+    @torch.library.register_fake('acmix_mm::local_attention_native_backward')
+    def _(grad, query, key, value, output, lse, kernel_size, stride, dilation, scale):
+        return tuple(t.new_empty(t.shape) for t in (query, key, value))
+
+    def _setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.geometry = inputs[3:]
+
+    def _autograd_backward(ctx, grad, grad_lse):
+        return *_backward(grad, *ctx.saved_tensors, *ctx.geometry), None, None, None, None
+
+    torch.library.register_autograd(
+        'acmix_mm::local_attention_native_forward', _autograd_backward, setup_context=_setup_context
+    )
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    scale: float,
+) -> Tensor:
+    """Arguments, already checked, and result as in :func:`acmix_mm.ops.local_attention`.
+
+    Training keeps inputs, output and one log-sum-exp a query and head. Memory beyond that: some
+    packed rows a thread; for half precision, the backward pass also sums the gradients of key and
+    value in float32.
+    """
+    return _forward(query, key, value, kernel_size, stride, dilation, scale)[0]

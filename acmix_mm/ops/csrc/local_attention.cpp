@@ -1,0 +1,285 @@
+// Neighbourhood attention on the CPU: checks, dispatch over types and instruction sets, threads.
+//
+// Rows of keys and values are packed, with their reflected borders, into rings in per-thread
+// scratch; a vector register holds adjacent queries of a row, and two query rows share the key rows
+// that both see. Nothing of the size of the map exists beyond inputs and results.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <type_traits>
+
+#include "local_attention_plan.h"
+
+#define INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Keeps a loaded vector in a register: GCC would rather fold the load into each of its uses, and
+// loads across cache lines are what bounds the kernels.
+#if defined(__x86_64__)
+#define KEEP(vector) __asm__("" : "+v"(vector))
+#else
+#define KEEP(vector)
+#endif
+
+#define LOCAL_ATTENTION_ISA baseline
+#define LOCAL_ATTENTION_BYTES 16
+#include "local_attention_kernel.h"
+
+#if defined(__x86_64__)
+#define LOCAL_ATTENTION_X86
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LOCAL_ATTENTION_ISA avx2
+#define LOCAL_ATTENTION_BYTES 32
+#include "local_attention_kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,"      \
+                                                   "avx512vl"))),                            \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#define LOCAL_ATTENTION_ISA avx512
+#define LOCAL_ATTENTION_BYTES 64
+#include "local_attention_kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+namespace acmix_mm {
+namespace {
+
+// The kernels of one instruction set for storage type S and compute type T.
+template <typename S, typename T>
+struct Kernels {
+  int64_t lanes;
+  int64_t (*scratch_bytes)(const Plan&, bool);
+  void (*forward)(const Plan&, const ForwardArgs&, int64_t, int64_t, Arena);
+  void (*backward)(const Plan&, const BackwardArgs&, int64_t, int64_t, int64_t, Arena);
+};
+
+// Those of the best instruction set that the processor has and that ATEN_CPU_CAPABILITY, PyTorch's
+// own switch, leaves on.
+template <typename S, typename T>
+Kernels<S, T> kernels() {
+#ifdef LOCAL_ATTENTION_X86
+  const std::string limit = at::get_cpu_capability();
+  const bool allows_avx2 = limit != "DEFAULT" && limit != "NO AVX";
+  const bool allows_avx512 = allows_avx2 && limit != "AVX2";
+  if (allows_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return {avx512::Simd<T>::lanes, avx512::scratch_bytes<T>, avx512::forward<S, T>,
+            avx512::backward<S, T>};
+  }
+  if (allows_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return {avx2::Simd<T>::lanes, avx2::scratch_bytes<T>, avx2::forward<S, T>,
+            avx2::backward<S, T>};
+  }
+#endif
+  return {baseline::Simd<T>::lanes, baseline::scratch_bytes<T>, baseline::forward<S, T>,
+          baseline::backward<S, T>};
+}
+
+// Zeros: lanes past the end of a row must hold finite numbers, and sums start at 0.
+class ScratchMemory {
+ public:
+  explicit ScratchMemory(int64_t bytes) : data_(c10::GetCPUAllocator()->allocate(bytes)) {
+    std::memset(data_.get(), 0, bytes);
+  }
+
+  Arena arena() const { return Arena{reinterpret_cast<uintptr_t>(data_.get()), 0}; }
+
+ private:
+  at::DataPtr data_;
+};
+
+Map as_map(const at::Tensor& tensor) {
+  Map map{tensor.const_data_ptr(), {}};
+  std::copy_n(tensor.strides().begin(), tensor.dim(), map.strides);
+  return map;
+}
+
+// lse has no channels.
+Map lse_as_map(const at::Tensor& lse) {
+  return {lse.const_data_ptr(), {lse.stride(0), lse.stride(1), 0, lse.stride(2), lse.stride(3)}};
+}
+
+at::ScalarType compute_type(at::ScalarType type) { return type == at::kDouble ? type : at::kFloat; }
+
+void check_same(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
+                at::ScalarType dtype) {
+  TORCH_CHECK(tensor.device().is_cpu(), name, " must be on the CPU");
+  TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be of dtype ", dtype, ", got ",
+              tensor.scalar_type());
+  TORCH_CHECK(tensor.sizes() == shape, name, " must have shape ", shape, ", got ",
+              tensor.sizes());
+}
+
+struct Axes {
+  Axis rows, cols;
+};
+
+Axes check_inputs(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                  int64_t kernel_size, int64_t stride, int64_t dilation) {
+  TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1 && stride > 0 && dilation > 0,
+              "kernel_size must be odd, kernel_size, stride and dilation positive");
+  TORCH_CHECK(key.dim() == 5, "key must have 5 dimensions, got shape ", key.sizes());
+  for (int64_t dim = 1; dim < 5; ++dim) {
+    TORCH_CHECK(key.size(dim) > 0, "key must have N, d, H, W >= 1, got shape ", key.sizes());
+  }
+  const Axes axes{Axis(key.size(3), kernel_size, stride, dilation),
+                  Axis(key.size(4), kernel_size, stride, dilation)};
+  check_same(key, "key", key.sizes(), query.scalar_type());
+  check_same(value, "value", key.sizes(), query.scalar_type());
+  check_same(query, "query",
+             {key.size(0), key.size(1), key.size(2), axes.rows.queries, axes.cols.queries},
+             query.scalar_type());
+  return axes;
+}
+
+template <typename S, typename T>
+void run_forward(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                 const Axes& axes, double scale, const at::Tensor& output, const at::Tensor& lse) {
+  const auto kernel = kernels<S, T>();
+  const Plan plan(query.size(0) * query.size(1), query.size(1), query.size(2), scale, axes.rows,
+                  axes.cols, kernel.lanes, 64 / sizeof(T));
+  const ForwardArgs args{as_map(query), as_map(key), as_map(value), output.mutable_data_ptr(),
+                         lse.mutable_data_ptr()};
+  const int64_t bytes = kernel.scratch_bytes(plan, false);
+  const int64_t groups = static_cast<int64_t>(plan.groups.size());
+  at::parallel_for(0, plan.planes * groups, 1, [&](int64_t begin, int64_t end) {
+    const ScratchMemory scratch(bytes);
+    kernel.forward(plan, args, begin, end, scratch.arena());
+  });
+}
+
+// Into how many row blocks the backward pass cuts a plane: as few as keep all threads busy, since
+// queries near a cut are computed twice.
+int64_t row_blocks(const Plan& plan) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t even = threads / std::gcd(plan.planes, threads);
+  const int64_t enough = 2 * ((threads + plan.planes - 1) / plan.planes);
+  return plan.planes >= 4 * threads ? 1 : std::min({even, enough, plan.rows.size});
+}
+
+template <typename S, typename T>
+void run_backward(const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
+                  const at::Tensor& value, const at::Tensor& output, const at::Tensor& lse,
+                  const Axes& axes, double scale, const at::Tensor& grad_query,
+                  const at::Tensor& grad_key, const at::Tensor& grad_value) {
+  const auto kernel = kernels<S, T>();
+  const Plan plan(query.size(0) * query.size(1), query.size(1), query.size(2), scale, axes.rows,
+                  axes.cols, kernel.lanes, 64 / sizeof(T));
+  const BackwardArgs args{as_map(grad),
+                          as_map(query),
+                          as_map(key),
+                          as_map(value),
+                          as_map(output),
+                          lse_as_map(lse),
+                          grad_query.mutable_data_ptr(),
+                          grad_key.mutable_data_ptr(),
+                          grad_value.mutable_data_ptr()};
+  const int64_t bytes = kernel.scratch_bytes(plan, true);
+  const int64_t blocks = row_blocks(plan);
+  const int64_t height = plan.rows.size;
+  at::parallel_for(0, plan.planes * blocks, 1, [&](int64_t begin, int64_t end) {
+    const ScratchMemory scratch(bytes);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task % blocks;
+      kernel.backward(plan, args, task / blocks, block * height / blocks,
+                      (block + 1) * height / blocks, scratch.arena());
+    }
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
+                                           const at::Tensor& value, int64_t kernel_size,
+                                           int64_t stride, int64_t dilation, double scale) {
+  const Axes axes = check_inputs(query, key, value, kernel_size, stride, dilation);
+  const auto dtype = query.scalar_type();
+  at::Tensor output = at::empty(query.sizes(), query.options());
+  at::Tensor lse = at::empty({query.size(0), query.size(1), query.size(3), query.size(4)},
+                             query.options().dtype(compute_type(dtype)));
+  if (output.numel() == 0) {
+    return {output, lse};
+  }
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "local_attention", [&] {
+    using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    run_forward<scalar_t, compute_t>(query, key, value, axes, scale, output, lse);
+  });
+  return {output, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
+    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
+    const at::Tensor& value, const at::Tensor& output, const at::Tensor& lse, int64_t kernel_size,
+    int64_t stride, int64_t dilation, double scale) {
+  const Axes axes = check_inputs(query, key, value, kernel_size, stride, dilation);
+  const auto dtype = query.scalar_type();
+  check_same(grad, "grad", query.sizes(), dtype);
+  check_same(output, "output", query.sizes(), dtype);
+  check_same(lse, "lse", {query.size(0), query.size(1), query.size(3), query.size(4)},
+             compute_type(dtype));
+  at::Tensor grad_query = at::empty(query.sizes(), query.options());
+  // Sums over many queries: half precision would lose most of them.
+  const auto options = key.options().dtype(compute_type(dtype));
+  at::Tensor grad_key = at::zeros(key.sizes(), options);
+  at::Tensor grad_value = at::zeros(key.sizes(), options);
+  if (query.numel() > 0) {
+    AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "local_attention", [&] {
+      using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+      run_backward<scalar_t, compute_t>(grad, query, key, value, output, lse, axes, scale,
+                                        grad_query, grad_key, grad_value);
+    });
+  }
+  return {grad_query, grad_key.to(dtype), grad_value.to(dtype)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
+  m.def(
+      "local_attention_native_forward(Tensor query, Tensor key, Tensor value, int kernel_size, "
+      "int stride, int dilation, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "local_attention_native_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
+      "Tensor output, Tensor lse, int kernel_size, int stride, int dilation, float scale) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(acmix_mm, CPU, m) {
+  m.impl("local_attention_native_forward", &forward);
+  m.impl("local_attention_native_backward", &backward);
+}
+
+}  // namespace acmix_mm

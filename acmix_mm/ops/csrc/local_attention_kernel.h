@@ -1,0 +1,761 @@
+// Kernels of neighbourhood attention for one instruction set. No include guard: the file is
+// included once per instruction set, with LOCAL_ATTENTION_ISA the namespace to define and
+// LOCAL_ATTENTION_BYTES the size of a vector register. Everything is local to the translation unit,
+// so that the linker cannot merge functions compiled for different instruction sets.
+
+namespace acmix_mm {
+namespace LOCAL_ATTENTION_ISA {
+namespace {
+
+constexpr int kBytes = LOCAL_ATTENTION_BYTES;
+// Register tiles: with 32 registers, all offsets of a 7 x 7 row for two queries fit at once.
+constexpr int kMaxTaps = kBytes == 64 ? 7 : 4;
+constexpr int kMaxChannels = kBytes == 64 ? 8 : 4;
+constexpr int kScatterRows = 4;
+constexpr int kScatterChannels = kBytes == 64 ? 4 : 2;
+
+template <typename T>
+struct Simd {
+  static constexpr int lanes = kBytes / sizeof(T);
+  typedef T vec __attribute__((vector_size(LOCAL_ATTENTION_BYTES)));
+};
+template <typename T>
+using Vec = typename Simd<T>::vec;
+
+typedef int32_t IntVec __attribute__((vector_size(LOCAL_ATTENTION_BYTES)));
+
+template <typename T>
+INLINE Vec<T> load(const T* from) {
+  Vec<T> value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <typename T>
+INLINE void store(T* to, const Vec<T>& value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+// exp after Cephes, within about 1 ulp; below the normal numbers it is 0.
+INLINE Vec<float> vector_exp(const Vec<float>& x) {
+  const Vec<float> bound = x > 88.f ? Vec<float>{} + 88.f : x;  // keeps NaN
+  const float magic = 12582912.f;                        // 1.5 * 2^23: rounds to an integer
+  const Vec<float> shifted = bound * 1.44269504088896341f + magic;
+  const Vec<float> n = shifted - magic;
+  const Vec<float> r = (bound - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const IntVec power = ((IntVec)shifted - (0x4B400000 - 127)) << 23;
+  return x < -87.f ? Vec<float>{} : p * (Vec<float>)power;
+}
+
+// log after Cephes, of normal numbers.
+INLINE Vec<float> vector_log(const Vec<float>& x) {
+  IntVec exponent = ((IntVec)x >> 23) - 127;
+  Vec<float> m = (Vec<float>)(((IntVec)x & 0x007FFFFF) | 0x3F800000);
+  const IntVec large = m > 1.41421356f;
+  m = large ? m * 0.5f : m;
+  exponent -= large;  // a true comparison is -1
+  const Vec<float> e = __builtin_convertvector(exponent, Vec<float>);
+  const Vec<float> f = m - 1.f;
+  Vec<float> p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  p = p * f * f * f + e * -2.12194440e-4f - f * f * 0.5f;
+  return f + p + e * 0.693359375f + x * 0;  // the last term keeps NaN
+}
+
+INLINE Vec<double> vector_exp(const Vec<double>& x) {
+  Vec<double> result;
+  for (int i = 0; i < Simd<double>::lanes; ++i) {
+    result[i] = __builtin_exp(x[i]);
+  }
+  return result;
+}
+
+INLINE Vec<double> vector_log(const Vec<double>& x) {
+  Vec<double> result;
+  for (int i = 0; i < Simd<double>::lanes; ++i) {
+    result[i] = __builtin_log(x[i]);
+  }
+  return result;
+}
+
+template <typename T>
+INLINE void clear(T* to, int64_t count) {
+  __builtin_memset(to, 0, count * sizeof(T));
+}
+
+// Scratch of one thread.
+template <typename T>
+struct Scratch {
+  T *keys, *values;            // rings of packed key rows
+  T *grad_keys, *grad_values;  // rings of the gradients of those rows
+  T *query, *grad;             // packed query rows of a group
+  T *lse, *total;              // by query of a group
+  T *weights, *grad_logits;    // by offset and query of a group
+  T** key_rows;                // rows of the group at hand, in the rings
+  T** value_rows;
+  T** grad_key_rows;
+  T** grad_value_rows;
+  int64_t* taps;
+
+  static Scratch lay_out(Arena& arena, const Plan& plan, bool backward) {
+    Scratch scratch;
+    const int64_t ring = plan.ring_rows * plan.dim * plan.key_pitch;
+    const int64_t rows = plan.group_rows * plan.query_pitch;
+    const int64_t offsets = plan.rows.kernel * plan.cols.kernel;
+    scratch.keys = arena.take<T>(ring);
+    scratch.values = arena.take<T>(ring);
+    scratch.query = arena.take<T>(rows * plan.dim);
+    scratch.key_rows = arena.take<T*>(plan.ring_rows);
+    scratch.value_rows = arena.take<T*>(plan.ring_rows);
+    if (!backward) {
+      scratch.weights = arena.take<T>(plan.group_rows * offsets * Simd<T>::lanes);
+      return scratch;
+    }
+    scratch.grad_keys = arena.take<T>(ring);
+    scratch.grad_values = arena.take<T>(ring);
+    scratch.grad = arena.take<T>(rows * plan.dim);
+    scratch.lse = arena.take<T>(rows);
+    scratch.total = arena.take<T>(rows);
+    scratch.weights = arena.take<T>(rows * offsets);
+    scratch.grad_logits = arena.take<T>(rows * offsets);
+    scratch.grad_key_rows = arena.take<T*>(plan.ring_rows);
+    scratch.grad_value_rows = arena.take<T*>(plan.ring_rows);
+    scratch.taps = arena.take<int64_t>(plan.cols.kernel);
+    return scratch;
+  }
+};
+
+template <typename T>
+int64_t scratch_bytes(const Plan& plan, bool backward) {
+  Arena arena;
+  Scratch<T>::lay_out(arena, plan, backward);
+  return arena.used;
+}
+
+template <typename S>
+INLINE const S* plane_of(const Map& map, const Plan& plan, int64_t plane) {
+  return static_cast<const S*>(map.data) + plane / plan.heads * map.strides[0] +
+         plane % plan.heads * map.strides[1];
+}
+
+// One query row of every channel -> packed row, times factor.
+template <typename S, typename T>
+void pack_query(const Plan& plan, const Map& map, int64_t plane, int64_t row, T factor, T* to) {
+  const S* from = plane_of<S>(map, plan, plane) + row * map.strides[3];
+  const int64_t step = map.strides[4];
+  for (int64_t c = 0; c < plan.dim; ++c, from += map.strides[2], to += plan.query_pitch) {
+    T* target = to + plan.margin;
+    if (step == 1) {
+      for (int64_t x = 0; x < plan.cols.queries; ++x) {
+        target[x] = static_cast<T>(from[x]) * factor;
+      }
+    } else {
+      for (int64_t x = 0; x < plan.cols.queries; ++x) {
+        target[x] = static_cast<T>(from[x * step]) * factor;
+      }
+    }
+  }
+}
+
+// One key row of every channel -> packed row with reflected borders.
+template <typename S, typename T>
+void pack_key(const Plan& plan, const Map& map, int64_t plane, int64_t row, T* to) {
+  const S* from = plane_of<S>(map, plan, plane) + row * map.strides[3];
+  const int64_t step = map.strides[4];
+  const int64_t* source = plan.source.data();
+  const int64_t length = plan.slot_length;
+  for (int64_t c = 0; c < plan.dim; ++c, from += map.strides[2], to += plan.key_pitch) {
+    if (plan.cols.stride == 1 && step == 1) {
+      const int64_t before = plan.cols.before;
+      const int64_t size = plan.cols.size;
+      for (int64_t z = 0; z < before; ++z) {
+        to[z] = static_cast<T>(from[source[z]]);
+      }
+      for (int64_t x = 0; x < size; ++x) {
+        to[before + x] = static_cast<T>(from[x]);
+      }
+      for (int64_t z = before + size; z < length; ++z) {
+        to[z] = static_cast<T>(from[source[z]]);
+      }
+      continue;
+    }
+    for (int64_t slot = 0; slot < plan.slots; ++slot) {
+      for (int64_t z = 0; z < length; ++z) {
+        to[slot * plan.slot_pitch + z] = static_cast<T>(from[source[slot * length + z] * step]);
+      }
+    }
+  }
+}
+
+// Adjoint of pack_key: adds a packed row to row `row` of a contiguous map.
+template <typename T>
+void unpack_key(const Plan& plan, const T* from, int64_t plane, int64_t row, T* map) {
+  const int64_t size = plan.cols.size;
+  const int64_t* source = plan.source.data();
+  const int64_t length = plan.slot_length;
+  for (int64_t c = 0; c < plan.dim; ++c, from += plan.key_pitch) {
+    T* to = map + ((plane * plan.dim + c) * plan.rows.size + row) * size;
+    if (plan.cols.stride == 1) {
+      const int64_t before = plan.cols.before;
+      for (int64_t x = 0; x < size; ++x) {
+        to[x] += from[before + x];
+      }
+      for (int64_t z = 0; z < before; ++z) {
+        to[source[z]] += from[z];
+      }
+      for (int64_t z = before + size; z < length; ++z) {
+        to[source[z]] += from[z];
+      }
+      continue;
+    }
+    for (int64_t slot = 0; slot < plan.slots; ++slot) {
+      for (int64_t z = 0; z < length; ++z) {
+        to[source[slot * length + z]] += from[slot * plan.slot_pitch + z];
+      }
+    }
+  }
+}
+
+// The lattice rows [begin, end) of one plane and phase that a ring holds.
+struct Window {
+  int64_t plane = -1, phase = -1, begin = 0, end = 0;
+
+  INLINE bool holds(int64_t other_plane, int64_t other_phase, int64_t row) const {
+    return plane == other_plane && phase == other_phase && begin <= row && row < end;
+  }
+};
+
+// Packs the key rows of a group that the rings do not hold yet, and lists all of the group's.
+template <typename S, typename T>
+void fill_rings(const Plan& plan, const Map& key, const Map& value, int64_t plane,
+                const Group& group, Window& window, const Scratch<T>& scratch) {
+  const int64_t begin = group.first * plan.rows.step;
+  const int64_t end = begin + plan.ring_rows;
+  const int64_t needed = begin + plan.rows.kernel + (group.count - 1) * plan.rows.step;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t place = row % plan.ring_rows * plan.dim * plan.key_pitch;
+    scratch.key_rows[row - begin] = scratch.keys + place;
+    scratch.value_rows[row - begin] = scratch.values + place;
+    if (row < needed && !window.holds(plane, group.phase, row)) {
+      const int64_t y = plan.rows.key(group.phase, row);
+      pack_key<S, T>(plan, key, plane, y, scratch.keys + place);
+      pack_key<S, T>(plan, value, plane, y, scratch.values + place);
+    }
+  }
+  window.plane = plane;
+  window.phase = group.phase;
+  window.begin = begin;
+  window.end = needed;
+}
+
+// Products of R query rows with J offsets of a key row, for one vector of queries.
+template <typename T, int R, int J, bool unit>
+void dot_taps(const T* query, int64_t query_pitch, int64_t row_pitch, const T* key,
+              int64_t key_pitch, const int64_t* offset, int64_t dim, T* const* out,
+              int64_t out_pitch) {
+  Vec<T> sum[R][J] = {};
+  for (int64_t c = 0; c < dim; ++c, query += query_pitch, key += key_pitch) {
+    Vec<T> q[R];
+    UNROLL
+    for (int r = 0; r < R; ++r) {
+      q[r] = load(query + r * row_pitch);
+    }
+    UNROLL
+    for (int j = 0; j < J; ++j) {
+      Vec<T> k = load(key + (unit ? j : offset[j]));
+      KEEP(k);
+      UNROLL
+      for (int r = 0; r < R; ++r) {
+        sum[r][j] += q[r] * k;
+      }
+    }
+  }
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    UNROLL
+    for (int j = 0; j < J; ++j) {
+      store<T>(out[r] + j * out_pitch, sum[r][j]);
+    }
+  }
+}
+
+// The same for any number of offsets, in pieces of at most J.
+template <typename T, int R, bool unit, int J = kMaxTaps>
+void dot_row(const T* query, int64_t query_pitch, int64_t row_pitch, const T* key,
+             int64_t key_pitch, const int64_t* offset, int64_t dim, T* const* out,
+             int64_t out_pitch, int64_t begin, int64_t end) {
+  for (; end - begin >= J; begin += J) {
+    T* piece[R];
+    for (int r = 0; r < R; ++r) {
+      piece[r] = out[r] + begin * out_pitch;
+    }
+    dot_taps<T, R, J, unit>(query, query_pitch, row_pitch, key + (unit ? begin : 0), key_pitch,
+                            offset + begin, dim, piece, out_pitch);
+  }
+  if constexpr (J > 1) {
+    if (begin < end) {
+      dot_row<T, R, unit, J - 1>(query, query_pitch, row_pitch, key, key_pitch, offset, dim, out,
+                                 out_pitch, begin, end);
+    }
+  }
+}
+
+// Products of the query rows of a group with their neighbourhoods, for the vector at column x.
+// Row r's offset o goes to out + r * out_row + o * out_pitch.
+template <typename T, bool unit>
+void dot_block(const Plan& plan, int64_t count, const T* query, T* const* rows, int64_t x, T* out,
+               int64_t out_row, int64_t out_pitch) {
+  const int64_t kernel = plan.rows.kernel;
+  const int64_t step = plan.rows.step;
+  const int64_t row_pitch = plan.dim * plan.query_pitch;
+  const T* first = query + plan.margin + x;
+  const int64_t* offset = plan.offset.data();
+  const int64_t row_size = plan.cols.kernel * out_pitch;
+  for (int64_t u = 0; u < kernel + (count - 1) * step; ++u) {
+    const bool upper = u < kernel;
+    const bool lower = count > 1 && u >= step;
+    T* target[2] = {upper ? out + u * row_size : nullptr,
+                    lower ? out + out_row + (u - step) * row_size : nullptr};
+    if (upper && lower) {
+      dot_row<T, 2, unit>(first, plan.query_pitch, row_pitch, rows[u] + x, plan.key_pitch, offset,
+                          plan.dim, target, out_pitch, 0, plan.cols.kernel);
+    } else {
+      dot_row<T, 1, unit>(first + (upper ? 0 : row_pitch), plan.query_pitch, row_pitch,
+                          rows[u] + x, plan.key_pitch, offset, plan.dim, target + !upper,
+                          out_pitch, 0, plan.cols.kernel);
+    }
+  }
+}
+
+// Adds the weighted keys of one key row to the sums of C channels, for query rows R0 .. R1 - 1.
+template <typename T, int R0, int R1, int C, bool unit>
+INLINE void add_weighted(Vec<T> (&sum)[2][C], const T* key, int64_t key_pitch,
+                         const int64_t* offset, int64_t taps, const T* const* weights,
+                         int64_t pitch) {
+  for (int64_t j = 0; j < taps; ++j) {
+    const T* tap = key + (unit ? j : offset[j]);
+    Vec<T> w[2];
+    UNROLL
+    for (int r = R0; r < R1; ++r) {
+      w[r] = load(weights[r] + j * pitch);
+    }
+    UNROLL
+    for (int c = 0; c < C; ++c) {
+      Vec<T> k = load(tap + c * key_pitch);
+      KEEP(k);
+      UNROLL
+      for (int r = R0; r < R1; ++r) {
+        sum[r][c] += w[r] * k;
+      }
+    }
+  }
+}
+
+template <typename S, typename T>
+INLINE void write(S* to, const Vec<T>& value, int64_t count) {
+  if (count >= Simd<T>::lanes) {
+    for (int i = 0; i < Simd<T>::lanes; ++i) {
+      to[i] = static_cast<S>(value[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = static_cast<S>(value[i]);
+    }
+  }
+}
+
+// Weighted sums over the neighbourhoods, times factor[row], for the vector at column x: channels
+// from `channel` on, C at a time, to the rows whose `out` is not null. The adjoint of dot_block
+// with respect to the query.
+template <typename S, typename T, bool unit, int C = kMaxChannels>
+void sum_block(const Plan& plan, int64_t count, T* const* rows, int64_t x, const T* weights,
+               int64_t weight_row, int64_t pitch, const Vec<T>* factor, S* const* out,
+               int64_t channel = 0) {
+  const int64_t kernel = plan.rows.kernel;
+  const int64_t step = plan.rows.step;
+  const int64_t taps = plan.cols.kernel;
+  const int64_t* offset = plan.offset.data();
+  const int64_t channel_size = plan.rows.queries * plan.cols.queries;
+  for (; channel + C <= plan.dim; channel += C) {
+    Vec<T> sum[2][C] = {};
+    const int64_t at = channel * plan.key_pitch + x;
+    const int64_t upper_only = count > 1 ? step : kernel;
+    const T* w[2] = {weights, weights + weight_row};
+    int64_t u = 0;
+    for (; u < upper_only; ++u, w[0] += taps * pitch) {
+      add_weighted<T, 0, 1, C, unit>(sum, rows[u] + at, plan.key_pitch, offset, taps, w, pitch);
+    }
+    for (; u < kernel; ++u, w[0] += taps * pitch, w[1] += taps * pitch) {
+      add_weighted<T, 0, 2, C, unit>(sum, rows[u] + at, plan.key_pitch, offset, taps, w, pitch);
+    }
+    for (; u < kernel + (count - 1) * step; ++u, w[1] += taps * pitch) {
+      add_weighted<T, 1, 2, C, unit>(sum, rows[u] + at, plan.key_pitch, offset, taps, w, pitch);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      if (out[r] == nullptr) {
+        continue;
+      }
+      UNROLL
+      for (int c = 0; c < C; ++c) {
+        const Vec<T> result = (r ? sum[1][c] : sum[0][c]) * factor[r];
+        write<S, T>(out[r] + (channel + c) * channel_size + x, result, plan.cols.queries - x);
+      }
+    }
+  }
+  if constexpr (C > 1) {
+    if (channel < plan.dim) {
+      sum_block<S, T, unit, C / 2>(plan, count, rows, x, weights, weight_row, pitch, factor, out,
+                                   channel);
+    }
+  }
+}
+
+// Logits -> exp(logit - maximum), in place; returns their sum.
+template <typename T>
+INLINE Vec<T> exponentials(T* logits, int64_t count, Vec<T>& maximum) {
+  constexpr int lanes = Simd<T>::lanes;
+  maximum = load(logits);
+  for (int64_t o = 1; o < count; ++o) {
+    const Vec<T> logit = load(logits + o * lanes);
+    maximum = logit > maximum ? logit : maximum;
+  }
+  Vec<T> total = {};
+  for (int64_t o = 0; o < count; ++o) {
+    const Vec<T> weight = vector_exp(load(logits + o * lanes) - maximum);
+    store<T>(logits + o * lanes, weight);
+    total += weight;
+  }
+  return total;
+}
+
+template <typename S, typename T, bool unit>
+void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, const Group& group,
+                   const Scratch<T>& scratch) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t offsets = plan.rows.kernel * plan.cols.kernel;
+  const int64_t plane_size = plan.rows.queries * plan.cols.queries;
+  S* out[2];
+  T* lse[2];
+  for (int64_t r = 0; r < group.count; ++r) {
+    const int64_t y = plan.query_row(group, r);
+    pack_query<S, T>(plan, args.query, plane, y, static_cast<T>(plan.scale),
+                     scratch.query + r * plan.dim * plan.query_pitch);
+    out[r] = static_cast<S*>(args.output) + plane * plan.dim * plane_size + y * plan.cols.queries;
+    lse[r] = static_cast<T*>(args.lse) + plane * plane_size + y * plan.cols.queries;
+  }
+  for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
+    dot_block<T, unit>(plan, group.count, scratch.query, scratch.key_rows, x, scratch.weights,
+                       offsets * lanes, lanes);
+    Vec<T> factor[2];
+    for (int64_t r = 0; r < group.count; ++r) {
+      Vec<T> maximum;
+      const Vec<T> total = exponentials(scratch.weights + r * offsets * lanes, offsets, maximum);
+      factor[r] = T(1) / total;
+      write<T, T>(lse[r] + x, maximum + vector_log(total), plan.cols.queries - x);
+    }
+    sum_block<S, T, unit>(plan, group.count, scratch.value_rows, x, scratch.weights,
+                          offsets * lanes, lanes, factor, out);
+  }
+}
+
+// Groups [begin, end) of all planes' groups.
+template <typename S, typename T>
+void forward(const Plan& plan, const ForwardArgs& args, int64_t begin, int64_t end, Arena arena) {
+  const Scratch<T> scratch = Scratch<T>::lay_out(arena, plan, false);
+  const int64_t groups = static_cast<int64_t>(plan.groups.size());
+  Window window;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t plane = i / groups;
+    const Group& group = plan.groups.data()[i % groups];
+    fill_rings<S, T>(plan, args.key, args.value, plane, group, window, scratch);
+    if (plan.unit) {
+      forward_group<S, T, true>(plan, args, plane, group, scratch);
+    } else {
+      forward_group<S, T, false>(plan, args, plane, group, scratch);
+    }
+  }
+}
+
+// Adds, for one vector of packed keys, the products of I weight rows with C query channels to the
+// gradients of I key rows: a gather, so that no two lanes meet.
+template <typename T, int I, int C>
+void scatter_tile(T* const* rows, int64_t at, int64_t key_pitch, const T* query,
+                  int64_t query_pitch, const T* weights, int64_t weight_pitch,
+                  int64_t weight_row, const int64_t* taps, int64_t num_taps, const int64_t* shift) {
+  Vec<T> sum[I][C];
+  UNROLL
+  for (int i = 0; i < I; ++i) {
+    UNROLL
+    for (int c = 0; c < C; ++c) {
+      sum[i][c] = load(rows[i] + at + c * key_pitch);
+    }
+  }
+  for (int64_t n = 0; n < num_taps; ++n) {
+    const int64_t j = taps[n];
+    const T* w = weights + j * weight_pitch - shift[j];
+    const T* from = query - shift[j];
+    Vec<T> q[C];
+    UNROLL
+    for (int c = 0; c < C; ++c) {
+      q[c] = load(from + c * query_pitch);
+    }
+    UNROLL
+    for (int i = 0; i < I; ++i) {
+      Vec<T> weight = load(w + i * weight_row);
+      KEEP(weight);
+      UNROLL
+      for (int c = 0; c < C; ++c) {
+        sum[i][c] += weight * q[c];
+      }
+    }
+  }
+  UNROLL
+  for (int i = 0; i < I; ++i) {
+    UNROLL
+    for (int c = 0; c < C; ++c) {
+      store<T>(rows[i] + at + c * key_pitch, sum[i][c]);
+    }
+  }
+}
+
+template <typename T, int C, int I = kScatterRows>
+void scatter_rows(const Plan& plan, T* const* rows, int64_t at, const T* query, const T* weights,
+                  int64_t num_taps, const int64_t* taps, int64_t begin = 0) {
+  const int64_t weight_row = plan.cols.kernel * plan.query_pitch;
+  for (; begin + I <= plan.rows.kernel; begin += I) {
+    scatter_tile<T, I, C>(rows + begin, at, plan.key_pitch, query, plan.query_pitch,
+                          weights + begin * weight_row, plan.query_pitch, weight_row, taps,
+                          num_taps, plan.shift.data());
+  }
+  if constexpr (I > 1) {
+    if (begin < plan.rows.kernel) {
+      scatter_rows<T, C, I - 1>(plan, rows, at, query, weights, num_taps, taps, begin);
+    }
+  }
+}
+
+template <typename T, int C = kScatterChannels>
+void scatter_channels(const Plan& plan, T* const* rows, int64_t at, const T* query,
+                      const T* weights, int64_t num_taps, const int64_t* taps,
+                      int64_t channel = 0) {
+  for (; channel + C <= plan.dim; channel += C) {
+    scatter_rows<T, C>(plan, rows, channel * plan.key_pitch + at,
+                       query + channel * plan.query_pitch, weights, num_taps, taps);
+  }
+  if constexpr (C > 1) {
+    if (channel < plan.dim) {
+      scatter_channels<T, C / 2>(plan, rows, at, query, weights, num_taps, taps, channel);
+    }
+  }
+}
+
+// One query row's contribution to the gradients of its key rows and value rows.
+template <typename T>
+void scatter(const Plan& plan, int64_t row, const Scratch<T>& scratch) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t query_row = row * plan.dim * plan.query_pitch + plan.margin;
+  const int64_t weight_row =
+      row * plan.rows.kernel * plan.cols.kernel * plan.query_pitch + plan.margin;
+  T* const* key_rows = scratch.grad_key_rows + row * plan.rows.step;
+  T* const* value_rows = scratch.grad_value_rows + row * plan.rows.step;
+  const int64_t* shift = plan.shift.data();
+  for (int64_t slot = 0; slot < plan.slots; ++slot) {
+    for (int64_t z = 0; z < plan.slot_length; z += lanes) {
+      int64_t num_taps = 0;
+      for (int64_t j = 0; j < plan.cols.kernel; ++j) {
+        const bool reached = z + lanes > shift[j] && z - shift[j] < plan.cols.queries;
+        if (plan.slot.data()[j] == slot && reached) {
+          scratch.taps[num_taps++] = j;
+        }
+      }
+      if (num_taps == 0) {
+        continue;
+      }
+      const int64_t at = slot * plan.slot_pitch + z;
+      scatter_channels<T>(plan, key_rows, at, scratch.query + query_row + z,
+                          scratch.grad_logits + weight_row + z, num_taps, scratch.taps);
+      scatter_channels<T>(plan, value_rows, at, scratch.grad + query_row + z,
+                          scratch.weights + weight_row + z, num_taps, scratch.taps);
+    }
+  }
+}
+
+// Adds the gradient rows before `until` to the rows [begin, end) of the map, and clears them.
+template <typename T>
+void flush(const Plan& plan, const BackwardArgs& args, int64_t until, int64_t begin, int64_t end,
+           Window& window, const Scratch<T>& scratch) {
+  for (; window.begin < window.end && window.begin < until; ++window.begin) {
+    const int64_t row_size = plan.dim * plan.key_pitch;
+    const int64_t place = window.begin % plan.ring_rows * row_size;
+    const int64_t y = plan.rows.key(window.phase, window.begin);
+    if (begin <= y && y < end) {
+      unpack_key(plan, scratch.grad_keys + place, window.plane, y, static_cast<T*>(args.grad_key));
+      unpack_key(plan, scratch.grad_values + place, window.plane, y,
+                 static_cast<T*>(args.grad_value));
+    }
+    clear(scratch.grad_keys + place, row_size);
+    clear(scratch.grad_values + place, row_size);
+  }
+}
+
+// Is the softmax's total, sum(weight * grad_weight), exact enough as sum(grad * output)? That takes
+// an output that was not rounded to half precision.
+template <typename S, typename T>
+constexpr bool kTotalFromOutput = sizeof(S) == sizeof(T);
+
+// Packs what the gradient of one query row needs besides keys and values.
+template <typename S, typename T>
+void pack_row_gradient(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t y,
+                       int64_t row, const Scratch<T>& scratch) {
+  T* query = scratch.query + row * plan.dim * plan.query_pitch;
+  T* grad = scratch.grad + row * plan.dim * plan.query_pitch;
+  pack_query<S, T>(plan, args.query, plane, y, static_cast<T>(plan.scale), query);
+  pack_query<S, T>(plan, args.grad, plane, y, T(1), grad);
+  T* lse = scratch.lse + row * plan.query_pitch;
+  const T* from = plane_of<T>(args.lse, plan, plane) + y * args.lse.strides[3];
+  for (int64_t x = 0; x < plan.cols.queries; ++x) {
+    lse[x] = from[x * args.lse.strides[4]];
+  }
+  if constexpr (kTotalFromOutput<S, T>) {
+    T* total = scratch.total + row * plan.query_pitch;
+    clear(total, plan.query_pitch);
+    const S* output = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
+    for (int64_t c = 0; c < plan.dim; ++c, output += args.output.strides[2]) {
+      const T* g = grad + c * plan.query_pitch + plan.margin;
+      for (int64_t x = 0; x < plan.cols.queries; ++x) {
+        total[x] += g[x] * output[x * args.output.strides[4]];
+      }
+    }
+  }
+}
+
+// Weights and gradients of logits of the vector at column x, from logits in `weights` and the
+// products of grad and value in `grad_logits`.
+template <typename S, typename T>
+INLINE void differentiate(const Plan& plan, int64_t x, int64_t row, const Scratch<T>& scratch) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t pitch = plan.query_pitch;
+  const int64_t offsets = plan.rows.kernel * plan.cols.kernel;
+  const int64_t valid = plan.cols.queries - x;
+  T* weights = scratch.weights + row * offsets * pitch + plan.margin + x;
+  T* grad_logits = scratch.grad_logits + row * offsets * pitch + plan.margin + x;
+  const Vec<T> lse = load(scratch.lse + row * pitch + x);
+  Vec<T> total = {};
+  for (int64_t o = 0; o < offsets; ++o) {
+    const Vec<T> weight = vector_exp(load(weights + o * pitch) - lse);
+    store<T>(weights + o * pitch, weight);
+    total += weight * load(grad_logits + o * pitch);
+  }
+  if constexpr (kTotalFromOutput<S, T>) {
+    total = load(scratch.total + row * pitch + x);
+  }
+  for (int64_t o = 0; o < offsets; ++o) {
+    T* grad_logit = grad_logits + o * pitch;
+    store<T>(grad_logit, load(weights + o * pitch) * (load(grad_logit) - total));
+    if (valid < lanes) {
+      // Lanes past the row's end would reach keys of real queries.
+      clear(weights + o * pitch + valid, lanes - valid);
+      clear(grad_logit + valid, lanes - valid);
+    }
+  }
+}
+
+template <typename S, typename T, bool unit>
+void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, const Group& group,
+                    S* const* grad_query, const Scratch<T>& scratch) {
+  const int64_t weight_row = plan.rows.kernel * plan.cols.kernel * plan.query_pitch;
+  for (int64_t r = 0; r < group.count; ++r) {
+    pack_row_gradient<S, T>(plan, args, plane, plan.query_row(group, r), r, scratch);
+  }
+  const T scale = static_cast<T>(plan.scale);
+  const Vec<T> factor[2] = {scale - Vec<T>{}, scale - Vec<T>{}};
+  for (int64_t x = 0; x < plan.cols.queries; x += Simd<T>::lanes) {
+    T* weights = scratch.weights + plan.margin + x;
+    T* grad_logits = scratch.grad_logits + plan.margin + x;
+    dot_block<T, unit>(plan, group.count, scratch.query, scratch.key_rows, x, weights, weight_row,
+                       plan.query_pitch);
+    dot_block<T, unit>(plan, group.count, scratch.grad, scratch.value_rows, x, grad_logits,
+                       weight_row, plan.query_pitch);
+    for (int64_t r = 0; r < group.count; ++r) {
+      differentiate<S>(plan, x, r, scratch);
+    }
+    sum_block<S, T, unit>(plan, group.count, scratch.key_rows, x, grad_logits, weight_row,
+                          plan.query_pitch, factor, grad_query);
+  }
+  for (int64_t r = 0; r < group.count; ++r) {
+    scatter(plan, r, scratch);
+  }
+}
+
+// Does some query of the group see key rows [begin, end)?
+INLINE bool reaches(const Plan& plan, const Group& group, int64_t begin, int64_t end) {
+  const int64_t first = group.first * plan.rows.step;
+  const int64_t last = first + (group.count - 1) * plan.rows.step + plan.rows.kernel;
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t y = plan.rows.key(group.phase, row);
+    if (begin <= y && y < end) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Gradients of key rows [begin, end) of a plane, and of the queries centred on them. A query that
+// sees rows of several such blocks is computed for each: nothing is shared, and every sum has the
+// same order however the rows are divided.
+template <typename S, typename T>
+void backward(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t begin,
+              int64_t end, Arena arena) {
+  const Scratch<T> scratch = Scratch<T>::lay_out(arena, plan, true);
+  const int64_t plane_size = plan.rows.queries * plan.cols.queries;
+  S* grad_query = static_cast<S*>(args.grad_query) + plane * plan.dim * plane_size;
+  const int64_t groups = static_cast<int64_t>(plan.groups.size());
+  Window keys, grads;
+  for (int64_t i = 0; i < groups; ++i) {
+    const Group& group = plan.groups.data()[i];
+    if (!reaches(plan, group, begin, end)) {
+      continue;
+    }
+    const int64_t first = group.first * plan.rows.step;
+    const bool continued = grads.plane == plane && grads.phase == group.phase;
+    flush(plan, args, continued ? first : INT64_MAX, begin, end, grads, scratch);
+    fill_rings<S, T>(plan, args.key, args.value, plane, group, keys, scratch);
+    for (int64_t u = 0; u < plan.ring_rows; ++u) {
+      const int64_t place = (first + u) % plan.ring_rows * plan.dim * plan.key_pitch;
+      scratch.grad_key_rows[u] = scratch.grad_keys + place;
+      scratch.grad_value_rows[u] = scratch.grad_values + place;
+    }
+    grads = keys;
+    S* rows[2];
+    for (int64_t r = 0; r < group.count; ++r) {
+      const int64_t y = plan.query_row(group, r);
+      const bool owned = begin <= y * plan.rows.stride && y * plan.rows.stride < end;
+      rows[r] = owned ? grad_query + y * plan.cols.queries : nullptr;
+    }
+    if (plan.unit) {
+      backward_group<S, T, true>(plan, args, plane, group, rows, scratch);
+    } else {
+      backward_group<S, T, false>(plan, args, plane, group, rows, scratch);
+    }
+  }
+  flush(plan, args, INT64_MAX, begin, end, grads, scratch);
+}
+
+}  // namespace
+}  // namespace LOCAL_ATTENTION_ISA
+}  // namespace acmix_mm
+
+#undef LOCAL_ATTENTION_ISA
+#undef LOCAL_ATTENTION_BYTES

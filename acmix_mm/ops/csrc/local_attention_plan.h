@@ -1,0 +1,153 @@
+// How one call of neighbourhood attention is laid out; shared by all instruction sets.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+namespace acmix_mm {
+
+// Position outside [0, size) -> position inside, by repeated reflection at the border pixels.
+inline int64_t reflect(int64_t position, int64_t size) {
+  if (size == 1) {
+    return 0;
+  }
+  const int64_t period = 2 * (size - 1);
+  position = ((position % period) + period) % period;
+  return std::min(position, period - position);
+}
+
+// One spatial axis. Queries phase, phase + phases, ... see keys of one lattice: the neighbourhood
+// of the t-th of them is keys t * step + 0 .. kernel - 1 of the keys `key(phase, .)`.
+struct Axis {
+  int64_t size, queries, kernel, stride, dilation, before, phases, step;
+
+  Axis(int64_t size_, int64_t kernel_, int64_t stride_, int64_t dilation_)
+      : size(size_), kernel(kernel_), stride(std::min(stride_, size_)) {
+    queries = (size + stride - 1) / stride;
+    // Reflection is periodic, so a dilation beyond the period only wastes scratch.
+    const int64_t period = std::max<int64_t>(1, 2 * (size - 1));
+    dilation = (dilation_ - 1) % period + 1;
+    before = kernel / 2 * dilation;
+    phases = dilation / std::gcd(dilation, stride);
+    step = stride / std::gcd(dilation, stride);
+  }
+
+  int64_t key(int64_t phase, int64_t index) const {
+    return reflect(phase * stride + index * dilation - before, size);
+  }
+};
+
+// Query rows that share key rows and are worked off together.
+struct Group {
+  int64_t phase, first, count;
+};
+
+struct Plan {
+  int64_t planes, heads, dim;
+  double scale;
+  Axis rows, cols;
+  int64_t group_rows;  // rows of a full group
+  int64_t ring_rows;   // key rows that such a group sees
+  std::vector<Group> groups;
+
+  // A packed key row holds, for each residue modulo the stride that some offset needs (a slot),
+  // the keys of that residue: every offset then reads adjacent keys for adjacent queries.
+  int64_t slots = 0;
+  int64_t slot_length;               // keys of a slot
+  int64_t slot_pitch;                // elements from slot to slot
+  int64_t key_pitch, query_pitch;    // elements from channel to channel
+  int64_t padded_cols;               // queries of a row, rounded up to whole vectors
+  int64_t margin;                    // zeros left and right of a packed query row
+  bool unit;                         // offsets of adjacent keys are adjacent
+  std::vector<int64_t> slot, shift;  // by offset: its slot, and where query 0 sees its key there
+  std::vector<int64_t> offset;       // both in one: slot * slot_pitch + shift
+  std::vector<int64_t> source;       // by slot and key: column of the map
+
+  Plan(int64_t planes_, int64_t heads_, int64_t dim_, double scale_, const Axis& rows_,
+       const Axis& cols_, int64_t lanes, int64_t line)
+      : planes(planes_), heads(heads_), dim(dim_), scale(scale_), rows(rows_), cols(cols_) {
+    group_rows = rows.step < rows.kernel ? 2 : 1;
+    ring_rows = rows.kernel + (group_rows - 1) * rows.step;
+    for (int64_t phase = 0; phase < std::min(rows.phases, rows.queries); ++phase) {
+      const int64_t count = (rows.queries - phase + rows.phases - 1) / rows.phases;
+      for (int64_t first = 0; first < count; first += group_rows) {
+        groups.push_back({phase, first, std::min(group_rows, count - first)});
+      }
+    }
+
+    const auto round_up = [](int64_t n, int64_t multiple) {
+      return (n + multiple - 1) / multiple * multiple;
+    };
+    // An odd number of cache lines, lest channels fall into the same cache sets.
+    const auto spread = [&](int64_t n) {
+      n = round_up(n, line);
+      return n / line % 2 ? n : n + line;
+    };
+    std::vector<int64_t> residues;
+    for (int64_t j = 0; j < cols.kernel; ++j) {
+      const int64_t residue = j * cols.dilation % cols.stride;
+      const auto found = std::find(residues.begin(), residues.end(), residue);
+      slot.push_back(found - residues.begin());
+      shift.push_back(j * cols.dilation / cols.stride);
+      if (found == residues.end()) {
+        residues.push_back(residue);
+      }
+    }
+    slots = static_cast<int64_t>(residues.size());
+    padded_cols = round_up(cols.queries, lanes);
+    margin = line;
+    slot_length = cols.queries + shift.back();
+    slot_pitch = round_up(padded_cols + shift.back(), line);
+    key_pitch = spread(slots * slot_pitch);
+    query_pitch = spread(margin + round_up(cols.queries, line) + margin);
+    unit = cols.stride == 1 && cols.dilation == 1;
+    for (int64_t j = 0; j < cols.kernel; ++j) {
+      offset.push_back(slot[j] * slot_pitch + shift[j]);
+    }
+    for (const int64_t residue : residues) {
+      for (int64_t z = 0; z < slot_length; ++z) {
+        source.push_back(reflect(z * cols.stride + residue - cols.before, cols.size));
+      }
+    }
+  }
+
+  int64_t query_row(const Group& group, int64_t row) const {
+    return group.phase + (group.first + row) * rows.phases;
+  }
+};
+
+// A (B, N, d, rows, columns) tensor.
+struct Map {
+  const void* data;
+  int64_t strides[5];
+};
+
+struct ForwardArgs {
+  Map query, key, value;
+  void* output;
+  void* lse;
+};
+
+struct BackwardArgs {
+  Map grad, query, key, value, output, lse;
+  void* grad_query;
+  void* grad_key;    // zeros, of the compute type
+  void* grad_value;  // zeros, of the compute type
+};
+
+// Hands out pieces of one allocation; without one, it only counts.
+struct Arena {
+  uintptr_t base = 0;
+  int64_t used = 0;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base + used);
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+};
+
+}  // namespace acmix_mm
