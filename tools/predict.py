@@ -58,14 +58,13 @@ def find_images(path: Path) -> list[Path]:
     return images
 
 
-def build_inferencer(cfg: Config, args: argparse.Namespace):
+def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace):
     """mmdet's inferencer with the checkpoint's weights, which must all be there."""
     import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
     from mmdet.apis import DetInferencer
 
     inferencer = DetInferencer(cfg, args.checkpoint, device=args.device)
-    weights = load_checkpoint(args.checkpoint)
-    weights = weights.get('state_dict', weights)
+    weights = checkpoint.get('state_dict', checkpoint)
     missing = [
         name
         for name, value in inferencer.model.state_dict().items()
@@ -96,8 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     images = find_images(args.input)[: args.limit]
     cfg = load_config(args)
-    load_checkpoint(args.checkpoint)
-    inferencer = build_inferencer(cfg, args)
+    inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)
     results = inferencer(
         [str(image) for image in images],
         batch_size=args.batch_size,

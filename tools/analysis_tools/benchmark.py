@@ -7,8 +7,8 @@ Suites:
 
 Candidates take turns in one process, so that what else the machine does strikes all alike; times
 are medians with their range. Peak memory is taken in a fresh process each, over what the process
-holds before its first step (on a CPU: of resident memory; model and gradients of a detector are
-counted, Python and libraries are not).
+holds before its first step: gradients count, weights and libraries do not (on a CPU: resident
+memory, as Linux reports it).
 """
 
 import argparse
