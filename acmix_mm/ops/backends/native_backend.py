@@ -44,11 +44,11 @@ if AVAILABLE:
         )
 
     @torch.library.register_fake('acmix_mm::local_attention_native_backward')
-    def _(grad, query, key, value, output, lse, kernel_size, stride, dilation, scale):
+    def _(grad, query, key, value, lse, kernel_size, stride, dilation, scale):
         return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
     def _setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.save_for_backward(*inputs[:3], output[1])
         ctx.geometry = inputs[3:]
 
     def _autograd_backward(ctx, grad, grad_lse):
@@ -70,7 +70,7 @@ def local_attention(
 ) -> Tensor:
     """Arguments, already checked, and result as in :func:`acmix_mm.ops.local_attention`.
 
-    Training keeps inputs, output and one log-sum-exp a query and head. Memory beyond that: some
+    Training keeps inputs and one log-sum-exp a query and head. Memory beyond that: some
     packed rows a thread; for half precision, the backward pass also sums the gradients of key and
     value in float32.
     """

@@ -101,7 +101,8 @@ struct Scratch {
   T *keys, *values;            // rings of packed key rows
   T *grad_keys, *grad_values;  // rings of the gradients of those rows
   T *query, *grad;             // packed query rows of a group
-  T *lse, *total;              // by query of a group
+  T* lse;                      // by query of a group
+  T* columns;                  // column coordinate of every packed key
   T *weights, *grad_logits;    // by offset and query of a group
   T** key_rows;                // rows of the group at hand, in the rings
   T** value_rows;
@@ -119,6 +120,7 @@ struct Scratch {
     scratch.query = arena.take<T>(rows * plan.dim);
     scratch.key_rows = arena.take<T*>(plan.ring_rows);
     scratch.value_rows = arena.take<T*>(plan.ring_rows);
+    scratch.columns = arena.take<T>(plan.slots * plan.slot_pitch);
     if (!backward) {
       scratch.weights = arena.take<T>(plan.group_rows * offsets * Simd<T>::lanes);
       return scratch;
@@ -127,7 +129,6 @@ struct Scratch {
     scratch.grad_values = arena.take<T>(ring);
     scratch.grad = arena.take<T>(rows * plan.dim);
     scratch.lse = arena.take<T>(rows);
-    scratch.total = arena.take<T>(rows);
     scratch.weights = arena.take<T>(rows * offsets);
     scratch.grad_logits = arena.take<T>(rows * offsets);
     scratch.grad_key_rows = arena.take<T*>(plan.ring_rows);
@@ -148,6 +149,12 @@ template <typename S>
 INLINE const S* plane_of(const Map& map, const Plan& plan, int64_t plane) {
   return static_cast<const S*>(map.data) + plane / plan.heads * map.strides[0] +
          plane % plan.heads * map.strides[1];
+}
+
+template <typename S>
+INLINE S* plane_of(const Target& target, const Plan& plan, int64_t plane) {
+  return static_cast<S*>(target.data) + plane / plan.heads * target.strides[0] +
+         plane % plan.heads * target.strides[1];
 }
 
 // One query row of every channel -> packed row, times factor.
@@ -199,30 +206,84 @@ void pack_key(const Plan& plan, const Map& map, int64_t plane, int64_t row, T* t
   }
 }
 
-// Adjoint of pack_key: adds a packed row to row `row` of a contiguous map.
 template <typename T>
-void unpack_key(const Plan& plan, const T* from, int64_t plane, int64_t row, T* map) {
+void fill_columns(const Plan& plan, T* columns) {
+  for (int64_t slot = 0; slot < plan.slots; ++slot) {
+    for (int64_t z = 0; z < plan.slot_length; ++z) {
+      columns[slot * plan.slot_pitch + z] = static_cast<T>(
+          coordinate(plan.source.data()[slot * plan.slot_length + z], plan.cols.size));
+    }
+  }
+}
+
+// Subtracts slopes . (x, y) from a packed key row.
+template <typename T>
+void subtract_positions(const Plan& plan, const T* slopes, int64_t row, const T* columns, T* to) {
+  const T y = static_cast<T>(coordinate(row, plan.rows.size));
+  for (int64_t c = 0; c < plan.dim; ++c, to += plan.key_pitch) {
+    const T slope = slopes[2 * c];
+    const T at_row = slopes[2 * c + 1] * y;
+    for (int64_t slot = 0; slot < plan.slots; ++slot) {
+      for (int64_t z = slot * plan.slot_pitch; z < slot * plan.slot_pitch + plan.slot_length; ++z) {
+        to[z] -= slope * columns[z] + at_row;
+      }
+    }
+  }
+}
+
+// Adjoint of subtract_positions: adds to the sums (d, 2).
+template <typename T>
+void sum_positions(const Plan& plan, const T* from, int64_t row, const T* columns, double* sums) {
+  constexpr int lanes = Simd<T>::lanes;
+  const double y = coordinate(row, plan.rows.size);
+  for (int64_t c = 0; c < plan.dim; ++c, from += plan.key_pitch) {
+    Vec<T> x_sum = {}, sum = {};
+    for (int64_t slot = 0; slot < plan.slots; ++slot) {
+      const T* keys = from + slot * plan.slot_pitch;
+      const T* positions = columns + slot * plan.slot_pitch;
+      int64_t z = 0;
+      for (; z + lanes <= plan.slot_length; z += lanes) {
+        const Vec<T> key = load(keys + z);
+        x_sum += key * load(positions + z);
+        sum += key;
+      }
+      for (; z < plan.slot_length; ++z) {
+        x_sum[0] += keys[z] * positions[z];
+        sum[0] += keys[z];
+      }
+    }
+    for (int i = 0; i < lanes; ++i) {
+      sums[2 * c] -= x_sum[i];
+      sums[2 * c + 1] -= sum[i] * y;
+    }
+  }
+}
+
+// Adjoint of pack_key: adds a packed row, times factor, to row `row` of a map.
+template <typename T>
+void unpack_key(const Plan& plan, const T* from, int64_t plane, int64_t row, T factor,
+                const Target& target) {
   const int64_t size = plan.cols.size;
   const int64_t* source = plan.source.data();
   const int64_t length = plan.slot_length;
-  for (int64_t c = 0; c < plan.dim; ++c, from += plan.key_pitch) {
-    T* to = map + ((plane * plan.dim + c) * plan.rows.size + row) * size;
+  T* to = plane_of<T>(target, plan, plane) + row * target.strides[3];
+  for (int64_t c = 0; c < plan.dim; ++c, from += plan.key_pitch, to += target.strides[2]) {
     if (plan.cols.stride == 1) {
       const int64_t before = plan.cols.before;
       for (int64_t x = 0; x < size; ++x) {
-        to[x] += from[before + x];
+        to[x] += factor * from[before + x];
       }
       for (int64_t z = 0; z < before; ++z) {
-        to[source[z]] += from[z];
+        to[source[z]] += factor * from[z];
       }
       for (int64_t z = before + size; z < length; ++z) {
-        to[source[z]] += from[z];
+        to[source[z]] += factor * from[z];
       }
       continue;
     }
     for (int64_t slot = 0; slot < plan.slots; ++slot) {
       for (int64_t z = 0; z < length; ++z) {
-        to[source[slot * length + z]] += from[slot * plan.slot_pitch + z];
+        to[source[slot * length + z]] += factor * from[slot * plan.slot_pitch + z];
       }
     }
   }
@@ -239,8 +300,8 @@ struct Window {
 
 // Packs the key rows of a group that the rings do not hold yet, and lists all of the group's.
 template <typename S, typename T>
-void fill_rings(const Plan& plan, const Map& key, const Map& value, int64_t plane,
-                const Group& group, Window& window, const Scratch<T>& scratch) {
+void fill_rings(const Plan& plan, const Map& key, const Map& value, const void* slopes,
+                int64_t plane, const Group& group, Window& window, const Scratch<T>& scratch) {
   const int64_t begin = group.first * plan.rows.step;
   const int64_t end = begin + plan.ring_rows;
   const int64_t needed = begin + plan.rows.kernel + (group.count - 1) * plan.rows.step;
@@ -251,6 +312,10 @@ void fill_rings(const Plan& plan, const Map& key, const Map& value, int64_t plan
     if (row < needed && !window.holds(plane, group.phase, row)) {
       const int64_t y = plan.rows.key(group.phase, row);
       pack_key<S, T>(plan, key, plane, y, scratch.keys + place);
+      if (slopes != nullptr) {
+        subtract_positions(plan, static_cast<const T*>(slopes), y, scratch.columns,
+                           scratch.keys + place);
+      }
       pack_key<S, T>(plan, value, plane, y, scratch.values + place);
     }
   }
@@ -376,18 +441,41 @@ INLINE void write(S* to, const Vec<T>& value, int64_t count) {
   }
 }
 
+template <typename S, typename T>
+INLINE Vec<T> read(const S* from, int64_t count) {
+  Vec<T> value = {};
+  if (count >= Simd<T>::lanes) {
+    for (int i = 0; i < Simd<T>::lanes; ++i) {
+      value[i] = static_cast<T>(from[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      value[i] = static_cast<T>(from[i]);
+    }
+  }
+  return value;
+}
+
+// Rows of a target that a group of queries writes; null rows are left out.
+template <typename S, typename T>
+struct TargetRows {
+  S* row[2];
+  int64_t channel_pitch;
+  bool add;
+  const T* factor;  // by channel, or null
+};
+
 // Weighted sums over the neighbourhoods, times factor[row], for the vector at column x: channels
 // from `channel` on, C at a time, to the rows whose `out` is not null. The adjoint of dot_block
 // with respect to the query.
 template <typename S, typename T, bool unit, int C = kMaxChannels>
 void sum_block(const Plan& plan, int64_t count, T* const* rows, int64_t x, const T* weights,
-               int64_t weight_row, int64_t pitch, const Vec<T>* factor, S* const* out,
-               int64_t channel = 0) {
+               int64_t weight_row, int64_t pitch, const Vec<T>* factor,
+               const TargetRows<S, T>& out, int64_t channel = 0) {
   const int64_t kernel = plan.rows.kernel;
   const int64_t step = plan.rows.step;
   const int64_t taps = plan.cols.kernel;
   const int64_t* offset = plan.offset.data();
-  const int64_t channel_size = plan.rows.queries * plan.cols.queries;
   for (; channel + C <= plan.dim; channel += C) {
     Vec<T> sum[2][C] = {};
     const int64_t at = channel * plan.key_pitch + x;
@@ -404,13 +492,20 @@ void sum_block(const Plan& plan, int64_t count, T* const* rows, int64_t x, const
       add_weighted<T, 1, 2, C, unit>(sum, rows[u] + at, plan.key_pitch, offset, taps, w, pitch);
     }
     for (int64_t r = 0; r < count; ++r) {
-      if (out[r] == nullptr) {
+      if (out.row[r] == nullptr) {
         continue;
       }
       UNROLL
       for (int c = 0; c < C; ++c) {
-        const Vec<T> result = (r ? sum[1][c] : sum[0][c]) * factor[r];
-        write<S, T>(out[r] + (channel + c) * channel_size + x, result, plan.cols.queries - x);
+        Vec<T> result = (r ? sum[1][c] : sum[0][c]) * factor[r];
+        S* to = out.row[r] + (channel + c) * out.channel_pitch + x;
+        if (out.factor != nullptr) {
+          result *= out.factor[channel + c];
+        }
+        if (out.add) {
+          result += read<S, T>(to, plan.cols.queries - x);
+        }
+        write<S, T>(to, result, plan.cols.queries - x);
       }
     }
   }
@@ -446,13 +541,17 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
   constexpr int lanes = Simd<T>::lanes;
   const int64_t offsets = plan.rows.kernel * plan.cols.kernel;
   const int64_t plane_size = plan.rows.queries * plan.cols.queries;
-  S* out[2];
+  const T* factors = static_cast<const T*>(args.factor);
+  TargetRows<S, T> out{{},
+                       args.output.strides[2],
+                       args.output.add,
+                       factors ? factors + plane % plan.heads * plan.dim : nullptr};
   T* lse[2];
   for (int64_t r = 0; r < group.count; ++r) {
     const int64_t y = plan.query_row(group, r);
     pack_query<S, T>(plan, args.query, plane, y, static_cast<T>(plan.scale),
                      scratch.query + r * plan.dim * plan.query_pitch);
-    out[r] = static_cast<S*>(args.output) + plane * plan.dim * plane_size + y * plan.cols.queries;
+    out.row[r] = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
     lse[r] = static_cast<T*>(args.lse) + plane * plane_size + y * plan.cols.queries;
   }
   for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
@@ -474,12 +573,13 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
 template <typename S, typename T>
 void forward(const Plan& plan, const ForwardArgs& args, int64_t begin, int64_t end, Arena arena) {
   const Scratch<T> scratch = Scratch<T>::lay_out(arena, plan, false);
+  fill_columns(plan, scratch.columns);
   const int64_t groups = static_cast<int64_t>(plan.groups.size());
   Window window;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t plane = i / groups;
     const Group& group = plan.groups.data()[i % groups];
-    fill_rings<S, T>(plan, args.key, args.value, plane, group, window, scratch);
+    fill_rings<S, T>(plan, args.key, args.value, args.slopes, plane, group, window, scratch);
     if (plan.unit) {
       forward_group<S, T, true>(plan, args, plane, group, scratch);
     } else {
@@ -594,26 +694,25 @@ void scatter(const Plan& plan, int64_t row, const Scratch<T>& scratch) {
 
 // Adds the gradient rows before `until` to the rows [begin, end) of the map, and clears them.
 template <typename T>
-void flush(const Plan& plan, const BackwardArgs& args, int64_t until, int64_t begin, int64_t end,
-           Window& window, const Scratch<T>& scratch) {
+void flush(const Plan& plan, const BackwardArgs& args, int64_t task, int64_t until, int64_t begin,
+           int64_t end, Window& window, const Scratch<T>& scratch) {
   for (; window.begin < window.end && window.begin < until; ++window.begin) {
     const int64_t row_size = plan.dim * plan.key_pitch;
     const int64_t place = window.begin % plan.ring_rows * row_size;
     const int64_t y = plan.rows.key(window.phase, window.begin);
     if (begin <= y && y < end) {
-      unpack_key(plan, scratch.grad_keys + place, window.plane, y, static_cast<T*>(args.grad_key));
-      unpack_key(plan, scratch.grad_values + place, window.plane, y,
-                 static_cast<T*>(args.grad_value));
+      unpack_key(plan, scratch.grad_keys + place, window.plane, y, T(1), args.grad_key);
+      unpack_key(plan, scratch.grad_values + place, window.plane, y, static_cast<T>(args.factor),
+                 args.grad_value);
+      if (args.slope_sums != nullptr) {
+        sum_positions(plan, scratch.grad_keys + place, y, scratch.columns,
+                      args.slope_sums + task * plan.dim * 2);
+      }
     }
     clear(scratch.grad_keys + place, row_size);
     clear(scratch.grad_values + place, row_size);
   }
 }
-
-// Is the softmax's total, sum(weight * grad_weight), exact enough as sum(grad * output)? That takes
-// an output that was not rounded to half precision.
-template <typename S, typename T>
-constexpr bool kTotalFromOutput = sizeof(S) == sizeof(T);
 
 // Packs what the gradient of one query row needs besides keys and values.
 template <typename S, typename T>
@@ -628,23 +727,13 @@ void pack_row_gradient(const Plan& plan, const BackwardArgs& args, int64_t plane
   for (int64_t x = 0; x < plan.cols.queries; ++x) {
     lse[x] = from[x * args.lse.strides[4]];
   }
-  if constexpr (kTotalFromOutput<S, T>) {
-    T* total = scratch.total + row * plan.query_pitch;
-    clear(total, plan.query_pitch);
-    const S* output = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
-    for (int64_t c = 0; c < plan.dim; ++c, output += args.output.strides[2]) {
-      const T* g = grad + c * plan.query_pitch + plan.margin;
-      for (int64_t x = 0; x < plan.cols.queries; ++x) {
-        total[x] += g[x] * output[x * args.output.strides[4]];
-      }
-    }
-  }
 }
 
 // Weights and gradients of logits of the vector at column x, from logits in `weights` and the
-// products of grad and value in `grad_logits`.
-template <typename S, typename T>
-INLINE void differentiate(const Plan& plan, int64_t x, int64_t row, const Scratch<T>& scratch) {
+// products of grad and value in `grad_logits`. Returns the products of grad and attention.
+template <typename T>
+INLINE Vec<T> differentiate(const Plan& plan, int64_t x, int64_t row, T factor,
+                            const Scratch<T>& scratch) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t pitch = plan.query_pitch;
   const int64_t offsets = plan.rows.kernel * plan.cols.kernel;
@@ -658,30 +747,30 @@ INLINE void differentiate(const Plan& plan, int64_t x, int64_t row, const Scratc
     store<T>(weights + o * pitch, weight);
     total += weight * load(grad_logits + o * pitch);
   }
-  if constexpr (kTotalFromOutput<S, T>) {
-    total = load(scratch.total + row * pitch + x);
-  }
   for (int64_t o = 0; o < offsets; ++o) {
     T* grad_logit = grad_logits + o * pitch;
-    store<T>(grad_logit, load(weights + o * pitch) * (load(grad_logit) - total));
+    store<T>(grad_logit, load(weights + o * pitch) * (load(grad_logit) - total) * factor);
     if (valid < lanes) {
       // Lanes past the row's end would reach keys of real queries.
       clear(weights + o * pitch + valid, lanes - valid);
       clear(grad_logit + valid, lanes - valid);
     }
   }
+  return total;
 }
 
 template <typename S, typename T, bool unit>
-void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, const Group& group,
-                    S* const* grad_query, const Scratch<T>& scratch) {
+void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t task,
+                    const Group& group, const TargetRows<S, T>& grad_query,
+                    const Scratch<T>& scratch) {
+  constexpr int lanes = Simd<T>::lanes;
   const int64_t weight_row = plan.rows.kernel * plan.cols.kernel * plan.query_pitch;
   for (int64_t r = 0; r < group.count; ++r) {
     pack_row_gradient<S, T>(plan, args, plane, plan.query_row(group, r), r, scratch);
   }
   const T scale = static_cast<T>(plan.scale);
   const Vec<T> factor[2] = {scale - Vec<T>{}, scale - Vec<T>{}};
-  for (int64_t x = 0; x < plan.cols.queries; x += Simd<T>::lanes) {
+  for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
     T* weights = scratch.weights + plan.margin + x;
     T* grad_logits = scratch.grad_logits + plan.margin + x;
     dot_block<T, unit>(plan, group.count, scratch.query, scratch.key_rows, x, weights, weight_row,
@@ -689,7 +778,13 @@ void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, c
     dot_block<T, unit>(plan, group.count, scratch.grad, scratch.value_rows, x, grad_logits,
                        weight_row, plan.query_pitch);
     for (int64_t r = 0; r < group.count; ++r) {
-      differentiate<S>(plan, x, r, scratch);
+      const Vec<T> total = differentiate(plan, x, r, static_cast<T>(args.factor), scratch);
+      if (grad_query.row[r] != nullptr) {
+        const int64_t valid = std::min<int64_t>(lanes, plan.cols.queries - x);
+        for (int64_t i = 0; i < valid; ++i) {
+          args.factor_sums[task] += total[i];
+        }
+      }
     }
     sum_block<S, T, unit>(plan, group.count, scratch.key_rows, x, grad_logits, weight_row,
                           plan.query_pitch, factor, grad_query);
@@ -716,11 +811,10 @@ INLINE bool reaches(const Plan& plan, const Group& group, int64_t begin, int64_t
 // sees rows of several such blocks is computed for each: nothing is shared, and every sum has the
 // same order however the rows are divided.
 template <typename S, typename T>
-void backward(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t begin,
-              int64_t end, Arena arena) {
+void backward(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t task,
+              int64_t begin, int64_t end, Arena arena) {
   const Scratch<T> scratch = Scratch<T>::lay_out(arena, plan, true);
-  const int64_t plane_size = plan.rows.queries * plan.cols.queries;
-  S* grad_query = static_cast<S*>(args.grad_query) + plane * plan.dim * plane_size;
+  fill_columns(plan, scratch.columns);
   const int64_t groups = static_cast<int64_t>(plan.groups.size());
   Window keys, grads;
   for (int64_t i = 0; i < groups; ++i) {
@@ -730,27 +824,28 @@ void backward(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t
     }
     const int64_t first = group.first * plan.rows.step;
     const bool continued = grads.plane == plane && grads.phase == group.phase;
-    flush(plan, args, continued ? first : INT64_MAX, begin, end, grads, scratch);
-    fill_rings<S, T>(plan, args.key, args.value, plane, group, keys, scratch);
+    flush(plan, args, task, continued ? first : INT64_MAX, begin, end, grads, scratch);
+    fill_rings<S, T>(plan, args.key, args.value, args.slopes, plane, group, keys, scratch);
     for (int64_t u = 0; u < plan.ring_rows; ++u) {
       const int64_t place = (first + u) % plan.ring_rows * plan.dim * plan.key_pitch;
       scratch.grad_key_rows[u] = scratch.grad_keys + place;
       scratch.grad_value_rows[u] = scratch.grad_values + place;
     }
     grads = keys;
-    S* rows[2];
+    TargetRows<S, T> out{{}, args.grad_query.strides[2], args.grad_query.add, nullptr};
     for (int64_t r = 0; r < group.count; ++r) {
       const int64_t y = plan.query_row(group, r);
-      const bool owned = begin <= y * plan.rows.stride && y * plan.rows.stride < end;
-      rows[r] = owned ? grad_query + y * plan.cols.queries : nullptr;
+      if (begin <= y * plan.rows.stride && y * plan.rows.stride < end) {
+        out.row[r] = plane_of<S>(args.grad_query, plan, plane) + y * args.grad_query.strides[3];
+      }
     }
     if (plan.unit) {
-      backward_group<S, T, true>(plan, args, plane, group, rows, scratch);
+      backward_group<S, T, true>(plan, args, plane, task, group, out, scratch);
     } else {
-      backward_group<S, T, false>(plan, args, plane, group, rows, scratch);
+      backward_group<S, T, false>(plan, args, plane, task, group, out, scratch);
     }
   }
-  flush(plan, args, INT64_MAX, begin, end, grads, scratch);
+  flush(plan, args, task, INT64_MAX, begin, end, grads, scratch);
 }
 
 }  // namespace

@@ -124,18 +124,35 @@ struct Map {
   int64_t strides[5];
 };
 
+// A tensor of the same layout, with adjacent columns, to write or to add to.
+struct Target {
+  void* data;
+  int64_t strides[5];
+  bool add;
+};
+
 struct ForwardArgs {
   Map query, key, value;
-  void* output;
+  const void* slopes;  // (d, 2) of the compute type or null: keys lose slopes . (x, y)
+  const void* factor;  // (N, d) of the compute type or null: on the output
+  Target output;
   void* lse;
 };
 
 struct BackwardArgs {
-  Map grad, query, key, value, output, lse;
-  void* grad_query;
-  void* grad_key;    // zeros, of the compute type
-  void* grad_value;  // zeros, of the compute type
+  Map grad, query, key, value, lse;
+  const void* slopes;
+  double factor;  // on the output, of all channels
+  Target grad_query;
+  Target grad_key, grad_value;  // to add to, of the compute type
+  double* slope_sums;           // (d, 2) of each task, to add to; null without slopes
+  double* factor_sums;          // of each task, to add to
 };
+
+// Position of a row or column on the axis: linspace(-1, 1, size)[index].
+inline double coordinate(int64_t index, int64_t size) {
+  return size == 1 ? -1. : -1. + 2. * static_cast<double>(index) / static_cast<double>(size - 1);
+}
 
 // Hands out pieces of one allocation; without one, it only counts.
 struct Arena {
