@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+from mmcv.cnn.utils.fuse_conv_bn import fuse_conv_bn
 from mmdet.models.backbones.resnet import Bottleneck, ResNet
 from mmengine.registry import MODELS
 from torch import nn
@@ -29,6 +30,13 @@ class ACmixBottleneck(Bottleneck):
             **acmix,
         )
 
+    def switch_to_deploy(self) -> None:
+        """Fold the mixed operator for inference, with the batch norm after it, in place."""
+        norm = self.norm2 if isinstance(self.norm2, nn.modules.batchnorm._BatchNorm) else None
+        self.conv2.switch_to_deploy(norm)
+        if norm is not None:
+            setattr(self, self.norm2_name, nn.Identity())
+
 
 @MODELS.register_module()
 class ACmixResNet(ResNet):
@@ -49,6 +57,8 @@ class ACmixResNet(ResNet):
         stage_with_acmix (Sequence[bool]): Which stages are mixed; the others keep their
             convolutions, so that all False is the plain ResNet of the same depth.
             Default: all stages.
+        deploy (bool): Build the form that :meth:`switch_to_deploy` leaves, for checkpoints of that
+            form. Default: False.
         **kwargs: All other arguments of mmdet's ResNet, with its defaults, but ``dcn`` and
             ``stage_with_dcn``.
 
@@ -79,6 +89,7 @@ class ACmixResNet(ResNet):
         mix: str = 'learned',
         backend: str | None = None,
         stage_with_acmix: Sequence[bool] = (True, True, True, True),
+        deploy: bool = False,
         **kwargs,
     ):
         if depth not in self.arch_settings:
@@ -103,6 +114,20 @@ class ACmixResNet(ResNet):
             'backend': backend,
         }
         super().__init__(depth, **kwargs)
+        if deploy:
+            self.switch_to_deploy()
+
+    def switch_to_deploy(self) -> None:
+        """Fold what can be folded for inference, in place; a second call does nothing.
+
+        Mixed operators with the batch norms after them, see
+        :meth:`acmix_mm.layers.MixedOperator.switch_to_deploy`, and convolutions with theirs. The
+        outputs of the backbone in evaluation mode stay the same within rounding.
+        """
+        for block in self.modules():
+            if isinstance(block, ACmixBottleneck):
+                block.switch_to_deploy()
+        fuse_conv_bn(self)
 
     def make_res_layer(self, block: type[nn.Module], **kwargs) -> nn.Module:
         """A stage; arguments as mmdet's."""

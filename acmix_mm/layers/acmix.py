@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import check_backend, check_positive, local_attention
+from ..ops import check_positive, fused_acmix, local_attention, select_backend
 from .mixed_operator import MixedOperator
 
 
@@ -108,9 +108,17 @@ class ACmix(MixedOperator):
                 f"padding must be 'same' or {same} for kernel_size {kernel_size} and dilation "
                 f'{dilation}, got {padding!r}'
             )
-        check_backend(backend)
-        head_dim = out_channels // num_heads
-        super().__init__(out_channels, 3 * num_heads, head_dim, kernel_size, mix)
+        super().__init__(
+            out_channels,
+            num_maps=3 * num_heads,
+            head_dim=out_channels // num_heads,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            bias=bias,
+            mix=mix,
+            backend=backend,
+        )
         # Attributes of nn.Conv2d, which mmcv's ConvModule and others read.
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -123,9 +131,7 @@ class ACmix(MixedOperator):
         self.transposed = False
 
         self.num_heads = num_heads
-        self.head_dim = head_dim
         self.attn_kernel_size = attn_kernel_size
-        self.backend = backend
         for name in ('conv1', 'conv2', 'conv3'):  # projections to query, key and value
             weight = torch.empty(out_channels, in_channels // groups, 1, 1)
             nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
@@ -135,69 +141,66 @@ class ACmix(MixedOperator):
                 nn.ParameterDict({'weight': weight, 'bias': torch.zeros(out_channels)}),
             )
         if self.with_attention:
-            conv_p = torch.empty(head_dim, 2, 1, 1)
+            conv_p = torch.empty(self.head_dim, 2, 1, 1)
             nn.init.kaiming_uniform_(conv_p, a=5**0.5)
             self.conv_p = nn.ParameterDict({'weight': conv_p})
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.register_load_state_dict_pre_hook(_drop_position_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
         stride, dilation = self.stride[0], self.dilation[0]
-        maps = self.project(x)
-        convolution = attention = None
-        if self.with_convolution:
-            convolution = self.convolution(maps.flatten(2, 3), stride, dilation)
+        weight, bias, slopes = self.projection_weights().values()
+        if self._fuses(x):
+            _, kernel, scale = self.mixing_weights()
+            return fused_acmix(
+                x, weight, bias, slopes, kernel, self.bias, scale,
+                self.num_heads, self.attn_kernel_size, stride, dilation,
+            )  # fmt: skip
+        maps = F.conv2d(x, weight, bias).unflatten(1, (self.head_dim, 3, self.num_heads))
+        attention = None
         if self.with_attention:
             query, key, value = maps.permute(2, 0, 3, 1, 4, 5)
             attention = local_attention(
                 query[..., ::stride, ::stride],
-                key - self.position_encoding(key),
+                key - _position_encoding(slopes, key),
                 value,
                 self.attn_kernel_size,
                 stride,
                 dilation,
                 backend=self.backend,
             ).flatten(1, 2)
-        if self.mix == 'attention':
-            out = attention
-        elif self.mix == 'conv':
-            out = convolution
-        else:
-            out = self.combine(attention, convolution)
-        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
+        return self.mix_paths(maps.flatten(2, 3), attention)
 
-    def project(self, x: Tensor) -> Tensor:
-        """Stage I: (B, in_channels, H, W) -> (B, d, 3, N, H, W), query, key and value.
+    def _fuses(self, x: Tensor) -> bool:
+        both_paths = self.with_attention and self.with_convolution
+        return both_paths and self._folds and select_backend(self.backend, x) == 'native'
 
-        The head position comes first, as the grouped convolution wants it; permuting the weights
-        costs nothing, permuting the maps would cost a pass over memory.
+    def projection_weights(self) -> dict[str, Tensor | None]:
+        """Weights of Stage I: one 1x1 convolution to query, key and value, and the position slopes.
+
+        Returns:
+            dict[str, Tensor | None]: ``weight`` (3 C, in_channels, 1, 1) and ``weight_bias``
+            (3 C,), ordered as (position, query / key / value, head): what the grouped convolution
+            wants, and permuting weights costs nothing, permuting maps a pass over memory.
+            ``slopes`` (d, 2), ``conv_p``'s weight; None without attention.
         """
+        if self.deployed:
+            return {'weight': self.weight, 'weight_bias': self.weight_bias, 'slopes': self.slopes}
         projections = (self.conv1, self.conv2, self.conv3)
-        weight = torch.stack([p['weight'] for p in projections])
+        weight = torch.stack([p['weight'] for p in projections]).flatten(2)
+        if self.groups > 1:
+            # One dense product is faster than three products of groups, whose channels are few.
+            blocks = weight.unflatten(1, (self.groups, -1))
+            weight = torch.stack([torch.block_diag(*block) for block in blocks])
         bias = torch.stack([p['bias'] for p in projections])
-        layout = (3, self.num_heads, self.head_dim)
-        if self.groups == 1:
-            weight = weight.unflatten(1, layout[1:]).permute(2, 0, 1, 3, 4, 5).flatten(0, 2)
-            bias = bias.view(layout).permute(2, 0, 1).flatten()
-            maps = F.conv2d(x, weight, bias)
-            return maps.unflatten(1, (self.head_dim, 3, self.num_heads))
-        maps = torch.stack(
-            [F.conv2d(x, w, b, groups=self.groups) for w, b in zip(weight, bias, strict=True)], 1
-        )
-        maps = maps.unflatten(2, layout[1:]).permute(0, 3, 1, 2, 4, 5)
-        return maps.contiguous()
-
-    def position_encoding(self, key: Tensor) -> Tensor:
-        """(d, H, W): ``conv_p`` of the coordinates (x, y), linspace(-1, 1) over width and height.
-
-        In the dtype and on the device of ``key`` (B, N, d, H, W).
-        """
-        height, width = key.shape[-2:]
-        weight_x, weight_y = self.conv_p['weight'].view(-1, 2, 1, 1).unbind(1)
-        x = torch.linspace(-1, 1, width, device=key.device, dtype=weight_x.dtype)
-        y = torch.linspace(-1, 1, height, device=key.device, dtype=weight_y.dtype)
-        return (weight_x * x + weight_y * y[:, None]).to(key.dtype)
+        layout = (self.num_heads, self.head_dim)
+        return {
+            'weight': weight.unflatten(1, layout)
+            .permute(2, 0, 1, 3)
+            .flatten(0, 2)[..., None, None],
+            'weight_bias': bias.unflatten(1, layout).permute(2, 0, 1).flatten(),
+            'slopes': self.conv_p['weight'].flatten(1) if self.with_attention else None,
+        }
 
     def extra_repr(self) -> str:
         return (
@@ -206,6 +209,18 @@ class ACmix(MixedOperator):
             f'num_heads={self.num_heads}, attn_kernel_size={self.attn_kernel_size}, '
             f'mix={self.mix!r}'
         )
+
+
+def _position_encoding(slopes: Tensor, key: Tensor) -> Tensor:
+    """(d, H, W): ``conv_p`` of the coordinates (x, y), linspace(-1, 1) over width and height.
+
+    In the dtype and on the device of ``key`` (B, N, d, H, W).
+    """
+    height, width = key.shape[-2:]
+    slope_x, slope_y = slopes[:, :, None, None].unbind(1)
+    x = torch.linspace(-1, 1, width, device=key.device, dtype=slopes.dtype)
+    y = torch.linspace(-1, 1, height, device=key.device, dtype=slopes.dtype)
+    return (slope_x * x + slope_y * y[:, None]).to(key.dtype)
 
 
 def _drop_position_bias(module, state_dict, prefix, *args) -> None:

@@ -1,14 +1,21 @@
 """Functions on tensors; they need torch only."""
 
 from .checks import check_positive
-from .local_attention import available_backends, check_backend, local_attention
-from .shift_conv import shift_conv, shift_kernel
+from .fused_acmix import fused_acmix
+from .local_attention import local_attention
+from .selection import available_backends, check_backend, select_backend
+from .shift_conv import fold_shift_conv, folding_pays, group_conv, shift_conv, shift_kernel
 
 __all__ = [
     'available_backends',
     'check_backend',
     'check_positive',
+    'fold_shift_conv',
+    'folding_pays',
+    'fused_acmix',
+    'group_conv',
     'local_attention',
+    'select_backend',
     'shift_conv',
     'shift_kernel',
 ]

@@ -2,29 +2,16 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 from .backends import native_backend, torch_backend
 from .checks import check_positive
+from .selection import autocast_tensors, select_backend
 
-_BACKENDS = {'torch': torch_backend.local_attention}
-if native_backend.AVAILABLE:
-    _BACKENDS['native'] = native_backend.local_attention
-
-
-def available_backends() -> tuple[str, ...]:
-    """Names that :func:`local_attention` takes as ``backend`` on this installation.
-
-    'torch' is plain PyTorch, for every device; 'native' is compiled C++, for the CPU.
-    """
-    return tuple(_BACKENDS)
-
-
-def check_backend(backend: str | None) -> None:
-    """Raise ``ValueError`` unless ``backend`` is None or an available backend's name."""
-    if backend is not None and backend not in _BACKENDS:
-        raise ValueError(f'backend must be None or one of {available_backends()}, got {backend!r}')
+_BACKENDS = {
+    'torch': torch_backend.local_attention,
+    'native': native_backend.local_attention,
+}
 
 
 def local_attention(
@@ -56,8 +43,8 @@ def local_attention(
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
         scale (float | None): Factor on the logits. Default: None, for ``d ** -0.5``.
         backend (str | None): One of :func:`available_backends`. The choice changes results by
-            rounding only. Default: None, for 'native' on the CPU where it was compiled and 'torch'
-            elsewhere.
+            rounding only. Default: None, for what the environment variable ``ACMIX_MM_BACKEND``
+            names, or else 'native' on the CPU where it was compiled and 'torch' elsewhere.
 
     Returns:
         Tensor: Shape and dtype of ``query``; under autocast, of the autocast dtype (inputs are
@@ -72,27 +59,19 @@ def local_attention(
     check_positive('kernel_size', kernel_size, odd=True)
     check_positive('stride', stride)
     check_positive('dilation', dilation)
-    check_backend(backend)
     _check_tensors(query, key, value, stride)
     if scale is None:
         scale = query.size(2) ** -0.5
     elif not math.isfinite(scale):
         raise ValueError(f'scale must be a finite number or None, got {scale!r}')
 
-    device_type = query.device.type
-    if torch.is_autocast_enabled(device_type) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = autocast_tensors(query, key, value)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             'query, key and value must have one dtype, got '
             f'{query.dtype}, {key.dtype}, {value.dtype}'
         )
-    if backend is None:
-        backend = 'native' if device_type == 'cpu' and 'native' in _BACKENDS else 'torch'
-    elif backend == 'native' and device_type != 'cpu':
-        raise ValueError(f"backend 'native' needs tensors on the CPU, got {query.device}")
-    function = _BACKENDS[backend]
+    function = _BACKENDS[select_backend(backend, query)]
     return function(query, key, value, kernel_size, stride, dilation, float(scale))
 
 

@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backends import native_backend
+from .selection import autocast_tensors, select_backend
+
 
 def shift_kernel(out_channels: int, groups: int, kernel_size: int) -> Tensor:
     """Kernel with which the grouped convolution sums ``kernel_size ** 2`` shifted maps.
@@ -24,19 +27,82 @@ def shift_kernel(out_channels: int, groups: int, kernel_size: int) -> Tensor:
     return kernel.repeat(out_channels, 1, 1, 1)
 
 
+def folding_pays(
+    num_maps: int, out_channels: int, groups: int, kernel_size: int, stride: int = 1
+) -> bool:
+    """Does the folded convolution have no more multiplications than ``fc`` and its convolution?
+
+    Folded, an output pixel takes ``k^2 M`` of them a channel. In two steps, ``fc`` takes ``k^2 M``
+    for each input pixel and head position, then the convolution ``k^4`` an output channel.
+    """
+    positions = kernel_size**2
+    folded = positions * num_maps * out_channels
+    two_steps = positions * num_maps * groups * stride**2 + positions**2 * out_channels
+    return folded <= two_steps
+
+
+def fold_shift_conv(fc_weight: Tensor, dep_weight: Tensor, groups: int) -> Tensor:
+    r"""Kernel of the one convolution that equals ``fc`` and the grouped convolution after it.
+
+    Both are linear: ``W[g, o, i] = sum_m dep[g, o, m] fc[m, i]``.
+
+    Args:
+        fc_weight (Tensor): Shape (k * k, M).
+        dep_weight (Tensor): Shape (C, k * k, k, k).
+        groups (int): Groups of the convolution, a divisor of C.
+
+    Returns:
+        Tensor: Shape (C, M, k, k).
+    """
+    dep_weight = dep_weight.unflatten(0, (groups, -1))
+    return torch.einsum('gompq,mi->goipq', dep_weight, fc_weight).flatten(0, 1).contiguous()
+
+
+def group_conv(
+    maps: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int = 1,
+    dilation: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolution with one group a head position, zero padded to keep the size at stride 1.
+
+    Args:
+        maps (Tensor): Shape (B, d, M, H, W).
+        weight (Tensor): Shape (C, M, k, k), C a multiple of d, k odd.
+        bias (Tensor | None): Shape (C,). Default: None.
+        stride (int): Default: 1.
+        dilation (int): Default: 1.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel of
+            its own here, made for few channels a group, all others take ``F.conv2d``.
+
+    Returns:
+        Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)).
+    """
+    groups = maps.size(1)
+    inputs = maps.flatten(1, 2)
+    if select_backend(backend, inputs) == 'native':
+        inputs, weight, bias = autocast_tensors(inputs, weight, bias)
+        return native_backend.group_conv(inputs, weight, bias, stride, dilation, groups)
+    padding = weight.size(-1) // 2 * dilation
+    return F.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
+
+
 def shift_conv(
     maps: Tensor,
     fc_weight: Tensor,
     dep_weight: Tensor,
     stride: int = 1,
     dilation: int = 1,
+    bias: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Stage II, convolution path, of ACmix (CVPR 2022, section 4.2).
 
     ``fc`` mixes the M maps of every head position, then a grouped convolution with one group a
-    head position shifts and sums. Both are linear, so they are one grouped convolution with kernel
-    ``W[g, o, i] = sum_m dep[g, o, m] fc[m, i]``. That form is taken where it has no more
-    multiplications, and saves the intermediate map; with many heads the two steps have fewer.
+    head position shifts and sums. Folded into one convolution where that pays, see
+    :func:`folding_pays`; it then also saves the intermediate map.
 
     Args:
         maps (Tensor): Shape (B, d, M, H, W): batch, head positions, maps (query, key and value of
@@ -46,25 +112,18 @@ def shift_conv(
             grouped convolution with d groups and zero padding that keeps the size at stride 1.
         stride (int): Stride of the convolution. Default: 1.
         dilation (int): Dilation of the convolution. Default: 1.
+        bias (Tensor | None): Shape (C,). Default: None.
+        backend (str | None): Of :func:`group_conv`. Default: None.
 
     Returns:
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)). Channel ``g * (C / d) + o`` is
         output o of head position g.
     """
     groups, num_maps = maps.shape[1:3]
-    out_channels, positions, kernel_size = dep_weight.shape[:3]
-    padding = kernel_size // 2 * dilation
-    pixels_in_a_pixel_out = stride**2
-    folded = positions * num_maps * out_channels
-    two_steps = (
-        positions * num_maps * groups * pixels_in_a_pixel_out + positions * positions * out_channels
-    )
-    if folded <= two_steps:
-        dep_weight = dep_weight.unflatten(0, (groups, -1))
-        weight = torch.einsum('gompq,mi->goipq', dep_weight, fc_weight).flatten(0, 1)
-        inputs = maps.flatten(1, 2)
+    out_channels, _, _, kernel_size = dep_weight.shape
+    if folding_pays(num_maps, out_channels, groups, kernel_size, stride):
+        weight = fold_shift_conv(fc_weight, dep_weight, groups)
     else:
         weight = dep_weight
-        inputs = torch.matmul(fc_weight, maps.flatten(3)).unflatten(3, maps.shape[3:])
-        inputs = inputs.flatten(1, 2)
-    return F.conv2d(inputs, weight, None, stride, padding, dilation, groups)
+        maps = torch.matmul(fc_weight, maps.flatten(3)).unflatten(3, maps.shape[3:])
+    return group_conv(maps, weight, bias, stride, dilation, backend)

@@ -75,3 +75,53 @@ def local_attention(
     value in float32.
     """
     return _forward(query, key, value, kernel_size, stride, dilation, scale)[0]
+
+
+def local_attention_add_(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    factor: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    scale: float,
+) -> Tensor:
+    """Add ``factor`` (N, d) times attention to ``output``; return a log-sum-exp a query and head.
+
+    Keys are taken less ``slopes`` (d, 2) times their position (x, y), linspace(-1, 1) over width
+    and height. Not differentiable by itself.
+    """
+    geometry = (kernel_size, stride, dilation, scale)
+    return torch.ops.acmix_mm.local_attention_native_forward_add_(
+        output, query, key, value, slopes, factor, *geometry
+    )
+
+
+def local_attention_backward_add_(
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    factor: float,
+    lse: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`local_attention_add_` with one factor for all channels.
+
+    Adds to the first three, of which key's and value's are float32 for half precision, and returns
+    the gradients of ``slopes`` (d, 2) and ``factor`` (1,) in float64.
+    """
+    geometry = (kernel_size, stride, dilation, scale)
+    return torch.ops.acmix_mm.local_attention_native_backward_add_(
+        grad_query, grad_key, grad_value, grad, query, key, value, slopes, factor, lse, *geometry
+    )
