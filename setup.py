@@ -37,8 +37,8 @@ def native_kernels() -> dict:
 
     extension = CppExtension(
         'acmix_mm.ops._native',
-        [f'{SOURCES}/local_attention.cpp'],
-        depends=[f'{SOURCES}/local_attention_plan.h', f'{SOURCES}/local_attention_kernel.h'],
+        [f'{SOURCES}/local_attention.cpp', f'{SOURCES}/group_conv.cpp'],
+        depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES).glob('*.h')),
         # Without OpenMP, at::parallel_for runs serially.
         extra_compile_args=['-O3', '-fopenmp'],
     )

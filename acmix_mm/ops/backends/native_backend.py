@@ -1,4 +1,6 @@
-"""Neighbourhood attention in C++ for the CPU: float64, float32, bfloat16 and float16.
+"""Operators in C++ for the CPU: float64, float32, bfloat16 and float16.
+
+Neighbourhood attention, and a grouped convolution for few channels a group.
 
 The library is compiled from ``csrc`` when the package is installed; without a compiler it is absent
 and the PyTorch backend serves. Kernels for AVX-512, AVX2 and baseline processors are chosen at run
@@ -56,6 +58,34 @@ if AVAILABLE:
 
     torch.library.register_autograd(
         'acmix_mm::local_attention_native_forward', _autograd_backward, setup_context=_setup_context
+    )
+
+    _group_conv = torch.ops.acmix_mm.group_conv_native
+    _group_conv_backward = torch.ops.acmix_mm.group_conv_native_backward
+
+    @torch.library.register_fake('acmix_mm::group_conv_native')
+    def _(input, weight, bias, stride, dilation, groups):
+        size = ((length - 1) // stride + 1 for length in input.shape[2:])
+        return input.new_empty((input.size(0), weight.size(0), *size))
+
+    @torch.library.register_fake('acmix_mm::group_conv_native_backward')
+    def _(grad, input, weight, stride, dilation, groups):
+        return input.new_empty(input.shape), weight.new_empty(weight.shape)
+
+    def _setup_group_conv(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.geometry = inputs[3:]
+
+    def _autograd_group_conv(ctx, grad):
+        grad_input = grad_weight = grad_bias = None
+        if any(ctx.needs_input_grad[:2]):
+            grad_input, grad_weight = _group_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum((0, 2, 3))
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+    torch.library.register_autograd(
+        'acmix_mm::group_conv_native', _autograd_group_conv, setup_context=_setup_group_conv
     )
 
 
@@ -125,3 +155,23 @@ def local_attention_backward_add_(
     return torch.ops.acmix_mm.local_attention_native_backward_add_(
         grad_query, grad_key, grad_value, grad, query, key, value, slopes, factor, lse, *geometry
     )
+
+
+def group_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, groups: int
+) -> Tensor:
+    """Grouped convolution with square odd kernels and zero padding that keeps the size at stride 1.
+
+    As :func:`torch.nn.functional.conv2d` with ``padding = k // 2 * dilation``, for few channels a
+    group, where that is slow. The input, (B, C, H, W), may have any strides; the sums of half
+    precision are float32. Memory beyond inputs and results: some packed rows a thread, and for the
+    gradient of the weight at most 64 partial sums.
+    """
+    return _group_conv(input, weight, bias, stride, dilation, groups)
+
+
+def group_conv_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, stride: int, dilation: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`group_conv` with respect to input, contiguous, and weight."""
+    return _group_conv_backward(grad, input, weight, stride, dilation, groups)

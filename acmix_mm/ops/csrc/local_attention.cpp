@@ -4,79 +4,20 @@
 // scratch; a vector register holds adjacent queries of a row, and two query rows share the key rows
 // that both see. Nothing of the size of the map exists beyond inputs and results.
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <c10/core/CPUAllocator.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
 #include "local_attention_plan.h"
+#include "native.h"
 
-#define INLINE inline __attribute__((always_inline))
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// Keeps a loaded vector in a register: GCC would rather fold the load into each of its uses, and
-// loads across cache lines are what bounds the kernels.
-#if defined(__x86_64__)
-#define KEEP(vector) __asm__("" : "+v"(vector))
-#else
-#define KEEP(vector)
-#endif
-
-#define LOCAL_ATTENTION_ISA baseline
-#define LOCAL_ATTENTION_BYTES 16
-#include "local_attention_kernel.h"
-
-#if defined(__x86_64__)
-#define LOCAL_ATTENTION_X86
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-#define LOCAL_ATTENTION_ISA avx2
-#define LOCAL_ATTENTION_BYTES 32
-#include "local_attention_kernel.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,"      \
-                                                   "avx512vl"))),                            \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
-#endif
-#define LOCAL_ATTENTION_ISA avx512
-#define LOCAL_ATTENTION_BYTES 64
-#include "local_attention_kernel.h"
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
+#define KERNEL_HEADER "local_attention_kernel.h"
+#include "for_each_isa.h"
 
 namespace acmix_mm {
 namespace {
@@ -90,45 +31,21 @@ struct Kernels {
   void (*backward)(const Plan&, const BackwardArgs&, int64_t, int64_t, int64_t, int64_t, Arena);
 };
 
-// Those of the best instruction set that the processor has and that ATEN_CPU_CAPABILITY, PyTorch's
-// own switch, leaves on.
 template <typename S, typename T>
 Kernels<S, T> kernels() {
-#ifdef LOCAL_ATTENTION_X86
-  const std::string limit = at::get_cpu_capability();
-  const bool allows_avx2 = limit != "DEFAULT" && limit != "NO AVX";
-  const bool allows_avx512 = allows_avx2 && limit != "AVX2";
-  if (allows_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return {avx512::Simd<T>::lanes, avx512::scratch_bytes<T>, avx512::forward<S, T>,
-            avx512::backward<S, T>};
-  }
-  if (allows_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return {avx2::Simd<T>::lanes, avx2::scratch_bytes<T>, avx2::forward<S, T>,
-            avx2::backward<S, T>};
-  }
+  switch (best_isa()) {
+#ifdef NATIVE_X86
+    case Isa::avx512:
+      return {avx512::Simd<T>::lanes, avx512::scratch_bytes<T>, avx512::forward<S, T>,
+              avx512::backward<S, T>};
+    case Isa::avx2:
+      return {avx2::Simd<T>::lanes, avx2::scratch_bytes<T>, avx2::forward<S, T>,
+              avx2::backward<S, T>};
 #endif
-  return {baseline::Simd<T>::lanes, baseline::scratch_bytes<T>, baseline::forward<S, T>,
-          baseline::backward<S, T>};
-}
-
-// Zeros: lanes past the end of a row must hold finite numbers, and sums start at 0.
-class ScratchMemory {
- public:
-  explicit ScratchMemory(int64_t bytes) : data_(c10::GetCPUAllocator()->allocate(bytes)) {
-    std::memset(data_.get(), 0, bytes);
+    default:
+      return {baseline::Simd<T>::lanes, baseline::scratch_bytes<T>, baseline::forward<S, T>,
+              baseline::backward<S, T>};
   }
-
-  Arena arena() const { return Arena{reinterpret_cast<uintptr_t>(data_.get()), 0}; }
-
- private:
-  at::DataPtr data_;
-};
-
-Map as_map(const at::Tensor& tensor) {
-  Map map{tensor.const_data_ptr(), {}};
-  std::copy_n(tensor.strides().begin(), tensor.dim(), map.strides);
-  return map;
 }
 
 // lse has no channels.
@@ -144,17 +61,6 @@ Target as_target(const at::Tensor& tensor, bool add) {
 
 const void* data_or_null(const at::Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
-at::ScalarType compute_type(at::ScalarType type) { return type == at::kDouble ? type : at::kFloat; }
-
-void check_same(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
-                at::ScalarType dtype) {
-  TORCH_CHECK(tensor.device().is_cpu(), name, " must be on the CPU");
-  TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be of dtype ", dtype, ", got ",
-              tensor.scalar_type());
-  TORCH_CHECK(tensor.sizes() == shape, name, " must have shape ", shape, ", got ",
-              tensor.sizes());
 }
 
 struct Axes {

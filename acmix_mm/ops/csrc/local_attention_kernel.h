@@ -1,40 +1,19 @@
 // Kernels of neighbourhood attention for one instruction set. No include guard: the file is
-// included once per instruction set, with LOCAL_ATTENTION_ISA the namespace to define and
-// LOCAL_ATTENTION_BYTES the size of a vector register. Everything is local to the translation unit,
-// so that the linker cannot merge functions compiled for different instruction sets.
+// included once per instruction set, by for_each_isa.h.
+
+#include "simd.h"
 
 namespace acmix_mm {
-namespace LOCAL_ATTENTION_ISA {
+namespace KERNEL_ISA {
 namespace {
 
-constexpr int kBytes = LOCAL_ATTENTION_BYTES;
 // Register tiles: with 32 registers, all offsets of a 7 x 7 row for two queries fit at once.
 constexpr int kMaxTaps = kBytes == 64 ? 7 : 4;
 constexpr int kMaxChannels = kBytes == 64 ? 8 : 4;
 constexpr int kScatterRows = 4;
 constexpr int kScatterChannels = kBytes == 64 ? 4 : 2;
 
-template <typename T>
-struct Simd {
-  static constexpr int lanes = kBytes / sizeof(T);
-  typedef T vec __attribute__((vector_size(LOCAL_ATTENTION_BYTES)));
-};
-template <typename T>
-using Vec = typename Simd<T>::vec;
-
-typedef int32_t IntVec __attribute__((vector_size(LOCAL_ATTENTION_BYTES)));
-
-template <typename T>
-INLINE Vec<T> load(const T* from) {
-  Vec<T> value;
-  __builtin_memcpy(&value, from, sizeof(value));
-  return value;
-}
-
-template <typename T>
-INLINE void store(T* to, const Vec<T>& value) {
-  __builtin_memcpy(to, &value, sizeof(value));
-}
+typedef int32_t IntVec __attribute__((vector_size(KERNEL_BYTES)));
 
 // exp after Cephes, within about 1 ulp; below the normal numbers it is 0.
 INLINE Vec<float> vector_exp(const Vec<float>& x) {
@@ -88,11 +67,6 @@ INLINE Vec<double> vector_log(const Vec<double>& x) {
     result[i] = __builtin_log(x[i]);
   }
   return result;
-}
-
-template <typename T>
-INLINE void clear(T* to, int64_t count) {
-  __builtin_memset(to, 0, count * sizeof(T));
 }
 
 // Scratch of one thread.
@@ -424,19 +398,6 @@ INLINE void add_weighted(Vec<T> (&sum)[2][C], const T* key, int64_t key_pitch,
       for (int r = R0; r < R1; ++r) {
         sum[r][c] += w[r] * k;
       }
-    }
-  }
-}
-
-template <typename S, typename T>
-INLINE void write(S* to, const Vec<T>& value, int64_t count) {
-  if (count >= Simd<T>::lanes) {
-    for (int i = 0; i < Simd<T>::lanes; ++i) {
-      to[i] = static_cast<S>(value[i]);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      to[i] = static_cast<S>(value[i]);
     }
   }
 }
@@ -849,8 +810,5 @@ void backward(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t
 }
 
 }  // namespace
-}  // namespace LOCAL_ATTENTION_ISA
+}  // namespace KERNEL_ISA
 }  // namespace acmix_mm
-
-#undef LOCAL_ATTENTION_ISA
-#undef LOCAL_ATTENTION_BYTES

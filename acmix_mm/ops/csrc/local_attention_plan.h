@@ -6,6 +6,8 @@
 #include <numeric>
 #include <vector>
 
+#include "native.h"
+
 namespace acmix_mm {
 
 // Position outside [0, size) -> position inside, by repeated reflection at the border pixels.
@@ -77,14 +79,6 @@ struct Plan {
       }
     }
 
-    const auto round_up = [](int64_t n, int64_t multiple) {
-      return (n + multiple - 1) / multiple * multiple;
-    };
-    // An odd number of cache lines, lest channels fall into the same cache sets.
-    const auto spread = [&](int64_t n) {
-      n = round_up(n, line);
-      return n / line % 2 ? n : n + line;
-    };
     std::vector<int64_t> residues;
     for (int64_t j = 0; j < cols.kernel; ++j) {
       const int64_t residue = j * cols.dilation % cols.stride;
@@ -100,8 +94,8 @@ struct Plan {
     margin = line;
     slot_length = cols.queries + shift.back();
     slot_pitch = round_up(padded_cols + shift.back(), line);
-    key_pitch = spread(slots * slot_pitch);
-    query_pitch = spread(margin + round_up(cols.queries, line) + margin);
+    key_pitch = spread(slots * slot_pitch, line);
+    query_pitch = spread(margin + round_up(cols.queries, line) + margin, line);
     unit = cols.stride == 1 && cols.dilation == 1;
     for (int64_t j = 0; j < cols.kernel; ++j) {
       offset.push_back(slot[j] * slot_pitch + shift[j]);
@@ -118,13 +112,7 @@ struct Plan {
   }
 };
 
-// A (B, N, d, rows, columns) tensor.
-struct Map {
-  const void* data;
-  int64_t strides[5];
-};
-
-// A tensor of the same layout, with adjacent columns, to write or to add to.
+// A (B, N, d, rows, columns) tensor with adjacent columns, to write or to add to.
 struct Target {
   void* data;
   int64_t strides[5];
@@ -153,18 +141,5 @@ struct BackwardArgs {
 inline double coordinate(int64_t index, int64_t size) {
   return size == 1 ? -1. : -1. + 2. * static_cast<double>(index) / static_cast<double>(size - 1);
 }
-
-// Hands out pieces of one allocation; without one, it only counts.
-struct Arena {
-  uintptr_t base = 0;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base + used);
-    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
-};
 
 }  // namespace acmix_mm

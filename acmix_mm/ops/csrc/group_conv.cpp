@@ -1,0 +1,185 @@
+// Grouped 2-D convolution on the CPU for few channels a group: checks, dispatch over types and
+// instruction sets, threads.
+//
+// Of every group, blocks of rows are packed into per-thread scratch; a register tile holds several
+// output channels of some vectors of pixels. Nothing of the size of the map exists beyond inputs
+// and results.
+
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+#include "group_conv_plan.h"
+#include "native.h"
+
+#define KERNEL_HEADER "group_conv_kernel.h"
+#include "for_each_isa.h"
+
+namespace acmix_mm {
+namespace {
+
+// The kernels of one instruction set for storage type S and compute type T.
+template <typename S, typename T>
+struct Kernels {
+  int64_t lanes;
+  int64_t (*conv_scratch_bytes)(const ConvPlan&);
+  void (*convolve)(const ConvPlan&, const ConvArgs&, int64_t, int64_t, Arena);
+  int64_t (*weight_scratch_bytes)(const WeightPlan&);
+  void (*differentiate_weight)(const WeightPlan&, const WeightArgs&, int64_t, int64_t, Arena);
+};
+
+template <typename S, typename T>
+Kernels<S, T> kernels() {
+  switch (best_isa()) {
+#ifdef NATIVE_X86
+    case Isa::avx512:
+      return {avx512::Simd<T>::lanes, avx512::conv_scratch_bytes<T>, avx512::convolve<S, T>,
+              avx512::weight_scratch_bytes<T>, avx512::differentiate_weight<S, T>};
+    case Isa::avx2:
+      return {avx2::Simd<T>::lanes, avx2::conv_scratch_bytes<T>, avx2::convolve<S, T>,
+              avx2::weight_scratch_bytes<T>, avx2::differentiate_weight<S, T>};
+#endif
+    default:
+      return {baseline::Simd<T>::lanes, baseline::conv_scratch_bytes<T>, baseline::convolve<S, T>,
+              baseline::weight_scratch_bytes<T>, baseline::differentiate_weight<S, T>};
+  }
+}
+
+ConvShape check_inputs(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
+                       int64_t dilation, int64_t groups) {
+  TORCH_CHECK(stride > 0 && dilation > 0 && groups > 0,
+              "stride, dilation and groups must be positive");
+  TORCH_CHECK(input.dim() == 4 && weight.dim() == 4,
+              "input and weight must have 4 dimensions, got shapes ", input.sizes(), " and ",
+              weight.sizes());
+  for (int64_t dim = 1; dim < 4; ++dim) {
+    TORCH_CHECK(input.size(dim) > 0, "input must have C, H, W >= 1, got shape ", input.sizes());
+  }
+  const int64_t kernel = weight.size(3);
+  TORCH_CHECK(kernel % 2 == 1 && weight.size(0) > 0 && weight.size(0) % groups == 0,
+              "weight must have an odd kernel and some multiple of ", groups,
+              " output channels, got shape ", weight.sizes());
+  TORCH_CHECK(input.size(1) % groups == 0, "input must have a multiple of ", groups,
+              " channels, got shape ", input.sizes());
+  check_same(input, "input", input.sizes(), input.scalar_type());
+  check_same(weight, "weight", {weight.size(0), input.size(1) / groups, kernel, kernel},
+             input.scalar_type());
+  return {input.size(0), groups,        input.size(1) / groups, weight.size(0) / groups,
+          input.size(2), input.size(3), kernel,                 stride,
+          dilation};
+}
+
+template <typename S, typename T>
+void run_convolve(const ConvShape& shape, bool transposed, const ConvArgs& args) {
+  const auto kernel = kernels<S, T>();
+  const ConvPlan plan(shape, transposed, kernel.lanes, 64 / sizeof(T));
+  const int64_t bytes = kernel.conv_scratch_bytes(plan);
+  at::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+    const ScratchMemory scratch(bytes);
+    kernel.convolve(plan, args, begin, end, scratch.arena());
+  });
+}
+
+template <typename S, typename T>
+void run_differentiate_weight(const ConvShape& shape, const at::Tensor& grad,
+                              const at::Tensor& input, const at::Tensor& grad_weight) {
+  const auto kernel = kernels<S, T>();
+  const WeightPlan plan(shape, kernel.lanes, 64 / sizeof(T));
+  const int64_t numbers = grad_weight.numel();
+  const ScratchMemory partials(plan.parts * numbers * sizeof(double));
+  const WeightArgs args{as_map(grad), as_map(input), partials.arena().take<double>(0)};
+  const int64_t bytes = kernel.weight_scratch_bytes(plan);
+  const int64_t pieces = (plan.outputs + 3) / 4;
+  at::parallel_for(0, plan.parts * plan.groups * pieces, 1, [&](int64_t begin, int64_t end) {
+    const ScratchMemory scratch(bytes);
+    kernel.differentiate_weight(plan, args, begin, end, scratch.arena());
+  });
+  S* to = static_cast<S*>(grad_weight.mutable_data_ptr());
+  for (int64_t i = 0; i < numbers; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      sum += args.partials[part * numbers + i];
+    }
+    to[i] = static_cast<S>(static_cast<T>(sum));
+  }
+}
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias, int64_t stride, int64_t dilation,
+                   int64_t groups) {
+  const ConvShape shape = check_inputs(input, weight, stride, dilation, groups);
+  const auto dtype = input.scalar_type();
+  Map bias_map{};
+  if (bias.has_value()) {
+    check_same(*bias, "bias", {weight.size(0)}, dtype);
+    bias_map = as_map(*bias);
+  }
+  at::Tensor output = at::empty({shape.batch, weight.size(0), (shape.height - 1) / stride + 1,
+                                 (shape.width - 1) / stride + 1},
+                                input.options());
+  if (shape.batch == 0) {
+    return output;
+  }
+  const ConvArgs args{as_map(input),
+                      as_map(weight),
+                      bias_map,
+                      output.mutable_data_ptr(),
+                      shape.outputs * weight.stride(0),
+                      weight.stride(0),
+                      weight.stride(1)};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
+    using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    run_convolve<scalar_t, compute_t>(shape, false, args);
+  });
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& input,
+                                            const at::Tensor& weight, int64_t stride,
+                                            int64_t dilation, int64_t groups) {
+  const ConvShape shape = check_inputs(input, weight, stride, dilation, groups);
+  const auto dtype = input.scalar_type();
+  check_same(grad, "grad",
+             {shape.batch, weight.size(0), (shape.height - 1) / stride + 1,
+              (shape.width - 1) / stride + 1},
+             dtype);
+  at::Tensor grad_input = at::empty(input.sizes(), input.options());
+  if (shape.batch == 0) {
+    return {grad_input, at::zeros(weight.sizes(), weight.options())};
+  }
+  at::Tensor grad_weight = at::empty(weight.sizes(), weight.options());
+  const ConvArgs args{as_map(grad),
+                      as_map(weight),
+                      {},
+                      grad_input.mutable_data_ptr(),
+                      shape.outputs * weight.stride(0),
+                      weight.stride(1),
+                      weight.stride(0)};
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
+    using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    run_convolve<scalar_t, compute_t>(shape, true, args);
+    run_differentiate_weight<scalar_t, compute_t>(shape, grad, input, grad_weight);
+  });
+  return {grad_input, grad_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
+  m.def(
+      "group_conv_native(Tensor input, Tensor weight, Tensor? bias, int stride, int dilation, "
+      "int groups) -> Tensor");
+  m.def(
+      "group_conv_native_backward(Tensor grad, Tensor input, Tensor weight, int stride, "
+      "int dilation, int groups) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(acmix_mm, CPU, m) {
+  m.impl("group_conv_native", &forward);
+  m.impl("group_conv_native_backward", &backward);
+}
+
+}  // namespace acmix_mm

@@ -1,0 +1,445 @@
+// Kernels of the grouped convolution for one instruction set. No include guard: the file is
+// included once per instruction set, by for_each_isa.h.
+
+#include "simd.h"
+
+namespace acmix_mm {
+namespace KERNEL_ISA {
+namespace {
+
+// Channels of a register tile, and its vectors by channels: accumulators, one row of operands and
+// one other operand fill the registers.
+constexpr int kTileChannels = 4;
+constexpr int kTileWidth[kTileChannels + 1] = {
+    0, kBytes == 64 ? 8 : 6, kBytes == 64 ? 8 : 4, kBytes == 64 ? 7 : 3,
+    kBytes == 64 ? 6 : kBytes == 32 ? 3 : 2};
+// Vectors whose products with others are summed up before the sum goes to memory.
+constexpr int kChunk = 32;
+// Such sums that are added up before the total goes to double precision.
+constexpr int kChunks = 32;
+
+// Channels [begin, end) of the i-th of the fewest even pieces of at most kTileChannels.
+struct Piece {
+  int64_t begin, end;
+};
+
+INLINE int64_t num_pieces(int64_t channels) {
+  return (channels + kTileChannels - 1) / kTileChannels;
+}
+
+INLINE Piece piece_of(int64_t channels, int64_t i) {
+  const int64_t pieces = num_pieces(channels);
+  return {i * channels / pieces, (i + 1) * channels / pieces};
+}
+
+template <typename S, typename T>
+INLINE void copy(T* __restrict to, int64_t to_step, const S* __restrict from, int64_t from_step,
+                 int64_t count) {
+  if (to_step == 1 && from_step == 1) {
+    for (int64_t x = 0; x < count; ++x) {
+      to[x] = static_cast<T>(from[x]);
+    }
+  } else if (to_step == 1 && from_step == 2) {
+    for (int64_t x = 0; x < count; ++x) {
+      to[x] = static_cast<T>(from[2 * x]);
+    }
+  } else {
+    for (int64_t x = 0; x < count; ++x) {
+      to[x * to_step] = static_cast<T>(from[x * from_step]);
+    }
+  }
+}
+
+// Targets [begin, begin + count) of the rows' axis, for channels of one sample.
+template <typename S, typename T>
+void pack(const Layout& layout, const Map& map, int64_t sample, int64_t channel, int64_t channels,
+          int64_t begin, int64_t count, T* to) {
+  const Gather& rows = layout.rows;
+  const Gather& cols = layout.cols;
+  const S* from =
+      static_cast<const S*>(map.data) + sample * map.strides[0] + channel * map.strides[1];
+  for (int64_t c = 0; c < channels; ++c, from += map.strides[1], to += layout.channel_pitch) {
+    T* slot = to;
+    for (int64_t u = 0; u < rows.slots(); ++u) {
+      for (int64_t v = 0; v < cols.slots(); ++v, slot += layout.slot_pitch) {
+        const int64_t residue = cols.residues.data()[v];
+        const int64_t elements = cols.elements(v);
+        T* target = slot + layout.head;
+        for (int64_t r = begin - rows.before; r < begin + count + rows.after; ++r) {
+          const int64_t y = r * rows.step + rows.residues.data()[u];
+          if (0 <= y && y < rows.source) {
+            copy(target, 1, from + y * map.strides[2] + residue * map.strides[3],
+                 cols.step * map.strides[3], elements);
+          } else {
+            clear(target, cols.positions);
+          }
+          target += layout.pitch;
+        }
+        clear(target, layout.tail);
+      }
+    }
+  }
+}
+
+// Scratch of one thread of a convolution.
+template <typename T>
+struct ConvScratch {
+  T* source;
+  T* weight;  // by piece of target channels, tap, source channel, target channel
+  T* bias;
+  T* tile;
+
+  static ConvScratch lay_out(Arena& arena, const ConvPlan& plan) {
+    ConvScratch scratch;
+    const int64_t taps = plan.kernel * plan.kernel;
+    scratch.source = arena.take<T>(plan.sources * plan.layout.channel_pitch);
+    scratch.weight = arena.take<T>(taps * plan.sources * plan.targets);
+    scratch.bias = arena.take<T>(plan.targets);
+    scratch.tile = arena.take<T>(kTileChannels * 8 * Simd<T>::lanes);
+    return scratch;
+  }
+};
+
+template <typename T>
+int64_t conv_scratch_bytes(const ConvPlan& plan) {
+  Arena arena;
+  ConvScratch<T>::lay_out(arena, plan);
+  return arena.used;
+}
+
+template <typename S, typename T>
+void pack_weight(const ConvPlan& plan, const ConvArgs& args, int64_t group,
+                 const ConvScratch<T>& scratch) {
+  const S* weight = static_cast<const S*>(args.weight.data) + group * args.by_group;
+  const int64_t kernel = plan.kernel;
+  T* to = scratch.weight;
+  for (int64_t i = 0; i < num_pieces(plan.targets); ++i) {
+    const Piece piece = piece_of(plan.targets, i);
+    for (int64_t tap = 0; tap < kernel * kernel; ++tap) {
+      const S* from = weight + tap / kernel * args.weight.strides[2] +
+                      tap % kernel * args.weight.strides[3];
+      for (int64_t c = 0; c < plan.sources; ++c) {
+        for (int64_t t = piece.begin; t < piece.end; ++t) {
+          *to++ = static_cast<T>(from[t * args.by_target + c * args.by_source]);
+        }
+      }
+    }
+  }
+  if (args.bias.data != nullptr) {
+    const S* bias = static_cast<const S*>(args.bias.data);
+    for (int64_t t = 0; t < plan.targets; ++t) {
+      scratch.bias[t] = static_cast<T>(bias[(group * plan.targets + t) * args.bias.strides[0]]);
+    }
+  }
+}
+
+// X adjacent vectors of C target channels; `to` has C rows of X vectors.
+template <typename T, int C, int X>
+void conv_tile(const T* source, int64_t pitch, int64_t sources, const T* weight, const T* bias,
+               const int64_t* offsets, const int64_t* indices, int64_t taps, T* to) {
+  constexpr int lanes = Simd<T>::lanes;
+  Vec<T> sum[C][X];
+  UNROLL
+  for (int c = 0; c < C; ++c) {
+    UNROLL
+    for (int x = 0; x < X; ++x) {
+      sum[c][x] = bias[c] - Vec<T>{};
+    }
+  }
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    const T* from = source + offsets[tap];
+    const T* w = weight + indices[tap] * sources * C;
+    for (int64_t i = 0; i < sources; ++i, from += pitch, w += C) {
+      Vec<T> s[X];
+      UNROLL
+      for (int x = 0; x < X; ++x) {
+        s[x] = load(from + x * lanes);
+        KEEP(s[x]);
+      }
+      UNROLL
+      for (int c = 0; c < C; ++c) {
+        Vec<T> factor = w[c] - Vec<T>{};
+        KEEP(factor);
+        UNROLL
+        for (int x = 0; x < X; ++x) {
+          sum[c][x] += factor * s[x];
+        }
+      }
+    }
+  }
+  UNROLL
+  for (int c = 0; c < C; ++c) {
+    UNROLL
+    for (int x = 0; x < X; ++x) {
+      store<T>(to + (c * X + x) * lanes, sum[c][x]);
+    }
+  }
+}
+
+template <typename T, int C, int X = kTileWidth[C], typename... Args>
+INLINE void conv_tile_of(int64_t width, Args... args) {
+  if constexpr (X > 1) {
+    if (width < X) {
+      return conv_tile_of<T, C, X - 1>(width, args...);
+    }
+  }
+  conv_tile<T, C, X>(args...);
+}
+
+// One phase of the targets of a block, for one piece of target channels. `to` is the map of the
+// first of these channels.
+template <typename S, typename T, int C>
+void conv_block(const ConvPlan& plan, const ConvPlan::Phase& phase, int64_t begin, int64_t count,
+                const T* weight, const T* bias, S* to, const ConvScratch<T>& scratch) {
+  constexpr int lanes = Simd<T>::lanes;
+  const Gather& rows = plan.layout.rows;
+  const Gather& cols = plan.layout.cols;
+  const int64_t pitch = plan.layout.pitch;
+  const int64_t taps = static_cast<int64_t>(phase.offsets.size());
+  const int64_t valid = cols.targets(phase.col);
+  const int64_t vectors = ((count - 1) * pitch + valid + lanes - 1) / lanes;
+  const int64_t tiles = (vectors + kTileWidth[C] - 1) / kTileWidth[C];
+  int64_t row = 0, col = 0;
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = i * vectors / tiles;
+    const int64_t width = (i + 1) * vectors / tiles - first;
+    conv_tile_of<T, C>(width, scratch.source + first * lanes, plan.layout.channel_pitch,
+                       plan.sources, weight, bias, phase.offsets.data(), phase.indices.data(),
+                       taps, scratch.tile);
+    for (int64_t done = 0; done < width * lanes && row < count;) {
+      const int64_t piece = std::min(width * lanes - done, pitch - col);
+      const int64_t numbers = std::min(piece, valid - col);
+      S* target = to + ((begin + row) * rows.phases + phase.row) * cols.target +
+                  col * cols.phases + phase.col;
+      if (numbers > 0) {
+        for (int c = 0; c < C; ++c) {
+          copy(target + c * rows.target * cols.target, cols.phases,
+               scratch.tile + c * width * lanes + done, 1, numbers);
+        }
+      }
+      done += piece;
+      col += piece;
+      if (col == pitch) {
+        col = 0;
+        ++row;
+      }
+    }
+  }
+}
+
+template <typename S, typename T, int C = kTileChannels, typename... Args>
+INLINE void conv_block_of(int64_t channels, Args&&... args) {
+  if constexpr (C > 1) {
+    if (channels < C) {
+      return conv_block_of<S, T, C - 1>(channels, args...);
+    }
+  }
+  conv_block<S, T, C>(args...);
+}
+
+// Tasks [begin, end): blocks of rows of the groups of the samples.
+template <typename S, typename T>
+void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t end,
+              Arena arena) {
+  const ConvScratch<T> scratch = ConvScratch<T>::lay_out(arena, plan);
+  const Gather& rows = plan.layout.rows;
+  const int64_t plane_size = rows.target * plan.layout.cols.target;
+  const int64_t taps = plan.kernel * plan.kernel;
+  int64_t packed_group = -1;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t plane = task / plan.blocks;
+    const int64_t group = plane % plan.groups;
+    const int64_t first = task % plan.blocks * plan.block_rows;
+    const int64_t last = std::min(first + plan.block_rows, rows.positions);
+    if (group != packed_group) {
+      pack_weight<S, T>(plan, args, group, scratch);
+      packed_group = group;
+    }
+    pack<S, T>(plan.layout, args.source, plane / plan.groups, group * plan.sources, plan.sources,
+               first, last - first, scratch.source);
+    for (size_t i = 0; i < plan.phases.size(); ++i) {
+      const ConvPlan::Phase& phase = plan.phases.data()[i];
+      const int64_t count = std::min(last, rows.targets(phase.row)) - first;
+      if (count <= 0 || plan.layout.cols.targets(phase.col) <= 0) {
+        continue;
+      }
+      for (int64_t p = 0; p < num_pieces(plan.targets); ++p) {
+        const Piece piece = piece_of(plan.targets, p);
+        S* to = static_cast<S*>(args.target) + (plane * plan.targets + piece.begin) * plane_size;
+        conv_block_of<S, T>(piece.end - piece.begin, plan, phase, first, count,
+                            scratch.weight + piece.begin * taps * plan.sources,
+                            scratch.bias + piece.begin, to, scratch);
+      }
+    }
+  }
+}
+
+// Scratch of one thread of the gradient of the weight.
+template <typename T>
+struct WeightScratch {
+  T* input;
+  T* grad;
+  T* sums;  // by input channel and tap, and output channel: a vector
+
+  static WeightScratch lay_out(Arena& arena, const WeightPlan& plan) {
+    WeightScratch scratch;
+    scratch.input = arena.take<T>(plan.inputs * plan.input.channel_pitch);
+    scratch.grad = arena.take<T>(kTileChannels * plan.grad.channel_pitch);
+    scratch.sums = arena.take<T>(plan.offsets.size() * kTileChannels * Simd<T>::lanes);
+    return scratch;
+  }
+};
+
+template <typename T>
+int64_t weight_scratch_bytes(const WeightPlan& plan) {
+  Arena arena;
+  WeightScratch<T>::lay_out(arena, plan);
+  return arena.used;
+}
+
+// Adds the products of C output gradients with X shifted inputs to X x C vectors of sums.
+template <typename T, int C, int X>
+void dot_tile(const T* grad, int64_t pitch, const T* input, const int64_t* offsets, int64_t count,
+              T* sums) {
+  constexpr int lanes = Simd<T>::lanes;
+  const T* from[X];
+  UNROLL
+  for (int x = 0; x < X; ++x) {
+    from[x] = input + offsets[x];
+  }
+  Vec<T> sum[X][C] = {};
+  for (int64_t z = 0; z < count; z += lanes) {
+    Vec<T> s[X];
+    UNROLL
+    for (int x = 0; x < X; ++x) {
+      s[x] = load(from[x] + z);
+      KEEP(s[x]);
+    }
+    UNROLL
+    for (int c = 0; c < C; ++c) {
+      Vec<T> g = load(grad + c * pitch + z);
+      KEEP(g);
+      UNROLL
+      for (int x = 0; x < X; ++x) {
+        sum[x][c] += g * s[x];
+      }
+    }
+  }
+  UNROLL
+  for (int x = 0; x < X; ++x) {
+    UNROLL
+    for (int c = 0; c < C; ++c) {
+      T* total = sums + (x * C + c) * lanes;
+      store<T>(total, load(total) + sum[x][c]);
+    }
+  }
+}
+
+template <typename T, int C, int X = kTileWidth[C], typename... Args>
+INLINE void dot_tile_of(int64_t width, Args... args) {
+  if constexpr (X > 1) {
+    if (width < X) {
+      return dot_tile_of<T, C, X - 1>(width, args...);
+    }
+  }
+  dot_tile<T, C, X>(args...);
+}
+
+// All sums of a chunk of `count` pixels.
+template <typename T, int C>
+void dot_chunk(const WeightPlan& plan, const T* grad, const T* input, int64_t count, T* sums) {
+  const int64_t terms = static_cast<int64_t>(plan.offsets.size());
+  const int64_t tiles = (terms + kTileWidth[C] - 1) / kTileWidth[C];
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t first = i * terms / tiles;
+    dot_tile_of<T, C>((i + 1) * terms / tiles - first, grad, plan.grad.channel_pitch, input,
+                      plan.offsets.data() + first, count, sums + first * C * Simd<T>::lanes);
+  }
+}
+
+template <typename T, int C = kTileChannels, typename... Args>
+INLINE void dot_chunk_of(int64_t channels, Args&&... args) {
+  if constexpr (C > 1) {
+    if (channels < C) {
+      return dot_chunk_of<T, C - 1>(channels, args...);
+    }
+  }
+  dot_chunk<T, C>(args...);
+}
+
+// Adds the vectors of sums to the weight, of which `to` is the first output channel, and clears
+// them.
+template <typename T>
+void flush(const WeightPlan& plan, int64_t channels, double* to, T* sums) {
+  constexpr int quads = kBytes / 16, numbers = 16 / sizeof(T);
+  typedef T Quad __attribute__((vector_size(16)));
+  const int64_t terms = static_cast<int64_t>(plan.offsets.size());
+  const int64_t channel_size = plan.inputs * plan.kernel * plan.kernel;
+  T* from = sums;
+  for (int64_t n = 0; n < terms; ++n) {
+    double* target = to + plan.indices.data()[n];
+    for (int64_t c = 0; c < channels; ++c, from += Simd<T>::lanes, target += channel_size) {
+      Quad part[quads];
+      __builtin_memcpy(part, from, kBytes);
+      UNROLL
+      for (int half = quads / 2; half > 0; half /= 2) {
+        UNROLL
+        for (int i = 0; i < half; ++i) {
+          part[i] += part[i + half];
+        }
+      }
+      double total = 0;
+      UNROLL
+      for (int i = 0; i < numbers; ++i) {
+        total += part[0][i];
+      }
+      *target += total;
+    }
+  }
+  clear(sums, terms * channels * Simd<T>::lanes);
+}
+
+// Tasks [begin, end): parts of the pixels of pieces of the output channels of the groups.
+template <typename S, typename T>
+void differentiate_weight(const WeightPlan& plan, const WeightArgs& args, int64_t begin,
+                          int64_t end, Arena arena) {
+  constexpr int lanes = Simd<T>::lanes;
+  const WeightScratch<T> scratch = WeightScratch<T>::lay_out(arena, plan);
+  const int64_t pieces = num_pieces(plan.outputs);
+  const int64_t units = plan.batch * plan.blocks;
+  const int64_t channel_size = plan.inputs * plan.kernel * plan.kernel;
+  const T* grad = scratch.grad + plan.grad.head;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t part = task / (pieces * plan.groups);
+    const int64_t group = task / pieces % plan.groups;
+    const Piece piece = piece_of(plan.outputs, task % pieces);
+    const int64_t channel = group * plan.outputs + piece.begin;
+    double* to =
+        args.partials + (part * plan.groups * plan.outputs + channel) * channel_size;
+    int64_t chunks = 0;
+    for (int64_t unit = part * units / plan.parts; unit < (part + 1) * units / plan.parts;
+         ++unit) {
+      const int64_t sample = unit / plan.blocks;
+      const int64_t first = unit % plan.blocks * plan.block_rows;
+      const int64_t count = std::min(plan.block_rows, plan.input.rows.positions - first);
+      pack<S, T>(plan.input, args.input, sample, group * plan.inputs, plan.inputs, first, count,
+                 scratch.input);
+      pack<S, T>(plan.grad, args.grad, sample, channel, piece.end - piece.begin, first, count,
+                 scratch.grad);
+      const int64_t length = round_up(count * plan.input.pitch, lanes);
+      for (int64_t z = 0; z < length; z += kChunk * lanes) {
+        dot_chunk_of<T>(piece.end - piece.begin, plan, grad + z, scratch.input + z,
+                        std::min<int64_t>(kChunk * lanes, length - z), scratch.sums);
+        if (++chunks == kChunks) {
+          flush(plan, piece.end - piece.begin, to, scratch.sums);
+          chunks = 0;
+        }
+      }
+    }
+    flush(plan, piece.end - piece.begin, to, scratch.sums);
+  }
+}
+
+}  // namespace
+}  // namespace KERNEL_ISA
+}  // namespace acmix_mm

@@ -1,0 +1,50 @@
+// Vectors of one instruction set. No include guard: see for_each_isa.h.
+
+namespace acmix_mm {
+namespace KERNEL_ISA {
+namespace {
+
+constexpr int kBytes = KERNEL_BYTES;
+
+template <typename T>
+struct Simd {
+  static constexpr int lanes = kBytes / sizeof(T);
+  typedef T vec __attribute__((vector_size(KERNEL_BYTES)));
+};
+template <typename T>
+using Vec = typename Simd<T>::vec;
+
+template <typename T>
+INLINE Vec<T> load(const T* from) {
+  Vec<T> value;
+  __builtin_memcpy(&value, from, sizeof(value));
+  return value;
+}
+
+template <typename T>
+INLINE void store(T* to, const Vec<T>& value) {
+  __builtin_memcpy(to, &value, sizeof(value));
+}
+
+template <typename T>
+INLINE void clear(T* to, int64_t count) {
+  __builtin_memset(to, 0, count * sizeof(T));
+}
+
+// The first `count` numbers of a vector.
+template <typename S, typename T>
+INLINE void write(S* to, const Vec<T>& value, int64_t count) {
+  if (count >= Simd<T>::lanes) {
+    for (int i = 0; i < Simd<T>::lanes; ++i) {
+      to[i] = static_cast<S>(value[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = static_cast<S>(value[i]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace KERNEL_ISA
+}  // namespace acmix_mm
