@@ -157,7 +157,7 @@ def build_attention(name: str, backend: str | None, case: Case) -> Step:
         flex = FlexAttention(case.shape[-2:], case.device)
         inputs = [flex.sequence(m) for m in inputs]
         grad = flex.sequence(grad)
-        torch._dynamo.reset()  # shapes of earlier cases would count towards the recompile limit
+        torch.compiler.reset()  # shapes of earlier cases would count towards the recompile limit
         function = torch.compile(flex, dynamic=False)
     return tensor_step(function, inputs, grad, case)
 
@@ -201,7 +201,7 @@ class FlexAttention:
 
         self.mask = BlockMask.from_kv_blocks(
             needed.sum(-1, dtype=torch.int32)[None, None],
-            needed.int().argsort(-1, descending=True, stable=True).int()[None, None],
+            needed.int().argsort(dim=-1, descending=True, stable=True).int()[None, None],
             BLOCK_SIZE=self.BLOCK,
             mask_mod=near,
             seq_lengths=(length, length),
@@ -394,7 +394,8 @@ def can_deploy() -> bool:
 
 def deploy(model: nn.Module) -> None:
     """Bring all layers of ours into the form for inference, in place."""
-    for module in list(model.eval().modules()):
+    model.eval()
+    for module in list(model.modules()):
         if isinstance(module, MixedOperator):
             module.switch_to_deploy()
 

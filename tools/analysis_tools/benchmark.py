@@ -426,13 +426,19 @@ def output_type(suffixes: tuple[str, ...], text: str) -> Path:
 
 
 def config_type(text: str) -> str:
-    if not Path(text).is_file():
+    if Path(text).suffix != '.py' or not Path(text).is_file():
         raise argparse.ArgumentTypeError(f'{text!r}: no such config file')
+    if 'model' not in Config.fromfile(text):
+        raise argparse.ArgumentTypeError(f'{text!r} has no model')
     return text
 
 
 def model_type(more: tuple[str, ...], text: str) -> str:
-    if text in more or text in BACKBONES or Path(text).is_file():
+    if text in more or text in BACKBONES:
+        return text
+    if Path(text).suffix == '.py' and Path(text).is_file():
+        if 'backbone' not in Config.fromfile(text).get('model', {}):
+            raise argparse.ArgumentTypeError(f'{text!r} has no model.backbone')
         return text
     names = ', '.join((*more, *BACKBONES))
     raise argparse.ArgumentTypeError(f'{text!r} is neither a config file nor one of {names}')
@@ -592,16 +598,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         for option, values in (('shapes', pixels), ('batches', args.batches)):
             if sorted(set(values)) != values:
                 parser.error(f'argument --{option}: must grow from one to the next, got {values}')
-    for config in args.configs if args.suite == 'detector' else ():
-        if 'model' not in Config.fromfile(config):
-            parser.error(f'argument --configs: {config!r} has no model')
-    for model in getattr(args, 'models', [getattr(args, 'model', 'acmix')]):
-        if model not in BACKBONES and model != 'acmix':
-            try:
-                backbone_config(model)
-            except AttributeError:
-                option = 'model' if args.suite == 'scaling' else 'models'
-                parser.error(f'argument --{option}: {model!r} has no model.backbone')
     if kind == 'cuda':
         torch.cuda.set_device(torch.device(args.device))
     return args
