@@ -82,11 +82,27 @@ def unfold(maps: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
     return columns.view(*maps.shape[:3], kernel_size**2, columns.size(-1))
 
 
-def unfold_attention(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of queries (B, N, d, 1, L) to unfolded keys and values (B, N, d, k^2, L)."""
-    logits = (query * keys).sum(2, keepdim=True)
+def subsample(maps: Tensor, stride: int = 1) -> Tensor:
+    """(B, N, d, H, W) -> (B, N, d, 1, queries)."""
+    return maps[..., ::stride, ::stride].flatten(3).unsqueeze(3)
+
+
+def unfold_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    stride: int = 1,
+    relative: Tensor | None = None,
+) -> Tensor:
+    """Attention (B, N, d, queries) of maps (B, N, d, H, W); ``relative`` is added to the keys."""
+    keys = unfold(key, kernel_size, stride)
+    if relative is not None:
+        keys = keys + relative
+    logits = (subsample(query, stride) * keys).sum(2, keepdim=True)
+    del keys  # not to be held beside the values
     weights = (logits * query.size(2) ** -0.5).softmax(3)
-    return (weights * values).sum(3)
+    return (weights * unfold(value, kernel_size, stride)).sum(3)
 
 
 class UnfoldACmix(ACmix):
@@ -105,15 +121,8 @@ class UnfoldACmix(ACmix):
         )
         position = self.position_encoding(key)[None, None]
 
-        def subsample(maps: Tensor) -> Tensor:
-            return maps[..., ::stride, ::stride].flatten(3).unsqueeze(3)
-
-        relative = subsample(position) - unfold(position, kernel_size, stride)
-        attention = unfold_attention(
-            subsample(query),
-            unfold(key, kernel_size, stride) + relative,
-            unfold(value, kernel_size, stride),
-        )
+        relative = subsample(position, stride) - unfold(position, kernel_size, stride)
+        attention = unfold_attention(query, key, value, kernel_size, stride, relative)
 
         maps = torch.cat([m.flatten(2, 3) for m in (query, key, value)], 1)
         mixed = F.conv2d(maps, self.fc['weight'])
@@ -146,8 +155,7 @@ def build_attention(name: str, backend: str | None, case: Case) -> Step:
     *inputs, grad = random_maps(4, case)
 
     def unfolded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = (unfold(m, KERNEL_SIZE) for m in (key, value))
-        return unfold_attention(query.flatten(3).unsqueeze(3), keys, values).view_as(query)
+        return unfold_attention(query, key, value, KERNEL_SIZE).view_as(query)
 
     def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return local_attention(query, key, value, KERNEL_SIZE, backend=backend)
