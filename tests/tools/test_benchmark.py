@@ -7,7 +7,15 @@ import _report
 import benchmark
 import pytest
 import torch
-from _candidates import Case, FlexAttention, Step, UnfoldACmix, build_attention, can_deploy
+from _candidates import (
+    Case,
+    FlexAttention,
+    Step,
+    UnfoldACmix,
+    build_attention,
+    build_backbone,
+    can_deploy,
+)
 
 from acmix_mm.layers import ACmix
 from acmix_mm.ops import local_attention
@@ -94,6 +102,16 @@ def test_suites(capsys, tmp_path, arguments, names, count):
     assert Path(files[1]).stat().st_size > 5000
     last = capsys.readouterr().out.splitlines()[-2:]
     assert last == [f'measurements: {files[0]}', f'plot: {files[1]}']
+
+
+@pytest.mark.parametrize('model', ['r50', R26])
+def test_all_of_a_backbone_trains(model):
+    """Also what its config freezes, so that comparisons are fair."""
+    step = build_backbone(model, None, False, Case((2, 3, 64, 64), train=True))
+    step()
+    assert all(parameter.grad is not None for parameter in step.leaves)
+    step.reset()
+    assert all(parameter.grad is None for parameter in step.leaves)
 
 
 def test_memory_of_training_counts_gradients_not_weights(tmp_path):

@@ -15,10 +15,10 @@ with another one, so that what else the machine does strikes all alike. Given ar
 quartiles of the rounds; steps shorter than 20 ms are repeated within a round. On CUDA, events
 measure from an idle device to the step's end, launches included.
 
-Peak memory: what a step needs at most beyond what was held before it. Gradients count; weights,
-inputs and libraries do not (weights are listed beside it). On a CPU it is the first step, but for
-one on a very small input, of a fresh process for each candidate, in resident memory as Linux
-reports it; on CUDA a step after those timed, in memory that torch's allocator handed out.
+Peak memory: what a step needs at most beyond what was held before it. Gradients and outputs count;
+weights, inputs and libraries do not (weights are listed beside it). On a CPU it is the first step,
+but for one on a very small input, of a fresh process for each candidate, in resident memory as
+Linux reports it; on CUDA a step after those timed, in memory that torch's allocator handed out.
 
 Modes: 'forward' is in eval mode without gradients; 'train' is forward and backward, in train mode,
 without the optimizer. Weights are random. Dtypes other than float32 are applied by casting inputs
@@ -452,11 +452,12 @@ def add_common(parser: argparse.ArgumentParser, dtypes: list[str], device: str =
     )  # fmt: skip
     parser.add_argument(
         '--modes', nargs='+', choices=('forward', 'train'), default=['forward', 'train'],
-        help='default: both',
+        metavar='MODE', help='of forward, train; default: both',
     )  # fmt: skip
     parser.add_argument(
         '--dtypes', '--dtype', nargs='+', choices=tuple(DTYPES), default=dtypes,
-        help=f'by casting or autocast, see the main help; default: {" ".join(dtypes)}',
+        metavar='DTYPE', help=f'of {", ".join(DTYPES)}; by casting or autocast, see the main help; '
+        f'default: {" ".join(dtypes)}',
     )  # fmt: skip
     parser.add_argument(
         '--device', type=device_type, default=device, help='cpu, cuda or cuda:N (%(default)s)'
@@ -494,10 +495,10 @@ def add_shapes(parser: argparse.ArgumentParser, axes: str, default: tuple, minim
 def add_peaks(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group(
         'floor',
-        'With either of these, the table tells which part of the time the device would need at '
-        'least, by arithmetic or by memory traffic, whichever is more; attention: '
-        f'4 k^2 B C HW operations forward (k = {KERNEL_SIZE}), 12 in training, and 4 maps moved '
-        'forward, 11 in training; for operators see operator_cost() in _candidates.py.',
+        'With either of these, the table tells which part of the time the device would need at\n'
+        'least, by arithmetic or by memory traffic, whichever is more. Attention:\n'
+        f'4 k^2 B N d H W operations forward, 12 in training (k = {KERNEL_SIZE}); 4 maps read or\n'
+        'written forward, 11 in training. Operators: see operator_cost() in _candidates.py.',
     )
     for option, unit in (('--peak-tflops', '10^12 operations/s'), ('--peak-gbs', '10^9 bytes/s')):
         group.add_argument(
@@ -562,7 +563,7 @@ def make_parser() -> argparse.ArgumentParser:
     suite = add(
         'gpu',
         'operator, attention and backbone at their default shapes, in half precision, on CUDA.\n'
-        'Expect the better part of an hour of device time; choose --dtypes and --batches for less.',
+        'This takes long: --dtypes and --batches divide it, --json keeps what is measured so far.',
         ('float16', 'bfloat16'),
     )
     suite.add_argument(
