@@ -1,182 +1,339 @@
-"""Time and peak memory, side by side in one run.
+"""Time and peak memory of operators, backbones and detectors, side by side in one run.
 
-Suites:
-  operator   the ACmix layer against its unfold formulation and against nn.Conv2d 3x3, on one map:
-             forward, and forward with backward
-  detector   one training step of a detector from a config, on one image: time and peak memory
+Suites (each has its own --help):
+  operator   the ACmix layer, as trained and deployed, its unfold formulation, nn.Conv2d 3x3
+  attention  neighbourhood attention alone, by backend, at the four stages of ResNet-50; its unfold
+             formulation; on CUDA also torch's FlexAttention
+  backbone   whole backbones, by name or from config files: ResNet-ACmix, MMDetection's ResNet-50,
+             Swin-T and PVT-S
+  detector   whole detectors from config files: a training step, an inference
+  scaling    one model at growing images and batches: cost per pixel and for every doubling
+  gpu        operator, attention and backbone in half precision at batch 2 and 16, on CUDA
 
-Candidates take turns in one process, so that what else the machine does strikes all alike; times
-are medians with their range. Peak memory is taken in a fresh process each, over what the process
-holds before its first step: gradients count, weights and libraries do not (on a CPU: resident
-memory, as Linux reports it).
+Time: after warm-up, all candidates of a comparison take turns in one process, every round beginning
+with another one, so that what else the machine does strikes all alike. Given are the median and the
+quartiles of the rounds; steps shorter than 20 ms are repeated within a round. On CUDA, events
+measure from an idle device to the step's end, launches included.
+
+Peak memory: what a step needs at most beyond what was held before it. Gradients and outputs count;
+weights, inputs and libraries do not (weights are listed beside it). On a CPU it is the first step,
+but for one on a very small input, of a fresh process for each candidate, in resident memory as
+Linux reports it; on CUDA a step after those timed, in memory that torch's allocator handed out.
+
+Modes: 'forward' is in eval mode without gradients; 'train' is forward and backward, in train mode,
+without the optimizer. Weights are random. Dtypes other than float32 are applied by casting inputs
+and weights of operators and of attention, by autocast for whole models.
+
+Ratios are to the first candidate of the same shape, mode and dtype. A candidate that fails is
+reported, the others go on, and the exit status is 1.
 """
 
 import argparse
+import contextlib
+import ctypes
+import datetime
+import functools
 import json
+import math
 import multiprocessing
 import platform
 import re
-import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from _candidates import (
+    BACKBONES,
+    DTYPES,
+    KERNEL_SIZE,
+    Case,
+    Step,
+    attention_cost,
+    backbone_config,
+    build_attention,
+    build_backbone,
+    build_detector,
+    build_operator,
+    can_deploy,
+    model_name,
+    operator_cost,
+    uses_acmix,
+)
+from _report import plot, report, report_scaling, shape_name
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from acmix_mm.layers import ACmix
+from acmix_mm import __version__
 from acmix_mm.ops import available_backends
 
 RETINANET = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
+OPERATOR_SHAPES = ((1, 64, 200, 304),)
+ATTENTION_SHAPES = (
+    (1, 4, 16, 200, 304),
+    (1, 4, 32, 100, 152),
+    (1, 4, 64, 50, 76),
+    (1, 4, 128, 25, 38),
+)
+BACKBONE_SHAPES = ((1, 3, 800, 1216), (8, 3, 224, 224))
+SCALING_SHAPES = (  # each of about twice the pixels of the one before
+    (224, 224),
+    (256, 416),
+    (384, 544),
+    (544, 800),
+    (768, 1184),
+    (1120, 1664),
+    (1600, 2400),
+)
+GPU_BATCHES = (2, 16)
+LAYER_CHANNELS = 64  # of the layer that the suite scaling measures, at a quarter of the image
+
+BACKEND_DEVICES = {'native': 'cpu', 'triton': 'cuda'}  # others run everywhere
+# Dense half-precision TFLOP/s and GB/s, from the data sheets, by a part of the device's name.
+GPU_PEAKS = {'H100 80GB HBM3': (989, 3350), 'H100 PCIe': (756, 2000), 'H200': (989, 4800)}
+MIN_SECONDS = 0.02  # of a round
+EXAMPLES = """
+examples:
+  benchmark.py operator
+  benchmark.py operator --backends auto torch native --shapes 1x64x100x152 --json operator.json
+  benchmark.py attention --peak-tflops 0.2 --peak-gbs 25 --plot attention.png
+  benchmark.py backbone --models r50 acmix-r50 swin-t pvt-s --shapes 1x3x800x1216
+  benchmark.py detector --configs configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py
+  benchmark.py scaling --model acmix-r50 --modes forward --plot scaling.png
+  benchmark.py gpu --json gpu.json --plot gpu.png
+"""
 
 
-class UnfoldACmix(ACmix):
-    """The operator as it is usually written, at dilation 1: neighbourhoods unfolded into memory.
+@dataclass(frozen=True)
+class Candidate:
+    """One entry of a comparison; ``build(*arguments, case)`` gives its step, in any process."""
 
-    Every key, value and relative position is copied kernel_size^2 times, and the convolution path
-    keeps its intermediate map. Same parameters and results as :class:`ACmix`.
-    """
+    name: str
+    build: Callable[..., Step]
+    arguments: tuple
+    case: Case
+    notes: dict = field(default_factory=dict)  # more about it, for the row of its results
 
-    def forward(self, x: Tensor) -> Tensor:
-        stride, heads, dim = self.stride[0], self.num_heads, self.head_dim
-        batch, _, height, width = x.shape
-        query, key, value = (
-            F.conv2d(x, p['weight'], p['bias']) for p in (self.conv1, self.conv2, self.conv3)
-        )
-        position = self.position_encoding(key.unflatten(1, (heads, dim)))[None]
-
-        def unfold(maps: Tensor) -> Tensor:
-            kernel_size = self.attn_kernel_size
-            padded = F.pad(maps, (kernel_size // 2,) * 4, mode='reflect')
-            columns = F.unfold(padded, kernel_size, stride=stride)
-            return columns.view(maps.size(0), -1, dim, kernel_size**2, columns.size(-1))
-
-        def subsample(maps: Tensor) -> Tensor:
-            return maps[..., ::stride, ::stride].flatten(2).unflatten(1, (-1, dim)).unsqueeze(3)
-
-        relative = subsample(position) - unfold(position)
-        logits = (subsample(query) * (unfold(key) + relative)).sum(2, keepdim=True)
-        weights = (logits * dim**-0.5).softmax(3)
-        attention = (weights * unfold(value)).sum(3)
-
-        maps = torch.cat(
-            [m.view(batch, heads, dim * height, width) for m in (query, key, value)], 1
-        )
-        mixed = F.conv2d(maps, self.fc['weight'])
-        mixed = mixed.unflatten(2, (dim, height)).transpose(1, 2).flatten(1, 2)
-        padding = self.kernel_size[0] // 2
-        convolution = F.conv2d(mixed, self.dep_conv['weight'], None, stride, padding, 1, dim)
-        attention = attention.view(batch, heads * dim, *convolution.shape[-2:])
-        return self.rate1 * attention + self.rate2 * convolution
+    def row(self) -> dict:
+        case = {'shape': list(self.case.shape), 'mode': self.case.mode, 'dtype': self.case.dtype}
+        return {'candidate': self.name, **case, **self.notes, 'times': [], 'peak': None}
 
 
-def build_operator(name: str, channels: int, backend: str | None) -> nn.Module:
-    """One of the layers that the suite *operator* compares; equal weights in the ACmix forms."""
-    torch.manual_seed(0)
-    if name == 'conv3x3':
-        return nn.Conv2d(channels, channels, 3, padding=1)
-    return {'acmix': ACmix, 'unfold': UnfoldACmix}[name](channels, channels, backend=backend)
+# Suites: from options to comparisons, each a list of candidates that take turns.
 
 
-def operator_step(
-    name: str, shape: list[int], backend: str | None, device: str, train: bool
-) -> Callable[[], None]:
-    """A function that runs the layer once on a map (B, C, H, W)."""
-    layer = build_operator(name, shape[1], backend).to(device)
-    x = torch.randn(shape, device=device, requires_grad=train)
-
-    def forward() -> None:
-        with torch.no_grad():
-            layer(x)
-
-    def train_step() -> None:
-        layer(x).sum().backward()
-
-    return train_step if train else forward
+def cases(args: argparse.Namespace, shapes: Iterator[tuple[int, ...]]) -> Iterator[Case]:
+    for shape in shapes:
+        for dtype in args.dtypes:
+            for mode in args.modes:
+                yield Case(shape, mode == 'train', dtype, args.device)
 
 
-def detector_step(
-    config: str, size: list[int], backend: str | None, device: str
-) -> Callable[[], None]:
-    """A function that runs one training step on one image (height, width) with ten boxes."""
-    from mmdet.registry import MODELS
-    from mmdet.structures import DetDataSample
-    from mmengine.structures import InstanceData
+def backend_forms(name: str, args: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
+    """Names and backends of the candidates that one of ours makes."""
+    for backend in args.backends:
+        yield (name, None) if backend == 'auto' else (f'{name} ({backend})', backend)
 
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    model = MODELS.build(cfg.model).to(device)
-    for module in model.modules():
-        if isinstance(module, ACmix) and backend is not None:
-            module.backend = backend
-    model.train()
-    torch.manual_seed(0)
-    height, width = size
-    corner = torch.rand(10, 2) * torch.tensor([width, height]) * 0.7
-    boxes = torch.cat([corner, corner + torch.tensor([width, height]) * 0.25], 1)
-    sample = DetDataSample(
-        metainfo={'img_shape': (height, width), 'ori_shape': (height, width)},
-        gt_instances=InstanceData(bboxes=boxes, labels=torch.arange(10)),
+
+def suite_operator(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    for case in cases(args, args.shapes):
+        forms = [(n, 'acmix', backend) for n, backend in backend_forms('acmix', args)]
+        if can_deploy() and not case.train:
+            names = backend_forms('acmix deployed', args)
+            forms += [(n, 'acmix deployed', backend) for n, backend in names]
+        forms += [('unfold', 'unfold', None), ('conv3x3', 'conv3x3', None)]
+        yield [
+            Candidate(name, build_operator, (form, backend), case, operator_cost(form, case))
+            for name, form, backend in forms
+        ]
+
+
+def suite_attention(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    for case in cases(args, args.shapes):
+        forms = [(n, 'local_attention', b) for n, b in backend_forms('local_attention', args)]
+        forms.append(('unfold', 'unfold', None))
+        if case.device != 'cpu':
+            forms.append(('FlexAttention', 'flex', None))
+        cost = attention_cost(case)
+        yield [
+            Candidate(name, build_attention, (form, backend), case, cost)
+            for name, form, backend in forms
+        ]
+
+
+def suite_backbone(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    for case in cases(args, args.shapes):
+        yield [c for model in args.models for c in backbone_candidates(model, case, args)]
+
+
+def backbone_candidates(
+    model: str, case: Case, args: argparse.Namespace, notes: dict | None = None
+) -> Iterator[Candidate]:
+    name, notes = model_name(model), notes or {}
+    if not uses_acmix(backbone_config(model)):
+        yield Candidate(name, build_backbone, (model, None, False), case, notes)
+        return
+    for deployed in (False, True) if can_deploy() and not case.train else (False,):
+        for form, backend in backend_forms(f'{name} deployed' if deployed else name, args):
+            yield Candidate(form, build_backbone, (model, backend, deployed), case, notes)
+
+
+def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    for case in cases(args, args.shapes):
+        candidates = []
+        for config in args.configs:
+            name = Path(config).stem
+            forms = [(name, None)]
+            if uses_acmix(Config.fromfile(config).model):
+                forms = backend_forms(name, args)
+            candidates += [
+                Candidate(form, build_detector, (config, backend), case) for form, backend in forms
+            ]
+        yield candidates
+
+
+def suite_scaling(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    height, width = args.shapes[0]
+    series = {
+        'image': [(1, *image) for image in args.shapes],
+        'batch': [(batch, height, width) for batch in args.batches],
+    }
+    for axis, images in series.items():
+        for dtype in args.dtypes:
+            for mode in args.modes:
+                candidates = []
+                for image in images:
+                    batch, height, width = image
+                    notes = {'series': axis, 'image': list(image), 'pixels': math.prod(image)}
+                    if args.model == 'acmix':
+                        shape = (batch, LAYER_CHANNELS, -(-height // 4), -(-width // 4))
+                        case = Case(shape, mode == 'train', dtype, args.device)
+                        candidates += [
+                            Candidate(name, build_operator, ('acmix', backend), case, notes)
+                            for name, backend in backend_forms('acmix', args)
+                        ]
+                    else:
+                        shape = (batch, 3, height, width)
+                        case = Case(shape, mode == 'train', dtype, args.device)
+                        forms = list(backbone_candidates(args.model, case, args, notes))
+                        candidates += [c for c in forms if not c.arguments[2]]
+                yield candidates
+
+
+def suite_gpu(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    suites = (
+        (suite_operator, OPERATOR_SHAPES),
+        (suite_attention, ATTENTION_SHAPES),
+        (suite_backbone, BACKBONE_SHAPES),
     )
-    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-
-    def train_step() -> None:
-        data = model.data_preprocessor({'inputs': [image], 'data_samples': [sample]}, True)
-        loss, _ = model.parse_losses(model(**data, mode='loss'))
-        loss.backward()
-
-    return train_step
+    for suite, shapes in suites:
+        for batch in args.batches:
+            options = {**vars(args), 'shapes': [(batch, *shape[1:]) for shape in shapes]}
+            yield from suite(argparse.Namespace(**options))
 
 
-def interleave(
-    steps: dict[str, Callable[[], None]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds of every step in every round, after one round of warm-up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for index in tqdm(range(rounds + 1), desc='rounds', leave=False):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.startswith('cuda'):
-                torch.cuda.synchronize()
-            if index:
-                times[name].append(time.perf_counter() - start)
-    return times
+SUITES = {
+    'operator': suite_operator,
+    'attention': suite_attention,
+    'backbone': suite_backbone,
+    'detector': suite_detector,
+    'scaling': suite_scaling,
+    'gpu': suite_gpu,
+}
 
 
-def _measure_peak(connection, threads: int, device: str, build: Callable, arguments: tuple) -> None:
-    torch.set_num_threads(threads)
-    step = build(*arguments)
-    if device.startswith('cuda'):
-        torch.cuda.reset_peak_memory_stats()
+# Measurements.
+
+
+def run_comparison(
+    candidates: list[Candidate], args: argparse.Namespace, advance: Callable[[str], object]
+) -> list[dict]:
+    """Rows of results; a candidate that fails has the reason in its row as 'error'."""
+    rows = [candidate.row() for candidate in candidates]
+    cuda = args.device != 'cpu'
+    ready = []
+    for candidate, row in zip(candidates, rows, strict=True):
+        advance(f'{candidate.name}: warm-up')
+        with note_failure(row):
+            step = candidate.build(*candidate.arguments, candidate.case)
+            seconds = [timed(step, 1, cuda) for _ in range(args.warmup)][-1]
+            row['repeats'] = min(max(round(MIN_SECONDS / seconds), 1), 100)
+            row['weights'] = step.weights
+            ready.append((step, row))
+    for index in range(args.rounds):
+        turn = index % max(len(ready), 1)
+        for step, row in ready[turn:] + ready[:turn]:
+            if 'error' not in row:
+                with note_failure(row):
+                    row['times'].append(timed(step, row['repeats'], cuda))
+        advance(f'round {index + 1} of {args.rounds}')
+    if cuda and not args.no_memory:
+        for step, row in ready:
+            if 'error' not in row:
+                with note_failure(row):
+                    row['peak'] = peak_allocated(step)
+    step = None
+    ready.clear()
+    if not cuda and not args.no_memory:
+        for candidate, row in zip(candidates, rows, strict=True):
+            advance(f'{candidate.name}: memory')
+            if 'error' not in row:
+                arguments = (*candidate.arguments, candidate.case)
+                with note_failure(row):
+                    row['peak'] = peak_memory(args.threads, candidate.build, *arguments)
+    return rows
+
+
+@contextlib.contextmanager
+def note_failure(row: dict) -> Iterator[None]:
+    """Whatever one candidate raises, out of memory most likely, goes into its row."""
+    try:
+        yield
+    except Exception as error:
+        row['error'] = f'{type(error).__name__}: {error}'
+        tqdm.write(f'{row["candidate"]} failed: {row["error"]}', file=sys.stderr)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def timed(step: Step, repeats: int, cuda: bool) -> float:
+    """Seconds of one step, the mean of ``repeats``; gradients are dropped between steps."""
+    if cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+    start = time.perf_counter()
+    for index in range(repeats):
+        if index:
+            step.reset()
         step()
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        # getrusage would also see what the parent held; this forgets earlier peaks.
-        Path('/proc/self/clear_refs').write_text('5')
-        before = _resident('VmRSS')
-        step()
-        peak = _resident('VmHWM') - before
-    connection.send(peak)
+    seconds = time.perf_counter() - start
+    if cuda:
+        end.record()
+        torch.cuda.synchronize()
+        seconds = begin.elapsed_time(end) / 1e3
+    step.reset()
+    return seconds / repeats
 
 
-def _resident(kind: str) -> int:
-    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), bytes (Linux)."""
-    status = Path('/proc/self/status').read_text()
-    return int(re.search(rf'^{kind}:\s+(\d+) kB', status, re.MULTILINE)[1]) * 1024
+def peak_allocated(step: Step) -> int:
+    """Bytes that a step allocates at most on the CUDA device, beyond what is held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    step.reset()
+    return torch.cuda.max_memory_allocated() - held
 
 
-def peak_memory(threads: int, device: str, build: Callable, *arguments) -> int:
+def peak_memory(threads: int, build: Callable, *arguments) -> int:
     """Bytes that one call of ``build(*arguments)()`` needs at most, in a fresh process."""
     context = multiprocessing.get_context('spawn')
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_measure_peak, args=(sender, threads, device, build, arguments)
-    )
+    process = context.Process(target=_measure_peak, args=(sender, threads, build, arguments))
     process.start()
     sender.close()
     try:
@@ -191,96 +348,335 @@ def peak_memory(threads: int, device: str, build: Callable, *arguments) -> int:
         process.join()
 
 
-def suite_operator(args: argparse.Namespace) -> list[dict]:
-    names = ('acmix', 'unfold', 'conv3x3')
-    rows = []
-    for train in (False, True):
-        steps = {n: operator_step(n, args.shape, args.backend, args.device, train) for n in names}
-        times = interleave(steps, args.rounds, args.device)
-        del steps
-        for name in names:
-            arguments = (name, args.shape, args.backend, args.device, train)
-            peak = peak_memory(args.threads, args.device, operator_step, *arguments)
-            mode = 'forward + backward' if train else 'forward'
-            rows.append({'candidate': name, 'mode': mode, 'times': times[name], 'peak': peak})
-    return rows
+def _measure_peak(connection, threads: int, build: Callable[..., Step], arguments: tuple) -> None:
+    torch.set_num_threads(threads)
+    step = build(*arguments)
+    # The first step imports modules and loads code, which can be more than the step itself needs.
+    step.small()
+    step.reset()
+    with contextlib.suppress(AttributeError):  # not in every C library
+        ctypes.CDLL(None).malloc_trim(0)
+    # getrusage would also see what the parent held; this forgets earlier peaks.
+    Path('/proc/self/clear_refs').write_text('5')
+    before = _resident('VmRSS')
+    step()
+    connection.send(_resident('VmHWM') - before)
 
 
-def suite_detector(args: argparse.Namespace) -> list[dict]:
-    arguments = (args.config, args.size, args.backend, args.device)
-    times = interleave({'step': detector_step(*arguments)}, args.rounds, args.device)
-    peak = peak_memory(args.threads, args.device, detector_step, *arguments)
-    name = Path(args.config).stem
-    return [{'candidate': name, 'mode': 'training step', 'times': times['step'], 'peak': peak}]
+def _resident(kind: str) -> int:
+    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), bytes (Linux)."""
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(rf'^{kind}:\s+(\d+) kB', status, re.MULTILINE)[1]) * 1024
 
 
-def report(rows: list[dict]) -> None:
-    """Print a table; ratios are to the first candidate of the same mode, > 1 means more."""
-    first = {}
-    width = max(len(row['candidate']) for row in rows)
-    print(f'{"candidate":{width}}  {"mode":18}  {"median":>9}  {"min - max":>19}  '
-          f'{"time":>6}  {"peak memory":>11}  {"memory":>6}')  # fmt: skip
-    for row in rows:
-        milliseconds = [1e3 * t for t in row['times']]
-        median = statistics.median(milliseconds)
-        base = first.setdefault(row['mode'], (median, row['peak']))
-        spread = f'{min(milliseconds):.1f} - {max(milliseconds):.1f}'
-        print(f'{row["candidate"]:{width}}  {row["mode"]:18}  {median:6.1f} ms  {spread:>16} ms  '
-              f'{median / base[0]:5.2f}x  {row["peak"] / 2**20:7.0f} MiB  '
-              f'{row["peak"] / base[1]:5.2f}x')  # fmt: skip
+# Options.
+
+
+def positive(kind: type, text: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        what = 'an integer' if kind is int else 'a number'
+        raise argparse.ArgumentTypeError(f'{text!r} is not {what} above 0')
+    return value
+
+
+positive_int = functools.partial(positive, int)
+positive_float = functools.partial(positive, float)
+
+
+def shape_type(axes: str, minimum: int, text: str) -> tuple[int, ...]:
+    """A shape such as 1x64x200x304 for ``axes`` 'BxCxHxW', with H and W of at least ``minimum``."""
+    parts = text.lower().split('x')
+    names = axes.split('x')
+    if len(parts) != len(names) or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f'{text!r} is not {axes} in integers above 0')
+    shape = tuple(map(int, parts))
+    if min(shape[-2:]) < minimum:
+        raise argparse.ArgumentTypeError(f'{text!r}: height and width must be {minimum} or more')
+    for name, value in zip(names, shape, strict=True):
+        if name == 'C' and value % 4:
+            raise argparse.ArgumentTypeError(f'{text!r}: channels must be a multiple of 4 (heads)')
+        if name == '3' and value != 3:
+            raise argparse.ArgumentTypeError(f'{text!r}: images have 3 channels')
+    return shape
+
+
+def device_type(text: str) -> str:
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not cpu, cuda or cuda:N')
+    if text != 'cpu' and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f'{text!r}: torch {torch.__version__} sees no CUDA device')
+    if ':' in text and int(text[5:]) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: there are {torch.cuda.device_count()} CUDA devices'
+        )
+    return text
+
+
+def output_type(suffixes: tuple[str, ...], text: str) -> Path:
+    file = Path(text)
+    if file.suffix not in suffixes:
+        raise argparse.ArgumentTypeError(f'{text!r} must end in {" or ".join(suffixes)}')
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r}: folder {file.parent} does not exist')
+    return file
+
+
+def config_type(text: str) -> str:
+    if Path(text).suffix != '.py' or not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f'{text!r}: no such config file')
+    if 'model' not in Config.fromfile(text):
+        raise argparse.ArgumentTypeError(f'{text!r} has no model')
+    return text
+
+
+def model_type(more: tuple[str, ...], text: str) -> str:
+    if text in more or text in BACKBONES:
+        return text
+    if Path(text).suffix == '.py' and Path(text).is_file():
+        if 'backbone' not in Config.fromfile(text).get('model', {}):
+            raise argparse.ArgumentTypeError(f'{text!r} has no model.backbone')
+        return text
+    names = ', '.join((*more, *BACKBONES))
+    raise argparse.ArgumentTypeError(f'{text!r} is neither a config file nor one of {names}')
+
+
+def add_common(parser: argparse.ArgumentParser, dtypes: list[str], device: str = 'cpu') -> None:
+    parser.add_argument(
+        '--backends', nargs='+', choices=('auto', *available_backends()), metavar='NAME',
+        help='backends of the ACmix layers to compare, auto (the automatic choice) or '
+        f'{", ".join(available_backends())}; default: auto, for attention all that the device has',
+    )  # fmt: skip
+    parser.add_argument(
+        '--modes', nargs='+', choices=('forward', 'train'), default=['forward', 'train'],
+        metavar='MODE', help='of forward, train; default: both',
+    )  # fmt: skip
+    parser.add_argument(
+        '--dtypes', '--dtype', nargs='+', choices=tuple(DTYPES), default=dtypes,
+        metavar='DTYPE', help=f'of {", ".join(DTYPES)}; by casting or autocast, see the main help; '
+        f'default: {" ".join(dtypes)}',
+    )  # fmt: skip
+    parser.add_argument(
+        '--device', type=device_type, default=device, help='cpu, cuda or cuda:N (%(default)s)'
+    )
+    parser.add_argument(
+        '--threads', type=positive_int, default=torch.get_num_threads(), metavar='N',
+        help='CPU threads (%(default)s)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--rounds', type=positive_int, default=7, metavar='N', help='timed rounds (%(default)s)'
+    )
+    parser.add_argument(
+        '--warmup', type=positive_int, default=2, metavar='N',
+        help='untimed steps before (%(default)s)',
+    )  # fmt: skip
+    parser.add_argument('--no-memory', action='store_true', help='measure time only')
+    parser.add_argument(
+        '--json', type=functools.partial(output_type, ('.json',)), metavar='FILE.json',
+        help='write setting and all measurements; brought up to date after every comparison',
+    )  # fmt: skip
+    parser.add_argument(
+        '--plot', type=functools.partial(output_type, ('.png', '.svg', '.pdf')),
+        metavar='FILE.png', help='write a plot (.png, .svg or .pdf)',
+    )  # fmt: skip
+
+
+def add_shapes(parser: argparse.ArgumentParser, axes: str, default: tuple, minimum: int) -> None:
+    parser.add_argument(
+        '--shapes', '--shape', '--sizes', '--size', nargs='+', default=list(default), metavar=axes,
+        type=functools.partial(shape_type, axes, minimum),
+        help='default: ' + ' '.join(map(shape_name, default)),
+    )  # fmt: skip
+
+
+def add_peaks(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group(
+        'floor',
+        'With either of these, the table tells which part of the time the device would need at\n'
+        'least, by arithmetic or by memory traffic, whichever is more. Attention:\n'
+        f'4 k^2 B N d H W operations forward, 12 in training (k = {KERNEL_SIZE}); 4 maps read or\n'
+        'written forward, 11 in training. Operators: see operator_cost() in _candidates.py.',
+    )
+    for option, unit in (('--peak-tflops', '10^12 operations/s'), ('--peak-gbs', '10^9 bytes/s')):
+        group.add_argument(
+            option, type=positive_float, metavar='X', help=f'peak of the device, {unit}{default}'
+        )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    options = {'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False}
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, **options)
+    suites = parser.add_subparsers(dest='suite', required=True, metavar='SUITE')
+
+    def add(name: str, description: str, dtypes: tuple[str, ...] = ('float32',)):
+        suite = suites.add_parser(name, description=description, **options)
+        add_common(suite, list(dtypes), 'cuda' if name == 'gpu' else 'cpu')
+        return suite
+
+    suite = add('operator', 'The ACmix layer, its unfold formulation and nn.Conv2d 3x3 on a map.')
+    add_shapes(suite, 'BxCxHxW', OPERATOR_SHAPES, 4)
+    add_peaks(suite, '')
+    suite = add(
+        'attention',
+        'Neighbourhood attention alone (d channels for each of N heads), without projections.\n'
+        'FlexAttention (CUDA) moves neighbourhoods inwards at the border instead of reflecting,\n'
+        'and gets its maps as sequences in tiles of 8x16 pixels; making them is not counted.',
+    )
+    add_shapes(suite, 'BxNxdxHxW', ATTENTION_SHAPES, KERNEL_SIZE)
+    add_peaks(suite, '')
+    suite = add(
+        'backbone',
+        'Whole backbones. Training: the loss is the sum of the means of the outputs; nothing is\n'
+        'frozen, BatchNorm uses the statistics of the batch.',
+    )
+    add_shapes(suite, 'Bx3xHxW', BACKBONE_SHAPES, 64)
+    names = ', '.join(BACKBONES)
+    suite.add_argument(
+        '--models', nargs='+', default=['r50', 'acmix-r50'], metavar='MODEL',
+        type=functools.partial(model_type, ()),
+        help=f'of {names}, or a config file, of which the backbone is taken (r50 acmix-r50)',
+    )  # fmt: skip
+    suite = add('detector', 'Whole detectors: a training step and an inference on one image.')
+    add_shapes(suite, 'HxW', ((800, 1216),), 64)
+    suite.add_argument(
+        '--configs', '--config', nargs='+', type=config_type, default=[RETINANET], metavar='FILE',
+        help=f'default: {RETINANET}',
+    )  # fmt: skip
+    suite = add(
+        'scaling',
+        'One model at growing images (batch 1) and growing batches (of the first image): cost per\n'
+        'pixel of the image, and the factor for every doubling of pixels. The layer acmix gets\n'
+        f'{LAYER_CHANNELS} channels at a quarter of the image, as in stage 1 of ResNet-50.',
+    )
+    add_shapes(suite, 'HxW', SCALING_SHAPES, 64)
+    suite.add_argument(
+        '--batches', nargs='+', type=positive_int, default=[1, 2, 4, 8], metavar='B',
+        help='default: 1 2 4 8',
+    )  # fmt: skip
+    suite.add_argument(
+        '--model', default='acmix', type=functools.partial(model_type, ('acmix',)),
+        help=f'acmix (the layer; default), {names}, or a config file',
+    )  # fmt: skip
+    suite = add(
+        'gpu',
+        'operator, attention and backbone at their default shapes, in half precision, on CUDA.\n'
+        'This takes long: --dtypes and --batches divide it, --json keeps what is measured so far.',
+        ('float16', 'bfloat16'),
+    )
+    suite.add_argument(
+        '--batches', nargs='+', type=positive_int, default=list(GPU_BATCHES), metavar='B',
+        help='default: ' + ' '.join(map(str, GPU_BATCHES)),
+    )  # fmt: skip
+    add_peaks(suite, f' (known for {", ".join(GPU_PEAKS)})')
+    return parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('suite', choices=['operator', 'detector'])
-    parser.add_argument(
-        '--shape', type=int, nargs=4, default=[1, 64, 200, 304], metavar=('B', 'C', 'H', 'W'),
-        help='map of the suite operator (1 64 200 304: stage 1 of an 800x1216 image)',
-    )  # fmt: skip
-    parser.add_argument('--config', default=RETINANET, help='of the suite detector (%(default)s)')
-    parser.add_argument(
-        '--size', type=int, nargs=2, default=[800, 1216], metavar=('H', 'W'),
-        help='image of the suite detector (800 1216)',
-    )  # fmt: skip
-    parser.add_argument(
-        '--backend', choices=available_backends(), help='of the ACmix layers (default: automatic)'
-    )
-    parser.add_argument('--rounds', type=int, default=5, help='timed rounds (%(default)s)')
-    parser.add_argument(
-        '--threads', type=int, default=torch.get_num_threads(), help='default: %(default)s'
-    )
-    parser.add_argument('--device', default='cpu', help='cpu or cuda (%(default)s)')
-    parser.add_argument('--json', type=Path, help='also write all measurements to this file')
+    parser = make_parser()
     args = parser.parse_args(argv)
-    for name in ('rounds', 'threads'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
-    if not Path(args.config).is_file():
-        parser.error(f'--config: {args.config} does not exist')
+    kind = args.device.split(':')[0]
+    if args.suite == 'gpu':
+        if kind != 'cuda':
+            parser.error(f'argument --device: the suite gpu needs cuda, got {args.device!r}')
+        args.models = ['r50', 'acmix-r50']
+    if args.backends is None:
+        args.backends = ['auto']
+        if args.suite == 'attention':
+            names = available_backends()
+            suited = [n for n in names if BACKEND_DEVICES.get(n, kind) == kind]
+            args.backends = suited[::-1]  # the special ones first
+    for backend in args.backends:
+        needed = BACKEND_DEVICES.get(backend, kind)
+        if needed != kind:
+            parser.error(f'argument --backends: {backend!r} needs --device {needed}, got {kind}')
+    if kind == 'cpu' and not args.no_memory and not Path('/proc/self/clear_refs').exists():
+        parser.error('peak memory on a CPU needs Linux; choose --no-memory')
+    if args.suite == 'scaling':
+        pixels = [math.prod(shape) for shape in args.shapes]
+        for option, values in (('shapes', pixels), ('batches', args.batches)):
+            if sorted(set(values)) != values:
+                parser.error(f'argument --{option}: must grow from one to the next, got {values}')
+    if kind == 'cuda':
+        torch.cuda.set_device(torch.device(args.device))
     return args
+
+
+def device_name(device: str) -> str:
+    if device != 'cpu':
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        match = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
+        if match:
+            return match[1]
+    return 'CPU'
+
+
+def peaks_of(args: argparse.Namespace, name: str) -> tuple[float | None, float | None]:
+    """TFLOP/s and GB/s as given, or those of a known GPU in the suite gpu."""
+    peaks = (None, None)
+    if args.suite == 'gpu':
+        peaks = next((p for part, p in GPU_PEAKS.items() if part in name), peaks)
+    given = (getattr(args, 'peak_tflops', None), getattr(args, 'peak_gbs', None))
+    return tuple(g or p for g, p in zip(given, peaks, strict=True))
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    name = device_name(args.device)
+    peaks = peaks_of(args, name)
     setting = {
         'suite': args.suite,
+        'date': datetime.datetime.now().astimezone().isoformat(timespec='seconds'),
+        'acmix_mm': __version__,
         'torch': torch.__version__,
-        'backend': args.backend or 'automatic',
-        'device': torch.cuda.get_device_name() if args.device.startswith('cuda') else 'CPU',
+        'device': name,
         'machine': platform.machine(),
         'cpu_capability': torch.backends.cpu.get_cpu_capability(),
+        'backends': available_backends(),
         'threads': args.threads,
         'rounds': args.rounds,
+        'peak_tflops': peaks[0],
+        'peak_gbs': peaks[1],
+        'arguments': sys.argv[1:] if argv is None else argv,
     }
-    print(', '.join(f'{key} {value}' for key, value in setting.items()), flush=True)
-    rows = suite_operator(args) if args.suite == 'operator' else suite_detector(args)
-    report(rows)
+    print('\n'.join(f'{key}: {value}' for key, value in setting.items()), flush=True)
+
+    comparisons = list(SUITES[args.suite](args))
+    per_candidate = 1 if args.no_memory or args.device != 'cpu' else 2
+    total = sum(args.rounds + per_candidate * len(candidates) for candidates in comparisons)
+    rows = []
+    with tqdm(total=total, leave=False) as bar:
+
+        def advance(what: str) -> None:
+            bar.set_description(what, refresh=False)
+            bar.update()
+
+        for candidates in comparisons:
+            rows += run_comparison(candidates, args, advance)
+            if args.json is not None:
+                args.json.write_text(json.dumps({'setting': setting, 'rows': rows}, indent=1))
+
+    print()
+    lines = report_scaling(rows) if args.suite == 'scaling' else report(rows, peaks)
+    print('\n'.join(lines))
+    print()
     if args.json is not None:
-        args.json.write_text(json.dumps({'setting': setting, 'rows': rows}, indent=1))
         print(f'measurements: {args.json}')
+    if args.plot is not None:
+        plot(rows, setting, args.plot)
+        print(f'plot: {args.plot}')
+    failures = [
+        f'  {row["candidate"]}, {shape_name(row["shape"])}, {row["dtype"]}, {row["mode"]}: '
+        f'{row["error"]}'
+        for row in rows
+        if 'error' in row
+    ]
+    if failures:
+        sys.exit('\n'.join(['failed:', *failures]))
 
 
 if __name__ == '__main__':
