@@ -162,7 +162,7 @@ class ACmix(MixedOperator):
             query, key, value = maps.permute(2, 0, 3, 1, 4, 5)
             attention = local_attention(
                 query[..., ::stride, ::stride],
-                key - _position_encoding(slopes, key),
+                key - position_encoding(slopes, key),
                 value,
                 self.attn_kernel_size,
                 stride,
@@ -211,7 +211,7 @@ class ACmix(MixedOperator):
         )
 
 
-def _position_encoding(slopes: Tensor, key: Tensor) -> Tensor:
+def position_encoding(slopes: Tensor, key: Tensor) -> Tensor:
     """(d, H, W): ``conv_p`` of the coordinates (x, y), linspace(-1, 1) over width and height.
 
     In the dtype and on the device of ``key`` (B, N, d, H, W).

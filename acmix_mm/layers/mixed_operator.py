@@ -78,7 +78,7 @@ class MixedOperator(BaseModule):
             self.rate1 = nn.Parameter(torch.full((1,), 0.5))
         if mix == 'learned':
             self.rate2 = nn.Parameter(torch.full((1,), 0.5))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.register_parameter('bias', nn.Parameter(torch.zeros(out_channels)) if bias else None)
 
     @property
     def with_attention(self) -> bool:

@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from acmix_mm.layers import ACmix, MixedOperator
+from acmix_mm.layers.acmix import position_encoding
 from acmix_mm.ops import local_attention
 
 KERNEL_SIZE = 7  # of the neighbourhoods
@@ -119,7 +120,7 @@ class UnfoldACmix(ACmix):
             F.conv2d(x, p['weight'], p['bias']).unflatten(1, (heads, dim))
             for p in (self.conv1, self.conv2, self.conv3)
         )
-        position = self.position_encoding(key)[None, None]
+        position = position_encoding(self.conv_p['weight'].flatten(1), key)[None, None]
 
         relative = subsample(position, stride) - unfold(position, kernel_size, stride)
         attention = unfold_attention(query, key, value, kernel_size, stride, relative)
