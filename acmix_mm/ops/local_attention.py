@@ -5,18 +5,22 @@ import math
 import torch
 from torch import Tensor
 
-from .backends import native_backend, torch_backend
+from .backends import native_backend, torch_backend, triton_backend
 from .checks import check_positive
 
 _BACKENDS = {'torch': torch_backend.local_attention}
 if native_backend.AVAILABLE:
     _BACKENDS['native'] = native_backend.local_attention
+if triton_backend.AVAILABLE:
+    _BACKENDS['triton'] = triton_backend.local_attention
 
 
 def available_backends() -> tuple[str, ...]:
     """Names that :func:`local_attention` takes as ``backend`` on this installation.
 
-    'torch' is plain PyTorch, for every device; 'native' is compiled C++, for the CPU.
+    'torch' is plain PyTorch, for every device; 'native' is compiled C++, for the CPU; 'triton' is
+    for GPUs, in float32 and half precision with a head dimension of at most 128. (With
+    ``TRITON_INTERPRET=1`` 'triton' is there without a GPU, interpreted: for tests.)
     """
     return tuple(_BACKENDS)
 
@@ -56,8 +60,8 @@ def local_attention(
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
         scale (float | None): Factor on the logits. Default: None, for ``d ** -0.5``.
         backend (str | None): One of :func:`available_backends`. The choice changes results by
-            rounding only. Default: None, for 'native' on the CPU where it was compiled and 'torch'
-            elsewhere.
+            rounding only. Default: None, for 'triton' on a GPU and 'native' on the CPU, where
+            available and able to take the tensors, and 'torch' elsewhere.
 
     Returns:
         Tensor: Shape and dtype of ``query``; under autocast, of the autocast dtype (inputs are
@@ -66,8 +70,8 @@ def local_attention(
 
     Raises:
         TypeError: If query, key or value is not a floating-point tensor.
-        ValueError: If shapes, dtypes or devices do not fit together, or another argument is not
-            as described; the message names it.
+        ValueError: If shapes, dtypes or devices do not fit together or are not for ``backend``, or
+            another argument is not as described; the message names it.
     """
     check_positive('kernel_size', kernel_size, odd=True)
     check_positive('stride', stride)
@@ -89,11 +93,25 @@ def local_attention(
             f'{query.dtype}, {key.dtype}, {value.dtype}'
         )
     if backend is None:
-        backend = 'native' if device_type == 'cpu' and 'native' in _BACKENDS else 'torch'
+        backend = _choose_backend(query)
     elif backend == 'native' and device_type != 'cpu':
         raise ValueError(f"backend 'native' needs tensors on the CPU, got {query.device}")
+    elif backend == 'triton' and not triton_backend.supports(query):
+        raise ValueError(
+            f"backend 'triton' needs {triton_backend.REQUIREMENT}, got {query.dtype}, head "
+            f'dimension {query.size(2)}, {query.device}'
+        )
     function = _BACKENDS[backend]
     return function(query, key, value, kernel_size, stride, dilation, float(scale))
+
+
+def _choose_backend(query: Tensor) -> str:
+    # Interpreted, 'triton' takes the CPU's tensors too, but only on request.
+    if query.device.type == 'cuda' and triton_backend.supports(query):
+        return 'triton'
+    if query.device.type == 'cpu' and native_backend.AVAILABLE:
+        return 'native'
+    return 'torch'
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> None:
