@@ -1,4 +1,9 @@
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import oracles
 import pytest
@@ -32,15 +37,25 @@ if not INTERPRETED:
     DEVICE['triton'] = 'cuda'
 
 
-def shapes(backend):
+def examples(backend):
+    """Of arguments up to dilation, smaller and fewer where examples are slow."""
     slow = backend == 'triton' and INTERPRETED
-    return st.tuples(
-        st.integers(1, 2),  # batch
-        st.integers(1, 1 if slow else 3),  # heads
+    shapes = st.tuples(
+        st.integers(1, 1 if slow else 2),  # batch
+        st.integers(1, 2 if slow else 3),  # heads
         st.integers(1, 9),  # head dimension
-        st.integers(1, 11 if slow else 21),  # height
-        st.integers(1, 11 if slow else 21),  # width
+        st.integers(1, 10 if slow else 21),  # height
+        st.integers(1, 18 if slow else 21),  # width
     )
+    examples = given(
+        shape=shapes,
+        kernel_size=st.sampled_from([1, 3, 5, 7]),
+        stride=st.integers(1, 3),
+        dilation=st.integers(1, 3 if slow else 4),
+        seed=st.integers(0, 99),
+    )
+    limit = settings(max_examples=8 if slow else 60, deadline=None)
+    return lambda check: limit(examples(check))
 
 
 def inputs(backend, shape, stride, dtype=None, seed=0):
@@ -80,14 +95,7 @@ def assert_agree_with_oracle(backend, tensors, kernel_size, stride=1, dilation=1
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_equals_unfolded_attention(backend):
-    @settings(max_examples=12 if backend == 'triton' and INTERPRETED else 60, deadline=None)
-    @given(
-        shape=shapes(backend),
-        kernel_size=st.sampled_from([1, 3, 5, 7]),
-        stride=st.integers(1, 3),
-        dilation=st.integers(1, 4),
-        seed=st.integers(0, 99),
-    )
+    @examples(backend)
     def check(shape, kernel_size, stride, dilation, seed):
         tensors = inputs(backend, shape, stride, seed=seed)
         assert_agree_with_oracle(backend, tensors, kernel_size, stride, dilation)
@@ -226,6 +234,43 @@ def test_training_saves_inputs_only(backend):
         local_attention(query, key, value, backend=backend)
     numbers = sum(t.numel() for t in saved)
     assert 3 * query.numel() <= numbers <= 4 * query.numel() + query[:, :, 0].numel()
+
+
+@pytest.mark.skipif('triton' not in BACKENDS, reason='needs Triton')
+@pytest.mark.parametrize(('dtype', 'dim'), [(torch.float64, 4), (torch.float32, 129)])
+def test_triton_refuses_what_it_does_not_support(dtype, dim):
+    tensors = inputs('triton', (1, 1, dim, 3, 4), 1, dtype)
+    got = f'{dtype}, head dimension {dim}, {DEVICE["triton"]}'
+    with pytest.raises(ValueError, match=f'needs float16, bfloat16 or float32, .* got {got}'):
+        local_attention(*tensors, backend='triton')
+    # Another backend is chosen.
+    torch.testing.assert_close(local_attention(*tensors, 1), tensors[2])
+
+
+def test_choice_on_the_cpu(monkeypatch):
+    """Interpreted, Triton is available there, but only on request."""
+    chosen = []
+    backends = local_attention.__globals__['_BACKENDS']
+    for name in BACKENDS:
+        monkeypatch.setitem(backends, name, lambda *arguments, name=name: chosen.append(name))
+    tensors = [torch.ones(1, 1, 4, 3, 5)] * 3
+    local_attention(*tensors)
+    assert chosen == ['native' if 'native' in BACKENDS else 'torch']
+    for name in set(BACKENDS) - {'triton'}:
+        local_attention(*tensors, backend=name)
+        assert chosen.pop() == name
+
+
+@pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs Triton')
+def test_triton_kernels_compile(tmp_path):
+    """For an NVIDIA GPU, in a process in which Triton is not interpreted."""
+    program = Path(__file__).with_name('compile_triton_kernels.py')
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    subprocess.run(
+        [sys.executable, program],
+        env={**environment, 'TRITON_CACHE_DIR': str(tmp_path)},
+        check=True,
+    )
 
 
 @pytest.mark.parametrize(
