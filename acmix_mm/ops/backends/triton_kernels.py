@@ -71,17 +71,13 @@ def tile_shapes(dim_block: int, itemsize: int) -> list[tuple[int, int, int, int]
     ]
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-LOG2E = tl.constexpr(1.4426950408889634)
-
-
 @triton.jit
-def _dot(a, b, acc=None):
+def _dot(a, b):
     """Matrix product, with float32 sums; of float32 in full precision, not TF32."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         # The interpreter (3.7.1) would multiply the bit patterns.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision='ieee')
+    return tl.dot(a, b, input_precision='ieee')
 
 
 @triton.jit
@@ -98,6 +94,10 @@ def _reflect(position, size, ONCE: tl.constexpr):
         position = position % period
         position = tl.minimum(position, period - position)
     return position
+
+
+INTERPRETED = tl.constexpr(not isinstance(_reflect, triton.JITFunction))
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -210,8 +210,7 @@ def forward_kernel(
         weights = tl.exp2(logits - new_largest[:, None])
         decay = tl.exp2(largest - new_largest)
         total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None]
-        acc = _dot(weights.to(v.dtype), tl.trans(v), acc)
+        acc = acc * decay[:, None] + _dot(weights.to(v.dtype), tl.trans(v))
         largest = new_largest
 
     out = tl.trans((acc / total[:, None]).to(output.dtype.element_ty))
@@ -295,7 +294,7 @@ def grad_query_kernel(
         weights = tl.exp2(tl.where(inside, logits - row_lse[:, None], float('-inf')))
         grad_weights = _dot(g, v)
         grad_logits = weights * (grad_weights - row_delta[:, None])
-        acc = _dot(grad_logits.to(k.dtype), tl.trans(k), acc)
+        acc += _dot(grad_logits.to(k.dtype), tl.trans(k))
 
     result = tl.trans((acc * scale).to(grad_query.dtype.element_ty))
     tl.store(grad_query + channels + pixels[None, :], result, mask=mask)
@@ -382,10 +381,10 @@ def grad_key_value_kernel(
             KERNEL_SIZE,
         )
         weights = tl.exp2(tl.where(inside, logits - row_lse[None, :], float('-inf')))
-        acc_value = _dot(weights.to(g.dtype), tl.trans(g), acc_value)
+        acc_value += _dot(weights.to(g.dtype), tl.trans(g))
         grad_weights = _dot(v, g)
         grad_logits = weights * (grad_weights - row_delta[None, :])
-        acc_key = _dot(grad_logits.to(q.dtype), tl.trans(q), acc_key)
+        acc_key += _dot(grad_logits.to(q.dtype), tl.trans(q))
 
     padded_area = padded_height.to(tl.int64) * padded_width
     offset = (batch * heads + head) * DIM * padded_area
