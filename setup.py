@@ -74,6 +74,7 @@ setup(
         ],
         # The data set scene digits.
         'demo': ['scikit-image', 'scikit-learn', 'tqdm'],
-        'dev': ['pytest', 'hypothesis', 'ruff'],
+        # PyTorch for CUDA brings Triton along; with the CPU build, the tests interpret its kernels.
+        'dev': ['pytest', 'hypothesis', 'ruff', "triton; platform_system == 'Linux'"],
     },
 )

@@ -4,13 +4,14 @@ import math
 
 from torch import Tensor
 
-from .backends import native_backend, torch_backend
+from .backends import native_backend, torch_backend, triton_backend
 from .checks import check_positive
 from .selection import autocast_tensors, select_backend
 
 _BACKENDS = {
     'torch': torch_backend.local_attention,
     'native': native_backend.local_attention,
+    'triton': triton_backend.local_attention,
 }
 
 
@@ -44,7 +45,8 @@ def local_attention(
         scale (float | None): Factor on the logits. Default: None, for ``d ** -0.5``.
         backend (str | None): One of :func:`available_backends`. The choice changes results by
             rounding only. Default: None, for what the environment variable ``ACMIX_MM_BACKEND``
-            names, or else 'native' on the CPU where it was compiled and 'torch' elsewhere.
+            names, or else 'triton' on a GPU and 'native' on the CPU, where available and able to
+            take the tensors, and 'torch' elsewhere.
 
     Returns:
         Tensor: Shape and dtype of ``query``; under autocast, of the autocast dtype (inputs are
@@ -53,8 +55,8 @@ def local_attention(
 
     Raises:
         TypeError: If query, key or value is not a floating-point tensor.
-        ValueError: If shapes, dtypes or devices do not fit together, or another argument is not
-            as described; the message names it.
+        ValueError: If shapes, dtypes or devices do not fit together or are not for ``backend``, or
+            another argument is not as described; the message names it.
     """
     check_positive('kernel_size', kernel_size, odd=True)
     check_positive('stride', stride)
@@ -71,8 +73,17 @@ def local_attention(
             'query, key and value must have one dtype, got '
             f'{query.dtype}, {key.dtype}, {value.dtype}'
         )
-    function = _BACKENDS[select_backend(backend, query)]
+    function = _BACKENDS[select_backend(backend, query, triton_backend.supports(query))]
     return function(query, key, value, kernel_size, stride, dilation, float(scale))
+
+
+def _choose_backend(query: Tensor) -> str:
+    # Interpreted, 'triton' takes the CPU's tensors too, but only on request.
+    if query.device.type == 'cuda' and triton_backend.supports(query):
+        return 'triton'
+    if query.device.type == 'cpu' and native_backend.AVAILABLE:
+        return 'native'
+    return 'torch'
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> None:

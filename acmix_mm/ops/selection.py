@@ -5,7 +5,7 @@ import os
 import torch
 from torch import Tensor
 
-from .backends import native_backend
+from .backends import native_backend, triton_backend
 
 BACKEND_VARIABLE = 'ACMIX_MM_BACKEND'
 
@@ -13,9 +13,12 @@ BACKEND_VARIABLE = 'ACMIX_MM_BACKEND'
 def available_backends() -> tuple[str, ...]:
     """Names that operators and layers take as ``backend`` on this installation.
 
-    'torch' is plain PyTorch, for every device; 'native' is compiled C++, for the CPU.
+    'torch' is plain PyTorch, for every device; 'native' is compiled C++, for the CPU; 'triton' is
+    for GPUs, in float32 and half precision with a head dimension of at most 128. (With
+    ``TRITON_INTERPRET=1`` 'triton' is there without a GPU, interpreted: for tests.)
     """
-    return ('torch', 'native') if native_backend.AVAILABLE else ('torch',)
+    available = {'native': native_backend.AVAILABLE, 'triton': triton_backend.AVAILABLE}
+    return ('torch', *(name for name, present in available.items() if present))
 
 
 def check_backend(backend: str | None, name: str = 'backend') -> None:
@@ -24,16 +27,18 @@ def check_backend(backend: str | None, name: str = 'backend') -> None:
         raise ValueError(f'{name} must be None or one of {available_backends()}, got {backend!r}')
 
 
-def select_backend(backend: str | None, tensor: Tensor) -> str:
+def select_backend(backend: str | None, tensor: Tensor, triton: bool | None = None) -> str:
     """The backend that works on ``tensor``.
 
     Args:
         backend (str | None): What the caller asks for. None leaves it to the environment variable
             ``ACMIX_MM_BACKEND`` and, where that is not set or empty, to the device.
         tensor (Tensor): One of the operator's inputs.
+        triton (bool | None): Whether 'triton' takes the tensor. None for operators without a
+            Triton kernel, for which 'torch' serves in its place. Default: None.
 
     Raises:
-        ValueError: If the backend asked for is not available or not for the tensor's device.
+        ValueError: If the backend asked for is not available or does not take the tensor.
     """
     name = 'backend'
     if backend is None:
@@ -42,9 +47,19 @@ def select_backend(backend: str | None, tensor: Tensor) -> str:
     check_backend(backend, name)
     device = tensor.device
     if backend is None:
+        # Interpreted, 'triton' takes the CPU's tensors too, but only on request.
+        if triton and device.type == 'cuda':
+            return 'triton'
         return 'native' if device.type == 'cpu' and native_backend.AVAILABLE else 'torch'
     if backend == 'native' and device.type != 'cpu':
         raise ValueError(f"{name} 'native' needs tensors on the CPU, got {device}")
+    if backend == 'triton' and triton is None:
+        return 'torch'
+    if backend == 'triton' and not triton:
+        raise ValueError(
+            f"{name} 'triton' needs {triton_backend.REQUIREMENT}, got shape "
+            f'{tuple(tensor.shape)}, {tensor.dtype}, {device}'
+        )
     return backend
 
 
