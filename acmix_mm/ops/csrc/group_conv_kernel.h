@@ -32,12 +32,48 @@ INLINE Piece piece_of(int64_t channels, int64_t i) {
   return {i * channels / pieces, (i + 1) * channels / pieces};
 }
 
+template <typename P, bool zero, typename T>
+INLINE void copy_piece(T* to, const T* from) {
+  P piece = {};
+  if constexpr (!zero) {
+    __builtin_memcpy(&piece, from, sizeof(P));
+  }
+  KEEP(piece);  // or GCC makes the loop such a call
+  __builtin_memcpy(to, &piece, sizeof(P));
+}
+
+// Copies `count` numbers, or writes zeros; rows are often too short for calls of memcpy and memset.
+template <bool zero, typename T>
+INLINE void copy_row(T* to, const T* from, int64_t count) {
+  typedef T Quad __attribute__((vector_size(16)));
+  constexpr int lanes = Simd<T>::lanes, quad = 16 / sizeof(T);
+  if (count >= lanes) {
+    for (int64_t x = 0; x + lanes <= count; x += lanes) {
+      copy_piece<Vec<T>, zero>(to + x, from + x);
+    }
+    copy_piece<Vec<T>, zero>(to + count - lanes, from + count - lanes);
+  } else if (count >= quad) {
+    for (int64_t x = 0; x + quad <= count; x += quad) {
+      copy_piece<Quad, zero>(to + x, from + x);
+    }
+    copy_piece<Quad, zero>(to + count - quad, from + count - quad);
+  } else {
+    for (int64_t x = 0; x < count; ++x) {
+      copy_piece<T, zero>(to + x, from + x);
+    }
+  }
+}
+
 template <typename S, typename T>
 INLINE void copy(T* __restrict to, int64_t to_step, const S* __restrict from, int64_t from_step,
                  int64_t count) {
   if (to_step == 1 && from_step == 1) {
-    for (int64_t x = 0; x < count; ++x) {
-      to[x] = static_cast<T>(from[x]);
+    if constexpr (std::is_same_v<S, T>) {
+      copy_row<false>(to, from, count);
+    } else {
+      for (int64_t x = 0; x < count; ++x) {
+        to[x] = static_cast<T>(from[x]);
+      }
     }
   } else if (to_step == 1 && from_step == 2) {
     for (int64_t x = 0; x < count; ++x) {
@@ -71,15 +107,59 @@ void pack(const Layout& layout, const Map& map, int64_t sample, int64_t channel,
             copy(target, 1, from + y * map.strides[2] + residue * map.strides[3],
                  cols.step * map.strides[3], elements);
           } else {
-            clear(target, cols.positions);
+            copy_row<true, T>(target, target, cols.positions);
           }
           target += layout.pitch;
         }
-        clear(target, layout.tail);
+        copy_row<true, T>(target, target, layout.tail);
       }
     }
   }
 }
+
+// Fetches what is packed next into the second-level cache, a share at a time between computations,
+// which otherwise would wait for memory in turn with the packing.
+struct Ahead {
+  const char* channel = nullptr;
+  const char* line = nullptr;
+  int64_t channels = 0, channel_bytes = 0, lines = 0, left = 0, share = 0;
+
+  // Targets [begin, begin + count) of the rows' axis, to be fetched in so many steps.
+  template <typename S>
+  static Ahead of(const Layout& layout, const Map& map, int64_t sample, int64_t channel,
+                  int64_t channels, int64_t begin, int64_t count, int64_t steps) {
+    Ahead ahead;
+    const Gather& rows = layout.rows;
+    const int64_t width = layout.cols.source;
+    if (map.strides[3] != 1 || map.strides[2] < width || map.strides[2] > 2 * width) {
+      return ahead;
+    }
+    const int64_t first = std::max<int64_t>(0, (begin - rows.before) * rows.step);
+    const int64_t last = std::min((begin + count + rows.after) * rows.step, rows.source);
+    ahead.channel = static_cast<const char*>(map.data) +
+                    sizeof(S) * (sample * map.strides[0] + channel * map.strides[1] +
+                                 first * map.strides[2]);
+    ahead.line = ahead.channel;
+    ahead.channels = channels;
+    ahead.channel_bytes = map.strides[1] * sizeof(S);
+    ahead.lines = (last - first) * map.strides[2] * sizeof(S) / 64 + 1;
+    ahead.left = ahead.lines;
+    ahead.share = (channels * ahead.lines + steps - 1) / steps;
+    return ahead;
+  }
+
+  INLINE void step() {
+    for (int64_t i = 0; i < share && channels > 0; ++i, line += 64) {
+      __builtin_prefetch(line, 0, 2);
+      if (--left == 0) {
+        --channels;
+        left = lines;
+        channel += channel_bytes;
+        line = channel - 64;
+      }
+    }
+  }
+};
 
 // Scratch of one thread of a convolution.
 template <typename T>
@@ -136,7 +216,7 @@ void pack_weight(const ConvPlan& plan, const ConvArgs& args, int64_t group,
 // X adjacent vectors of C target channels; `to` has C rows of X vectors.
 template <typename T, int C, int X>
 void conv_tile(const T* source, int64_t pitch, int64_t sources, const T* weight, const T* bias,
-               const int64_t* offsets, const int64_t* indices, int64_t taps, T* to) {
+               const int64_t* offsets, const int64_t* indices, int64_t taps, T* to, Ahead* ahead) {
   constexpr int lanes = Simd<T>::lanes;
   Vec<T> sum[C][X];
   UNROLL
@@ -147,6 +227,7 @@ void conv_tile(const T* source, int64_t pitch, int64_t sources, const T* weight,
     }
   }
   for (int64_t tap = 0; tap < taps; ++tap) {
+    ahead->step();
     const T* from = source + offsets[tap];
     const T* w = weight + indices[tap] * sources * C;
     for (int64_t i = 0; i < sources; ++i, from += pitch, w += C) {
@@ -190,7 +271,8 @@ INLINE void conv_tile_of(int64_t width, Args... args) {
 // first of these channels.
 template <typename S, typename T, int C>
 void conv_block(const ConvPlan& plan, const ConvPlan::Phase& phase, int64_t begin, int64_t count,
-                const T* weight, const T* bias, S* to, const ConvScratch<T>& scratch) {
+                const T* weight, const T* bias, S* to, const ConvScratch<T>& scratch,
+                Ahead* ahead) {
   constexpr int lanes = Simd<T>::lanes;
   const Gather& rows = plan.layout.rows;
   const Gather& cols = plan.layout.cols;
@@ -205,7 +287,7 @@ void conv_block(const ConvPlan& plan, const ConvPlan::Phase& phase, int64_t begi
     const int64_t width = (i + 1) * vectors / tiles - first;
     conv_tile_of<T, C>(width, scratch.source + first * lanes, plan.layout.channel_pitch,
                        plan.sources, weight, bias, phase.offsets.data(), phase.indices.data(),
-                       taps, scratch.tile);
+                       taps, scratch.tile, ahead);
     for (int64_t done = 0; done < width * lanes && row < count;) {
       const int64_t piece = std::min(width * lanes - done, pitch - col);
       const int64_t numbers = std::min(piece, valid - col);
@@ -237,7 +319,7 @@ INLINE void conv_block_of(int64_t channels, Args&&... args) {
   conv_block<S, T, C>(args...);
 }
 
-// Tasks [begin, end): blocks of rows of the groups of the samples.
+// Tasks [begin, end): blocks of rows of the samples of the groups.
 template <typename S, typename T>
 void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t end,
               Arena arena) {
@@ -246,17 +328,31 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
   const int64_t plane_size = rows.target * plan.layout.cols.target;
   const int64_t taps = plan.kernel * plan.kernel;
   int64_t packed_group = -1;
+  const auto group_of = [&](int64_t task) { return task / (plan.blocks * plan.batch); };
+  const auto sample_of = [&](int64_t task) { return task / plan.blocks % plan.batch; };
+  const auto row_of = [&](int64_t task) { return task % plan.blocks * plan.block_rows; };
+  // Register tiles times taps of a block, about.
+  const int64_t steps = std::max<int64_t>(
+      1, plan.block_rows * plan.layout.pitch * taps * num_pieces(plan.targets) /
+             (kTileWidth[kTileChannels] * Simd<T>::lanes));
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t plane = task / plan.blocks;
-    const int64_t group = plane % plan.groups;
-    const int64_t first = task % plan.blocks * plan.block_rows;
+    const int64_t group = group_of(task);
+    const int64_t sample = sample_of(task);
+    const int64_t plane = sample * plan.groups + group;
+    const int64_t first = row_of(task);
     const int64_t last = std::min(first + plan.block_rows, rows.positions);
     if (group != packed_group) {
       pack_weight<S, T>(plan, args, group, scratch);
       packed_group = group;
     }
-    pack<S, T>(plan.layout, args.source, plane / plan.groups, group * plan.sources, plan.sources,
-               first, last - first, scratch.source);
+    pack<S, T>(plan.layout, args.source, sample, group * plan.sources, plan.sources, first,
+               last - first, scratch.source);
+    Ahead ahead;
+    if (task + 1 < end) {
+      ahead = Ahead::of<S>(plan.layout, args.source, sample_of(task + 1),
+                           group_of(task + 1) * plan.sources, plan.sources, row_of(task + 1),
+                           plan.block_rows, steps);
+    }
     for (size_t i = 0; i < plan.phases.size(); ++i) {
       const ConvPlan::Phase& phase = plan.phases.data()[i];
       const int64_t count = std::min(last, rows.targets(phase.row)) - first;
@@ -268,7 +364,7 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
         S* to = static_cast<S*>(args.target) + (plane * plan.targets + piece.begin) * plane_size;
         conv_block_of<S, T>(piece.end - piece.begin, plan, phase, first, count,
                             scratch.weight + piece.begin * taps * plan.sources,
-                            scratch.bias + piece.begin, to, scratch);
+                            scratch.bias + piece.begin, to, scratch, &ahead);
       }
     }
   }
@@ -347,10 +443,12 @@ INLINE void dot_tile_of(int64_t width, Args... args) {
 
 // All sums of a chunk of `count` pixels.
 template <typename T, int C>
-void dot_chunk(const WeightPlan& plan, const T* grad, const T* input, int64_t count, T* sums) {
+void dot_chunk(const WeightPlan& plan, const T* grad, const T* input, int64_t count, T* sums,
+               Ahead* ahead) {
   const int64_t terms = static_cast<int64_t>(plan.offsets.size());
   const int64_t tiles = (terms + kTileWidth[C] - 1) / kTileWidth[C];
   for (int64_t i = 0; i < tiles; ++i) {
+    ahead->step();
     const int64_t first = i * terms / tiles;
     dot_tile_of<T, C>((i + 1) * terms / tiles - first, grad, plan.grad.channel_pitch, input,
                       plan.offsets.data() + first, count, sums + first * C * Simd<T>::lanes);
@@ -409,6 +507,10 @@ void differentiate_weight(const WeightPlan& plan, const WeightArgs& args, int64_
   const int64_t units = plan.batch * plan.blocks;
   const int64_t channel_size = plan.inputs * plan.kernel * plan.kernel;
   const T* grad = scratch.grad + plan.grad.head;
+  // Register tiles times chunks of a block, about.
+  const int64_t steps = std::max<int64_t>(
+      1, plan.block_rows * plan.input.pitch * static_cast<int64_t>(plan.offsets.size()) /
+             (kTileWidth[kTileChannels] * kChunk * lanes));
   for (int64_t task = begin; task < end; ++task) {
     const int64_t part = task / (pieces * plan.groups);
     const int64_t group = task / pieces % plan.groups;
@@ -426,10 +528,16 @@ void differentiate_weight(const WeightPlan& plan, const WeightArgs& args, int64_
                  scratch.input);
       pack<S, T>(plan.grad, args.grad, sample, channel, piece.end - piece.begin, first, count,
                  scratch.grad);
+      Ahead ahead;
+      if (unit + 1 < (part + 1) * units / plan.parts) {
+        ahead = Ahead::of<S>(plan.input, args.input, (unit + 1) / plan.blocks,
+                             group * plan.inputs, plan.inputs,
+                             (unit + 1) % plan.blocks * plan.block_rows, plan.block_rows, steps);
+      }
       const int64_t length = round_up(count * plan.input.pitch, lanes);
       for (int64_t z = 0; z < length; z += kChunk * lanes) {
         dot_chunk_of<T>(piece.end - piece.begin, plan, grad + z, scratch.input + z,
-                        std::min<int64_t>(kChunk * lanes, length - z), scratch.sums);
+                        std::min<int64_t>(kChunk * lanes, length - z), scratch.sums, &ahead);
         if (++chunks == kChunks) {
           flush(plan, piece.end - piece.begin, to, scratch.sums);
           chunks = 0;

@@ -104,7 +104,7 @@ struct Layout {
 // threads. The division does not depend on the number of threads, lest sums do.
 inline int64_t choose_block_rows(const Gather& rows, const Gather& cols, int64_t planes,
                                  int64_t channels, int64_t size) {
-  constexpr int64_t kCache = 256 << 10;
+  constexpr int64_t kCache = 128 << 10;
   constexpr int64_t kTasks = 64;
   const int64_t slots = rows.slots() * cols.slots();
   const int64_t row_bytes = channels * slots * (cols.positions + cols.reach()) * size;
@@ -131,7 +131,7 @@ struct ConvPlan {
     std::vector<int64_t> offsets, indices;
   };
 
-  int64_t groups, sources, targets, kernel, block_rows, blocks, tasks;
+  int64_t batch, groups, sources, targets, kernel, block_rows, blocks, tasks;
   Layout layout;
   std::vector<Phase> phases;
 
@@ -143,14 +143,15 @@ struct ConvPlan {
  private:
   ConvPlan(const ConvShape& shape, bool transposed, int64_t lanes, int64_t line,
            const Gather& rows, const Gather& cols)
-      : groups(shape.groups),
+      : batch(shape.batch),
+        groups(shape.groups),
         sources(transposed ? shape.outputs : shape.inputs),
         targets(transposed ? shape.inputs : shape.outputs),
         kernel(shape.kernel),
-        block_rows(choose_block_rows(rows, cols, shape.batch * shape.groups,
+        block_rows(choose_block_rows(rows, cols, batch * groups,
                                      std::max(sources, targets), 64 / line)),
         blocks((rows.positions + block_rows - 1) / block_rows),
-        tasks(shape.batch * shape.groups * blocks),
+        tasks(batch * groups * blocks),
         layout(rows, cols, cols.positions + cols.reach(), block_rows, lanes, line) {
     for (int64_t row = 0; row < rows.phases; ++row) {
       for (int64_t col = 0; col < cols.phases; ++col) {
