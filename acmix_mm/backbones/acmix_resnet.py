@@ -127,7 +127,9 @@ class ACmixResNet(ResNet):
         for block in self.modules():
             if isinstance(block, ACmixBottleneck):
                 block.switch_to_deploy()
-        fuse_conv_bn(self)
+        # Other types, such as ConvWS, change their weights in forward: no norm fits into those.
+        if (self.conv_cfg or {'type': 'Conv2d'})['type'] in ('Conv', 'Conv2d'):
+            fuse_conv_bn(self)
 
     def make_res_layer(self, block: type[nn.Module], **kwargs) -> nn.Module:
         """A stage; arguments as mmdet's."""

@@ -2,6 +2,7 @@ import pytest
 import torch
 from mmdet.models.backbones import ResNet
 from mmengine.registry import MODELS
+from torch import nn
 
 from acmix_mm.backbones import ACmixResNet
 from acmix_mm.backbones.acmix_resnet import ACmixBottleneck
@@ -144,6 +145,36 @@ def test_pretrained_checkpoint(tmp_path):
     missing = small(init_cfg={'type': 'Pretrained', 'checkpoint': str(tmp_path / 'none.pth')})
     with pytest.raises(FileNotFoundError, match=r'none\.pth'):
         missing.init_weights()
+
+
+def randomise_norms(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.weight, module.bias):
+                nn.init.normal_(tensor)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+
+
+@pytest.mark.parametrize('arguments', [{}, {'conv_cfg': {'type': 'ConvWS'}}, {'mix': 'attention'}])
+def test_deploy_form(arguments):
+    model = small(**arguments).double()
+    randomise_norms(model)
+    model.eval()
+    x = torch.randn(2, 3, 33, 50, dtype=torch.float64)
+    expected = model(x)
+    modules = len(list(model.modules()))
+    model.switch_to_deploy()
+    torch.testing.assert_close(model(x), expected)
+    model.switch_to_deploy()
+    torch.testing.assert_close(model(x), expected)
+    assert len(list(model.modules())) < modules
+    if 'conv_cfg' not in arguments:
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+    built = small(**arguments, deploy=True).double()
+    built.load_state_dict(model.state_dict())
+    built.eval()
+    torch.testing.assert_close(built(x), expected)
 
 
 @pytest.mark.parametrize(

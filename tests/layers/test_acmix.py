@@ -10,7 +10,7 @@ from torch import nn
 
 from acmix_mm.layers import ACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
-from acmix_mm.ops import shift_kernel
+from acmix_mm.ops import available_backends, shift_kernel
 
 
 def load_published(module, tensors, prefix='state/'):
@@ -251,3 +251,77 @@ class TestAsConvolutionLayer:
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ACmix(**{'in_channels': 8, 'out_channels': 8, **arguments})
+
+
+@pytest.mark.parametrize('mix', MIX_MODES)
+@pytest.mark.parametrize('arguments', [{}, {'stride': 2, 'bias': True}, {'num_heads': 8}])
+def test_deploy_form(mix, arguments):
+    """Folding, with and without a batch norm, keeps the outputs and the input's gradient."""
+    x = torch.randn(2, 16, 9, 12, dtype=torch.float64, requires_grad=True)
+    for norm in (None, nn.BatchNorm2d(16).double().eval()):
+        layer = ACmix(16, 16, mix=mix, **arguments).double()
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter)
+        expected = layer(x)
+        if norm is not None:
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
+            expected = norm(expected)
+        grad = torch.randn_like(expected)
+        (expected_grad,) = torch.autograd.grad(expected, x, grad)
+        layer.switch_to_deploy(norm)
+        out = layer(x)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(torch.autograd.grad(out, x, grad)[0], expected_grad)
+        assert layer.deployed
+        assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_deploy_refuses_what_it_cannot_fold():
+    layer = ACmix(8, 8)
+    with pytest.raises(ValueError, match=r'norm must be None or a batch norm .* got GroupNorm'):
+        layer.switch_to_deploy(nn.GroupNorm(2, 8))
+    layer.switch_to_deploy()
+    with pytest.raises(ValueError, match='norm must be None for an operator that is deployed'):
+        layer.switch_to_deploy(nn.BatchNorm2d(8))
+
+
+@pytest.mark.skipif('native' not in available_backends(), reason='native kernels are not built')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('arguments', [{}, {'stride': 2}, {'mix': 'sum', 'dilation': 2}])
+def test_fused_operator_equals_its_parts(dtype, arguments):
+    """The native backend's operator for all of ACmix against the PyTorch backend's steps."""
+    x = torch.randn(2, 16, 13, 18, dtype=torch.float64)
+    results = []
+    layer = ACmix(16, 16, backend='torch', **arguments).double()
+    nn.init.normal_(layer.dep_conv['weight'], std=0.3)
+    parts = layer.double()
+    fused = copy.deepcopy(layer).to(dtype)
+    fused.backend = 'native'
+    grad = None
+    for module, tensor in ((parts, x.to(dtype).double()), (fused, x.to(dtype))):
+        tensor = tensor.requires_grad_()
+        out = module(tensor)
+        grad = torch.randn_like(out) if grad is None else grad.to(dtype)
+        leaves = (tensor, *module.parameters())
+        results.append((out, *torch.autograd.grad(out, leaves, grad)))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
+    for expected, result in zip(*results, strict=True):
+        scale = expected.abs().max().item()
+        assert result.dtype == dtype
+        torch.testing.assert_close(
+            result.double(), expected, rtol=tolerance, atol=tolerance * scale
+        )
+
+
+@pytest.mark.skipif('native' not in available_backends(), reason='native kernels are not built')
+def test_training_saves_the_input_instead_of_the_projections():
+    layer, x = ACmix(16, 16), torch.randn(1, 16, 30, 40, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    maps = [t for t in saved if t.shape[-2:] == x.shape[-2:]]
+    # The input, and one log-sum-exp a query and head.
+    assert sum(t.numel() for t in maps) == x.numel() + layer.num_heads * 30 * 40
