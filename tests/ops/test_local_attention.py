@@ -240,8 +240,8 @@ def test_training_saves_inputs_only(backend):
 @pytest.mark.parametrize(('dtype', 'dim'), [(torch.float64, 4), (torch.float32, 129)])
 def test_triton_refuses_what_it_does_not_support(dtype, dim):
     tensors = inputs('triton', (1, 1, dim, 3, 4), 1, dtype)
-    got = f'{dtype}, head dimension {dim}, {DEVICE["triton"]}'
-    with pytest.raises(ValueError, match=f'needs float16, bfloat16 or float32, .* got {got}'):
+    got = rf'got shape \(1, 1, {dim}, 3, 4\), {dtype}, {DEVICE["triton"]}'
+    with pytest.raises(ValueError, match=f'needs float16, bfloat16 or float32, .* {got}'):
         local_attention(*tensors, backend='triton')
     # Another backend is chosen.
     torch.testing.assert_close(local_attention(*tensors, 1), tensors[2])
