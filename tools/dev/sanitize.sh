@@ -16,7 +16,8 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 export CC="${CC:-gcc}" CXX="${CXX:-g++}"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT INT TERM
+trap 'rm -rf "$work"' EXIT
+trap 'exit 1' INT TERM
 
 (cd "$root" && tar -cf - --exclude='*.so' --exclude=__pycache__ \
     setup.py pyproject.toml README.md acmix_mm tests tools) | tar -xf - -C "$work"
