@@ -10,6 +10,7 @@ from ..ops import (
     fold_shift_conv,
     folding_pays,
     group_conv,
+    shift_conv,
     shift_kernel,
 )
 
@@ -20,8 +21,9 @@ class MixedOperator(BaseModule):
     """Convolution path and combination of the two paths (ACmix, CVPR 2022, section 4).
 
     The output is ``rate1 * attention + rate2 * convolution``. Subclasses project the input to
-    query, key and value, compute the attention path, and call :meth:`convolution` and
-    :meth:`combine`.
+    query, key and value, compute the attention path, and call :meth:`mix_paths`. For inference,
+    :meth:`switch_to_deploy` folds what can be folded; subclasses give it the weights of their
+    projection by ``projection_weights``.
 
     Parameters are held outside ``nn.Conv2d`` modules on purpose: the generic initialisation of the
     model around the operator, which matches layers by class name, would overwrite the shift
@@ -94,7 +96,7 @@ class MixedOperator(BaseModule):
         Returns:
             tuple[Tensor | None, Tensor | None, Tensor | None]: ``fc`` (k * k, M), or None where it
             is folded into the next; kernel (C, M or k * k, k, k) of the grouped convolution; scale
-            (1,) or (C,) of the attention path. Convolution or attention without its path is None.
+            (1,) or (C,) of the attention path. What belongs to a path that is not there is None.
         """
         if self.deployed:
             return self.fc, self.kernel, self.scale
@@ -129,11 +131,13 @@ class MixedOperator(BaseModule):
         if scale is not None:
             scale = scale.to(attention.dtype).view(-1, 1, 1)
         if kernel is None:
-            out = attention if self.mix == 'attention' and not self.deployed else attention * scale
+            out = attention * scale if self.deployed else attention  # undeployed it is 1
             return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
-        if fc is not None:
-            maps = torch.matmul(fc, maps.flatten(3)).unflatten(3, maps.shape[3:])
-        convolution = group_conv(maps, kernel, self.bias, *self._geometry, self.backend)
+        options = {'bias': self.bias, 'backend': self.backend}
+        if fc is None:
+            convolution = group_conv(maps, kernel, *self._geometry, **options)
+        else:
+            convolution = shift_conv(maps, fc, kernel, *self._geometry, **options)
         return convolution if scale is None else torch.addcmul(convolution, attention, scale)
 
     @torch.no_grad()

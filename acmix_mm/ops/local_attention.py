@@ -77,15 +77,6 @@ def local_attention(
     return function(query, key, value, kernel_size, stride, dilation, float(scale))
 
 
-def _choose_backend(query: Tensor) -> str:
-    # Interpreted, 'triton' takes the CPU's tensors too, but only on request.
-    if query.device.type == 'cuda' and triton_backend.supports(query):
-        return 'triton'
-    if query.device.type == 'cpu' and native_backend.AVAILABLE:
-        return 'native'
-    return 'torch'
-
-
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> None:
     for name, tensor in (('query', query), ('key', key), ('value', value)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():

@@ -61,9 +61,9 @@ def fold_shift_conv(fc_weight: Tensor, dep_weight: Tensor, groups: int) -> Tenso
 def group_conv(
     maps: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
     stride: int = 1,
     dilation: int = 1,
+    bias: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Convolution with one group a head position, zero padded to keep the size at stride 1.
@@ -71,9 +71,9 @@ def group_conv(
     Args:
         maps (Tensor): Shape (B, d, M, H, W).
         weight (Tensor): Shape (C, M, k, k), C a multiple of d, k odd.
-        bias (Tensor | None): Shape (C,). Default: None.
         stride (int): Default: 1.
         dilation (int): Default: 1.
+        bias (Tensor | None): Shape (C,). Default: None.
         backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel of
             its own here, made for few channels a group, all others take ``F.conv2d``.
 
@@ -126,4 +126,4 @@ def shift_conv(
     else:
         weight = dep_weight
         maps = torch.matmul(fc_weight, maps.flatten(3)).unflatten(3, maps.shape[3:])
-    return group_conv(maps, weight, bias, stride, dilation, backend)
+    return group_conv(maps, weight, stride, dilation, bias, backend)

@@ -92,8 +92,8 @@ void run_differentiate_weight(const ConvShape& shape, const at::Tensor& grad,
   const ScratchMemory partials(plan.parts * numbers * sizeof(double));
   const WeightArgs args{as_map(grad), as_map(input), partials.arena().take<double>(0)};
   const int64_t bytes = kernel.weight_scratch_bytes(plan);
-  const int64_t pieces = (plan.outputs + 3) / 4;
-  at::parallel_for(0, plan.parts * plan.groups * pieces, 1, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = plan.parts * plan.groups * num_pieces(plan.outputs);
+  at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     const ScratchMemory scratch(bytes);
     kernel.differentiate_weight(plan, args, begin, end, scratch.arena());
   });

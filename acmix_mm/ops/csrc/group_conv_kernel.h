@@ -7,30 +7,16 @@ namespace acmix_mm {
 namespace KERNEL_ISA {
 namespace {
 
-// Channels of a register tile, and its vectors by channels: accumulators, one row of operands and
-// one other operand fill the registers.
-constexpr int kTileChannels = 4;
+// Vectors of a register tile, by its channels: accumulators, one row of operands and one other
+// operand fill the registers.
 constexpr int kTileWidth[kTileChannels + 1] = {
     0, kBytes == 64 ? 8 : 6, kBytes == 64 ? 8 : 4, kBytes == 64 ? 7 : 3,
     kBytes == 64 ? 6 : kBytes == 32 ? 3 : 2};
+constexpr int kMaxTileWidth = 8;
 // Vectors whose products with others are summed up before the sum goes to memory.
 constexpr int kChunk = 32;
 // Such sums that are added up before the total goes to double precision.
 constexpr int kChunks = 32;
-
-// Channels [begin, end) of the i-th of the fewest even pieces of at most kTileChannels.
-struct Piece {
-  int64_t begin, end;
-};
-
-INLINE int64_t num_pieces(int64_t channels) {
-  return (channels + kTileChannels - 1) / kTileChannels;
-}
-
-INLINE Piece piece_of(int64_t channels, int64_t i) {
-  const int64_t pieces = num_pieces(channels);
-  return {i * channels / pieces, (i + 1) * channels / pieces};
-}
 
 template <typename P, bool zero, typename T>
 INLINE void copy_piece(T* to, const T* from) {
@@ -175,7 +161,7 @@ struct ConvScratch {
     scratch.source = arena.take<T>(plan.sources * plan.layout.channel_pitch);
     scratch.weight = arena.take<T>(taps * plan.sources * plan.targets);
     scratch.bias = arena.take<T>(plan.targets);
-    scratch.tile = arena.take<T>(kTileChannels * 8 * Simd<T>::lanes);
+    scratch.tile = arena.take<T>(kTileChannels * kMaxTileWidth * Simd<T>::lanes);
     return scratch;
   }
 };

@@ -15,6 +15,25 @@
 
 namespace acmix_mm {
 
+// Channels of a register tile.
+constexpr int64_t kTileChannels = 4;
+// Into how many tasks a convolution is divided at least, where it is large enough.
+constexpr int64_t kTasks = 64;
+
+// Channels [begin, end) of the i-th of the fewest even pieces of at most kTileChannels.
+struct Piece {
+  int64_t begin, end;
+};
+
+inline int64_t num_pieces(int64_t channels) {
+  return (channels + kTileChannels - 1) / kTileChannels;
+}
+
+inline Piece piece_of(int64_t channels, int64_t i) {
+  const int64_t pieces = num_pieces(channels);
+  return {i * channels / pieces, (i + 1) * channels / pieces};
+}
+
 // Tap `index` of the kernel, for target t of its phase, sees element t + shift of slot `slot`.
 struct Tap {
   int64_t index, slot, shift;
@@ -105,7 +124,6 @@ struct Layout {
 inline int64_t choose_block_rows(const Gather& rows, const Gather& cols, int64_t planes,
                                  int64_t channels, int64_t size) {
   constexpr int64_t kCache = 128 << 10;
-  constexpr int64_t kTasks = 64;
   const int64_t slots = rows.slots() * cols.slots();
   const int64_t row_bytes = channels * slots * (cols.positions + cols.reach()) * size;
   const int64_t halo = rows.before + rows.after;
@@ -193,7 +211,6 @@ struct WeightPlan {
         input(rows, cols, cols.positions + cols.reach(), block_rows, lanes, line),
         grad(Gather(rows.positions, 1, 1, 1, false), Gather(cols.positions, 1, 1, 1, false),
              input.pitch, block_rows, lanes, line) {
-    constexpr int64_t kTasks = 64;
     constexpr int64_t kPartials = 4 << 20;
     const int64_t numbers = groups * outputs * inputs * kernel * kernel;
     parts = std::min((kTasks + groups - 1) / groups, std::max<int64_t>(1, kPartials / numbers));
