@@ -10,9 +10,15 @@ import json
 import sys
 from pathlib import Path
 
-from _common import add_config_arguments, load_checkpoint, load_config
 from mmengine.config import Config
 from mmengine.utils import import_modules_from_strings
+
+from acmix_mm.command_line import (
+    add_config_arguments,
+    keep_freed_memory,
+    load_checkpoint,
+    load_config,
+)
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
@@ -95,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     images = find_images(args.input)[: args.limit]
     cfg = load_config(args)
+    keep_freed_memory()
     inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)
     results = inferencer(
         [str(image) for image in images],

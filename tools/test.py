@@ -4,11 +4,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from _common import add_run_arguments, load_checkpoint, load_run_config
 from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
+
+from acmix_mm.command_line import (
+    add_run_arguments,
+    keep_freed_memory,
+    load_checkpoint,
+    load_run_config,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,6 +66,7 @@ def report(runner: Runner, args: argparse.Namespace, metrics: dict[str, float]) 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = build_config(args)
+    keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)
     if args.out is not None:

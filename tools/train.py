@@ -4,10 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from _common import add_run_arguments, load_checkpoint, load_run_config
 from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.runner import Runner, find_latest_checkpoint
+
+from acmix_mm.command_line import (
+    add_run_arguments,
+    keep_freed_memory,
+    load_checkpoint,
+    load_run_config,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,6 +67,7 @@ def report(runner: Runner) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = build_config(parse_args(argv))
+    keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)
     runner.train()

@@ -18,7 +18,8 @@ measure from an idle device to the step's end, launches included.
 Peak memory: what a step needs at most beyond what was held before it. Gradients and outputs count;
 weights, inputs and libraries do not (weights are listed beside it). On a CPU it is the first step,
 but for one on a very small input, of a fresh process for each candidate, in resident memory as
-Linux reports it; on CUDA a step after those timed, in memory that torch's allocator handed out.
+Linux reports it, with the C library's default policy; on CUDA a step after those timed, in memory
+that torch's allocator handed out.
 
 Modes: 'forward' is in eval mode without gradients; 'train' is forward and backward, in train mode,
 without the optimizer. Weights are random. Dtypes other than float32 are applied by casting inputs
@@ -67,6 +68,7 @@ from mmengine.config import Config
 from tqdm import tqdm
 
 from acmix_mm import __version__
+from acmix_mm.command_line import keep_freed_memory
 from acmix_mm.ops import available_backends
 
 RETINANET = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
@@ -473,6 +475,11 @@ def add_common(parser: argparse.ArgumentParser, dtypes: list[str], device: str =
         '--warmup', type=positive_int, default=2, metavar='N',
         help='untimed steps before (%(default)s)',
     )  # fmt: skip
+    parser.add_argument(
+        '--malloc', choices=('keep', 'default'), default='keep',
+        help="keep: the GNU C library keeps freed memory, as the tools' processes do; default: its "
+        'own policy, with page faults for every large tensor; on a CPU (%(default)s)',
+    )  # fmt: skip
     parser.add_argument('--no-memory', action='store_true', help='measure time only')
     parser.add_argument(
         '--json', type=functools.partial(output_type, ('.json',)), metavar='FILE.json',
@@ -626,6 +633,8 @@ def peaks_of(args: argparse.Namespace, name: str) -> tuple[float | None, float |
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.malloc == 'keep':
+        keep_freed_memory()
     name = device_name(args.device)
     peaks = peaks_of(args, name)
     setting = {
@@ -638,6 +647,7 @@ def main(argv: list[str] | None = None) -> None:
         'cpu_capability': torch.backends.cpu.get_cpu_capability(),
         'backends': available_backends(),
         'threads': args.threads,
+        'malloc': args.malloc,
         'rounds': args.rounds,
         'peak_tflops': peaks[0],
         'peak_gbs': peaks[1],
