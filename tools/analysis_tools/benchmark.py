@@ -18,8 +18,9 @@ measure from an idle device to the step's end, launches included.
 Peak memory: what a step needs at most beyond what was held before it. Gradients and outputs count;
 weights, inputs and libraries do not (weights are listed beside it). On a CPU it is the first step,
 but for one on a very small input, of a fresh process for each candidate, in resident memory as
-Linux reports it, with the C library's default policy; on CUDA a step after those timed, in memory
-that torch's allocator handed out.
+Linux reports it, while the C library returns all that is freed at once (gaps in its heap, which
+differ from run to run, do not count); on CUDA a step after those timed, in memory that torch's
+allocator handed out.
 
 Modes: 'forward' is in eval mode without gradients; 'train' is forward and backward, in train mode,
 without the optimizer. Weights are random. Dtypes other than float32 are applied by casting inputs
@@ -352,12 +353,17 @@ def peak_memory(threads: int, build: Callable, *arguments) -> int:
 
 def _measure_peak(connection, threads: int, build: Callable[..., Step], arguments: tuple) -> None:
     torch.set_num_threads(threads)
+    libc = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):  # these functions are not in every C library
+        # Every tensor (but the smallest) is a mapping of its own, gone when freed: without the gaps
+        # in the heap that make the peak differ from run to run. -3 is M_MMAP_THRESHOLD.
+        libc.mallopt(-3, 2**16)
     step = build(*arguments)
     # The first step imports modules and loads code, which can be more than the step itself needs.
     step.small()
     step.reset()
-    with contextlib.suppress(AttributeError):  # not in every C library
-        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(AttributeError):
+        libc.malloc_trim(0)
     # getrusage would also see what the parent held; this forgets earlier peaks.
     Path('/proc/self/clear_refs').write_text('5')
     before = _resident('VmRSS')
