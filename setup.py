@@ -74,6 +74,8 @@ setup(
         ],
         # The data set scene digits.
         'demo': ['scikit-image', 'scikit-learn', 'tqdm'],
+        # tools/model_converters/export_onnx.py.
+        'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         # PyTorch for CUDA brings Triton along; with the CPU build, the tests interpret its kernels.
         'dev': ['pytest', 'hypothesis', 'ruff', "triton; platform_system == 'Linux'"],
     },

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+from mmengine.utils import import_modules_from_strings
 
 WORK_DIRS = 'work_dirs'
 
@@ -97,3 +99,29 @@ def load_checkpoint(path: str) -> dict:
     if not state_dict or not any(isinstance(v, torch.Tensor) for v in state_dict.values()):
         sys.exit(f'error: checkpoint {path} holds no weights')
     return checkpoint
+
+
+def check_weights(model: torch.nn.Module, checkpoint: dict, args: argparse.Namespace) -> None:
+    """Exits with a message unless the checkpoint holds every weight of the model."""
+    weights = checkpoint.get('state_dict', checkpoint)
+    missing = [
+        name
+        for name, value in model.state_dict().items()
+        if name not in weights or weights[name].shape != value.shape
+    ]
+    if missing:
+        sys.exit(
+            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: '
+            f'{len(missing)} weights are missing or of another shape, for example {missing[0]}'
+        )
+
+
+def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torch.nn.Module:
+    """The config's model in evaluation mode with the checkpoint's weights, which must fit."""
+    import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    model = MODELS.build(cfg.model)
+    check_weights(model, checkpoint, args)
+    load_state_dict(model, checkpoint.get('state_dict', checkpoint))
+    model.eval()
+    return model

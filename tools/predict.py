@@ -15,6 +15,7 @@ from mmengine.utils import import_modules_from_strings
 
 from acmix_mm.command_line import (
     add_config_arguments,
+    check_weights,
     keep_freed_memory,
     load_checkpoint,
     load_config,
@@ -70,17 +71,7 @@ def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace):
     from mmdet.apis import DetInferencer
 
     inferencer = DetInferencer(cfg, args.checkpoint, device=args.device)
-    weights = checkpoint.get('state_dict', checkpoint)
-    missing = [
-        name
-        for name, value in inferencer.model.state_dict().items()
-        if name not in weights or weights[name].shape != value.shape
-    ]
-    if missing:
-        sys.exit(
-            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: '
-            f'{len(missing)} weights are missing or of another shape, for example {missing[0]}'
-        )
+    check_weights(inferencer.model, checkpoint, args)
     return inferencer
 
 

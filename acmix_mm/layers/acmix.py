@@ -218,9 +218,14 @@ def position_encoding(slopes: Tensor, key: Tensor) -> Tensor:
     """
     height, width = key.shape[-2:]
     slope_x, slope_y = slopes[:, :, None, None].unbind(1)
-    x = torch.linspace(-1, 1, width, device=key.device, dtype=slopes.dtype)
-    y = torch.linspace(-1, 1, height, device=key.device, dtype=slopes.dtype)
+    x, y = (_coordinates(size, slopes) for size in (width, height))
     return (slope_x * x + slope_y * y[:, None]).to(key.dtype)
+
+
+def _coordinates(size: int, like: Tensor) -> Tensor:
+    """linspace(-1, 1) over ``size`` pixels, which may be a symbol of torch.export."""
+    pixels = torch.arange(size, device=like.device, dtype=like.dtype)
+    return pixels * 2 / pixels[-1].clamp(min=1) - 1
 
 
 def _drop_position_bias(module, state_dict, prefix, *args) -> None:

@@ -93,7 +93,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> No
             f'value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}'
         )
     height, width = key.shape[-2:]
-    expected = (*key.shape[:3], -(-height // stride), -(-width // stride))
+    # ceil(H / stride), in the form of slices: torch.export cannot prove -(-H // stride) equal.
+    expected = (*key.shape[:3], *((size + stride - 1) // stride for size in (height, width)))
     if tuple(query.shape) != expected:
         raise ValueError(
             f'query must have shape {expected} for key of shape {tuple(key.shape)} and stride '

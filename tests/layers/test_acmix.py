@@ -1,4 +1,7 @@
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import oracles
 import pytest
@@ -7,6 +10,7 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.necks import FPN
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from acmix_mm.layers import ACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
@@ -168,13 +172,51 @@ def test_channels_last():
     torch.testing.assert_close(out, module(x))
 
 
-def test_compiles_as_one_graph():
-    module, x = ACmix(8, 8), torch.randn(1, 8, 9, 12)
+@pytest.mark.parametrize('backend', available_backends())
+def test_compiles_as_one_graph(backend):
+    module, x = ACmix(8, 8, backend=backend), torch.randn(1, 8, 9, 12)
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend='aot_eager')
     compiled(x).square().sum().backward()
     module(x).square().sum().backward()
     for ours, theirs in zip(module.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize('backend', available_backends())
+def test_exports(backend):
+    """With height and width as symbols, into a program that gives the layer's results."""
+    module, x = ACmix(8, 8, stride=2, backend=backend).eval(), torch.randn(1, 8, 9, 12)
+    size = {2: torch.export.Dim('height', min=4), 3: torch.export.Dim('width', min=4)}
+    program = torch.export.export(module, (x,), dynamic_shapes=(size,))
+    for shape in ((9, 12), (16, 5)):
+        x = torch.randn(1, 8, *shape)
+        torch.testing.assert_close(program.module()(x), module(x))
+
+
+@pytest.mark.parametrize('backend', available_backends())
+def test_checkpointing_gives_the_same_gradients(backend):
+    module, x = ACmix(8, 8, backend=backend), torch.randn(1, 8, 6, 7)
+    parameters = list(module.parameters())
+    plain = torch.autograd.grad(module(x).square().sum(), parameters)
+    again = checkpoint(module, x, use_reentrant=False).square().sum()
+    torch.testing.assert_close(torch.autograd.grad(again, parameters), plain)
+
+
+@pytest.mark.parametrize('backend', available_backends())
+def test_distributed_gradients(backend, tmp_path):
+    """Two processes with half of the batch each average to the gradients of the whole batch."""
+    program = Path(__file__).with_name('ddp_gradients.py')
+    launcher = ['torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command = [sys.executable, '-m', *launcher, program, backend, tmp_path / 'gradients.pth']
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    averaged = torch.load(tmp_path / 'gradients.pth')
+    torch.manual_seed(0)
+    module = ACmix(8, 8, backend=backend)
+    module(torch.randn(4, 8, 6, 7)).square().mean().backward()
+    assert averaged.keys() == dict(module.named_parameters()).keys()
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(averaged[name], parameter.grad)
 
 
 def test_output_bias():

@@ -14,6 +14,8 @@ import torch
 import train
 from PIL import Image
 
+from acmix_mm.ops import available_backends
+
 PROGRAMS = {'train': train, 'test': evaluate, 'predict': predict}
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 NARROW = [
@@ -135,6 +137,26 @@ def test_evaluate(run, options, tmp_path):
     assert len(pickle.loads(out.read_bytes())) == 4
     assert len(list(tmp_path.glob('*/pictures/*.jpg'))) == 4
     assert f'predictions: {out}' in said
+
+
+def test_backends_train_alike(options, tmp_path):
+    """The losses of 50 iterations and more, with the same seed, differ by rounding only."""
+    losses = {}
+    for backend in available_backends():
+        if backend != 'triton' or torch.cuda.is_available():  # interpreted, it takes hours
+            work_dir = tmp_path / backend
+            changes = [
+                f'model.backbone.backend={backend}',
+                'train_cfg.max_epochs=17',
+                'train_cfg.val_interval=17',
+            ]
+            program('train', CONFIG, '--work-dir', str(work_dir), *options, *changes)
+            losses[backend] = [row['loss'] for row in scalars(work_dir) if 'loss' in row]
+    expected = losses.pop('torch')
+    assert len(expected) == 51
+    assert losses
+    for name, others in losses.items():
+        assert others == pytest.approx(expected, rel=1e-3), name
 
 
 class TestPredict:

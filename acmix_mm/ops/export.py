@@ -1,0 +1,56 @@
+"""Operators in plain PyTorch, for exporters that know none of the backends' kernels."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def unrolled_local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    scale: float,
+) -> Tensor:
+    """:func:`acmix_mm.ops.local_attention` of traceable operators, one step a row of the window.
+
+    Height and width may be symbols of ``torch.export``. Needs the memory of ``kernel_size`` copies
+    of key or value at a time.
+    """
+    dtype = query.dtype
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    query, key, value = (t.to(sum_dtype) for t in (query, key, value))
+    offsets = (torch.arange(kernel_size, device=query.device) - kernel_size // 2) * dilation
+
+    def positions(dim: int) -> Tensor:
+        """(k, queries): where the neighbourhoods' keys lie along an axis."""
+        centres = torch.arange(query.size(dim), device=query.device) * stride
+        # As torch_backend.reflect, with the size as a tensor: ONNX has no remainder by a symbol.
+        last = torch.arange(key.size(dim), device=query.device)[-1]
+        period = (2 * last).clamp(min=1)
+        index = (centres + offsets[:, None]).remainder(period)
+        return torch.minimum(index, period - index)
+
+    rows, columns = positions(-2), positions(-1).flatten()
+
+    def window_row(maps: Tensor, i: int) -> Tensor:
+        """(B, N, d, Hq, k, Wq): what row i of every neighbourhood sees."""
+        row = maps.index_select(-2, rows[i]).index_select(-1, columns)
+        return row.unflatten(-1, (kernel_size, -1))
+
+    logits = [(query[..., None, :] * window_row(key, i)).sum(2) for i in range(kernel_size)]
+    weights = (torch.cat(logits, -2) * scale).softmax(-2).unsqueeze(2).chunk(kernel_size, -2)
+    outputs = [(w * window_row(value, i)).sum(-2) for i, w in enumerate(weights)]
+    return torch.stack(outputs).sum(0).to(dtype)
+
+
+def decompositions() -> dict[torch._ops.OpOverload, Callable]:
+    """What ``ExportedProgram.run_decompositions`` needs beside PyTorch's own.
+
+    For programs exported with ``backend='torch'``, in evaluation mode: its one operator that other
+    runtimes do not know becomes plain PyTorch. See ``tools/model_converters/export_onnx.py``.
+    """
+    return {torch.ops.acmix_mm.local_attention_torch.default: unrolled_local_attention}

@@ -1,0 +1,24 @@
+"""Gradients of an ACmix layer in DistributedDataParallel, for test_acmix.py; started by torchrun.
+
+Each process takes its share of the batch; the first writes the averaged gradients to argv[2].
+"""
+
+import sys
+
+import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from acmix_mm.layers import ACmix
+
+distributed.init_process_group('gloo')
+torch.manual_seed(0)
+module = ACmix(8, 8, backend=sys.argv[1])
+x = torch.randn(4, 8, 6, 7)
+rank, processes = distributed.get_rank(), distributed.get_world_size()
+assert processes == 2
+parallel = DistributedDataParallel(module)
+parallel(x.chunk(processes)[rank]).square().mean().backward()
+if rank == 0:
+    torch.save({name: p.grad for name, p in module.named_parameters()}, sys.argv[2])
+distributed.destroy_process_group()

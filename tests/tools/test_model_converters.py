@@ -1,0 +1,97 @@
+"""Deploy form and ONNX, from a checkpoint to files that give the same numbers."""
+
+import export_onnx
+import pytest
+import switch_to_deploy
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
+NARROW = ['model.backbone.base_channels=8', 'model.neck.in_channels=[32,64,128,256]']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _from_the_root(pytestconfig):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(pytestconfig.rootpath)
+        yield
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A model with random statistics, and its checkpoint."""
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.backbone.base_channels = 8
+    cfg.model.neck.in_channels = [32, 64, 128, 256]
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model)
+    for module in model.backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    file = tmp_path_factory.mktemp('trained') / 'trained.pth'
+    state = {'meta': {'epoch': 4}, 'state_dict': model.state_dict(), 'optimizer': {}}
+    torch.save(state, file)
+    return model.eval(), file
+
+
+@pytest.fixture(scope='module')
+def deployed(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp('deployed') / 'deployed.pth'
+    switch_to_deploy.main([CONFIG, str(trained[1]), str(out), '--cfg-options', *NARROW])
+    return out
+
+
+@torch.no_grad()
+def test_deployed_checkpoint_and_config(trained, deployed):
+    checkpoint = torch.load(deployed)
+    assert checkpoint.keys() == {'meta', 'state_dict'}
+    assert checkpoint['meta'] == {'epoch': 4}
+    assert not any(
+        'running_mean' in name for name in checkpoint['state_dict'] if 'backbone' in name
+    )
+    model = MODELS.build(Config.fromfile(deployed.with_suffix('.py')).model)
+    model.load_state_dict(checkpoint['state_dict'])
+    model.eval()
+    x = torch.randn(1, 3, 65, 100)
+    for ours, theirs in zip(model.backbone(x), trained[0].backbone(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_onnx(trained, tmp_path, capsys):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
+    file = tmp_path / 'backbone.onnx'
+    arguments = [CONFIG, str(trained[1]), str(file), '--cfg-options', *NARROW]
+    export_onnx.main(arguments)
+    assert capsys.readouterr().out.endswith(f'ONNX model: {file}\n')
+    session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    x = torch.randn(1, 3, 70, 131)  # of a size that the program did not look at
+    with torch.no_grad():
+        expected = trained[0].backbone(x)
+    outputs = session.run(['stage1', 'stage2', 'stage3', 'stage4'], {'image': x.numpy()})
+    for ours, theirs in zip(map(torch.from_numpy, outputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_wrong_arguments(trained, deployed, tmp_path):
+    checkpoint = str(trained[1])
+    for arguments, message in (
+        ([CONFIG, checkpoint, str(tmp_path / 'x.pt')], r'OUT must end in \.pth'),
+        ([CONFIG, checkpoint, str(tmp_path / 'no' / 'x.pth')], r'folder .*no does not exist'),
+        ([CONFIG, checkpoint, str(deployed)], r'deployed\.pth exists already'),
+        ([CONFIG, checkpoint, str(tmp_path / 'x.pth')], 'does not fit config'),
+        (
+            [str(deployed.with_suffix('.py')), str(deployed), str(tmp_path / 'x.pth')],
+            'is deployed already',
+        ),
+        (
+            ['configs/demo/retinanet_r26_fpn_scene-digits.py', checkpoint, str(tmp_path / 'x.pth')],
+            'does not fit config',
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            switch_to_deploy.main(arguments)
+    with pytest.raises(SystemExit, match=r'OUT must end in \.onnx'):
+        export_onnx.main([CONFIG, checkpoint, str(tmp_path / 'x.pth')])
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,78 @@
+"""Fold a trained checkpoint's backbone for inference (see switch_to_deploy of the backbones).
+
+Writes OUT.pth, weights and meta data without optimiser state, and beside it the config that goes
+with it, OUT.py, for tools/test.py, tools/predict.py and this folder's export_onnx.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from acmix_mm.command_line import (
+    add_config_arguments,
+    build_model,
+    keep_freed_memory,
+    load_checkpoint,
+    load_config,
+)
+
+SIZE = (97, 130)  # of the random image by which the folded backbone is checked
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    parser.add_argument('checkpoint', help='checkpoint of a training with that config')
+    parser.add_argument('out', type=Path, metavar='OUT.pth', help='file to write; must not exist')
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def relative_error(outputs: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
+    """Largest deviation of any output, relative to that output's largest value."""
+    pairs = zip(outputs, expected, strict=True)
+    return max(((out - e).abs().max() / e.abs().max()).item() for out, e in pairs)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    config_out = args.out.with_suffix('.py')
+    if args.out.suffix != '.pth':
+        sys.exit(f'error: OUT must end in .pth, got {args.out}')
+    if not args.out.parent.is_dir():
+        sys.exit(f'error: folder {args.out.parent} does not exist')
+    for file in (args.out, config_out):
+        if file.exists():
+            sys.exit(f'error: {file} exists already')
+    cfg = load_config(args)
+    if cfg.model.backbone.get('deploy'):
+        sys.exit(f'error: the backbone of {args.config} is deployed already')
+    checkpoint = load_checkpoint(args.checkpoint)
+    keep_freed_memory()
+    model = build_model(cfg, checkpoint, args)
+    if not hasattr(model.backbone, 'switch_to_deploy'):
+        sys.exit(f'error: {type(model.backbone).__name__} has no form for deployment')
+
+    image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
+    expected = model.backbone(image)
+    modules = len(list(model.backbone.modules()))
+    model.backbone.switch_to_deploy()
+    error = relative_error(model.backbone(image), expected)
+
+    cfg.model.backbone.update(deploy=True, init_cfg=None)
+    state = {'meta': checkpoint.get('meta', {}), 'state_dict': model.state_dict()}
+    torch.save(state, args.out)
+    cfg.dump(config_out)
+    print(f'modules of the backbone: {len(list(model.backbone.modules()))}, before {modules}')
+    print(f'largest deviation of an output, relative: {error:.1e}')
+    print(f'checkpoint: {args.out}')
+    print(f'config:     {config_out}')
+
+
+if __name__ == '__main__':
+    main()
