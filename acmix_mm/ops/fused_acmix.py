@@ -48,6 +48,9 @@ def fused_acmix(
 
     Returns:
         Tensor: Shape (B, N * d, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        RuntimeError: If a shape or dtype is not as described.
     """
     x, weight, bias, kernel, kernel_bias = autocast_tensors(x, weight, bias, kernel, kernel_bias)
     geometry = (num_heads, attn_kernel_size, stride, dilation)
