@@ -89,6 +89,30 @@ def group_conv(
     return F.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
 
 
+def bias_map(kernel: Tensor, size: tuple[int, int], stride: int = 1, dilation: int = 1) -> Tensor:
+    """What a bias of ``fc`` adds to the result: constant but near the border, where zeros count.
+
+    Args:
+        kernel (Tensor): Shape (C, 1, k, k): the bias, (k * k, 1), folded by
+            :func:`fold_shift_conv`.
+        size (tuple[int, int]): Height and width of the maps.
+        stride (int): Default: 1.
+        dilation (int): Default: 1.
+
+    Returns:
+        Tensor: Shape (1, C, ceil(H / stride), ceil(W / stride)).
+    """
+    taps = torch.arange(kernel.size(-1), device=kernel.device) - kernel.size(-1) // 2
+    rows, cols = (  # (outputs, k): is there a pixel under the tap?
+        ((positions >= 0) & (positions < length)).to(kernel.dtype)
+        for length in size
+        for positions in [
+            torch.arange(0, length, stride, device=kernel.device)[:, None] + taps * dilation
+        ]
+    )
+    return (rows @ kernel[:, 0] @ cols.T)[None]
+
+
 def shift_conv(
     maps: Tensor,
     fc_weight: Tensor,
@@ -97,6 +121,7 @@ def shift_conv(
     dilation: int = 1,
     bias: Tensor | None = None,
     backend: str | None = None,
+    fc_bias: Tensor | None = None,
 ) -> Tensor:
     r"""Stage II, convolution path, of ACmix (CVPR 2022, section 4.2).
 
@@ -114,6 +139,8 @@ def shift_conv(
         dilation (int): Dilation of the convolution. Default: 1.
         bias (Tensor | None): Shape (C,). Default: None.
         backend (str | None): Of :func:`group_conv`. Default: None.
+        fc_bias (Tensor | None): Shape (k * k,), added to the maps that ``fc`` mixes, before zeros
+            are padded. Default: None.
 
     Returns:
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)). Channel ``g * (C / d) + o`` is
@@ -123,7 +150,17 @@ def shift_conv(
     out_channels, _, _, kernel_size = dep_weight.shape
     if folding_pays(num_maps, out_channels, groups, kernel_size, stride):
         weight = fold_shift_conv(fc_weight, dep_weight, groups)
+        out = group_conv(maps, weight, stride, dilation, bias, backend)
+        if fc_bias is None:
+            return out
+        bias_kernel = fold_shift_conv(fc_bias[:, None], dep_weight, groups)
+        return out + bias_map(bias_kernel, maps.shape[3:], stride, dilation)
+    # Not matmul: in training it copies the maps, channels last, to make one product of all.
+    pixels = maps.flatten(3).flatten(0, 1)
+    weight = fc_weight.expand(pixels.size(0), -1, -1)
+    if fc_bias is None:
+        mixed = torch.bmm(weight, pixels)
     else:
-        weight = dep_weight
-        maps = torch.matmul(fc_weight, maps.flatten(3)).unflatten(3, maps.shape[3:])
-    return group_conv(maps, weight, stride, dilation, bias, backend)
+        mixed = torch.baddbmm(fc_bias[:, None], weight, pixels)
+    mixed = mixed.view(maps.size(0), groups, -1, *maps.shape[3:])
+    return group_conv(mixed, dep_weight, stride, dilation, bias, backend)
