@@ -1,5 +1,7 @@
 """Registered backbones, one family a file."""
 
+from .acmix_pvt import ACmixPyramidVisionTransformer
 from .acmix_resnet import ACmixResNet
+from .acmix_swin import ACmixSwinTransformer
 
-__all__ = ['ACmixResNet']
+__all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixSwinTransformer']

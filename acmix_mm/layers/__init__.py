@@ -1,6 +1,14 @@
-"""Mixed operators as modules, registered as layer types."""
+"""Mixed operators as modules; :class:`ACmix` is registered as a layer type."""
 
 from .acmix import ACmix
-from .mixed_operator import MixedOperator
+from .mixed_operator import MixedOperator, ProjectedMixedOperator
+from .spatial_reduction_acmix import SpatialReductionACmix
+from .window_acmix import WindowACmix
 
-__all__ = ['ACmix', 'MixedOperator']
+__all__ = [
+    'ACmix',
+    'MixedOperator',
+    'ProjectedMixedOperator',
+    'SpatialReductionACmix',
+    'WindowACmix',
+]

@@ -151,7 +151,7 @@ class ACmix(MixedOperator):
         stride, dilation = self.stride[0], self.dilation[0]
         weight, bias, slopes = self.projection_weights().values()
         if self._fuses(x):
-            _, kernel, scale = self.mixing_weights()
+            *_, kernel, scale = self.mixing_weights()
             return fused_acmix(
                 x, weight, bias, slopes, kernel, self.bias, scale,
                 self.num_heads, self.attn_kernel_size, stride, dilation,

@@ -4,10 +4,18 @@ from .checks import check_positive
 from .fused_acmix import fused_acmix
 from .local_attention import local_attention
 from .selection import available_backends, check_backend, select_backend
-from .shift_conv import fold_shift_conv, folding_pays, group_conv, shift_conv, shift_kernel
+from .shift_conv import (
+    bias_map,
+    fold_shift_conv,
+    folding_pays,
+    group_conv,
+    shift_conv,
+    shift_kernel,
+)
 
 __all__ = [
     'available_backends',
+    'bias_map',
     'check_backend',
     'check_positive',
     'fold_shift_conv',

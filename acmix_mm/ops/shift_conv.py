@@ -89,6 +89,23 @@ def group_conv(
     return F.conv2d(inputs, weight, bias, stride, padding, dilation, groups)
 
 
+def bias_map(kernel: Tensor, size: tuple[int, int], stride: int = 1, dilation: int = 1) -> Tensor:
+    """What a bias of ``fc`` adds to the result: constant but near the border, where zeros count.
+
+    Args:
+        kernel (Tensor): Shape (C, 1, k, k): the bias, (k * k, 1), folded by
+            :func:`fold_shift_conv`.
+        size (tuple[int, int]): Height and width of the maps.
+        stride (int): Default: 1.
+        dilation (int): Default: 1.
+
+    Returns:
+        Tensor: Shape (1, C, ceil(H / stride), ceil(W / stride)).
+    """
+    ones = kernel.new_ones(1, 1, *size)
+    return F.conv2d(ones, kernel, None, stride, kernel.size(-1) // 2 * dilation, dilation)
+
+
 def shift_conv(
     maps: Tensor,
     fc_weight: Tensor,
@@ -97,6 +114,7 @@ def shift_conv(
     dilation: int = 1,
     bias: Tensor | None = None,
     backend: str | None = None,
+    fc_bias: Tensor | None = None,
 ) -> Tensor:
     r"""Stage II, convolution path, of ACmix (CVPR 2022, section 4.2).
 
@@ -114,6 +132,8 @@ def shift_conv(
         dilation (int): Dilation of the convolution. Default: 1.
         bias (Tensor | None): Shape (C,). Default: None.
         backend (str | None): Of :func:`group_conv`. Default: None.
+        fc_bias (Tensor | None): Shape (k * k,), added to the maps that ``fc`` mixes, before zeros
+            are padded. Default: None.
 
     Returns:
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)). Channel ``g * (C / d) + o`` is
@@ -123,7 +143,12 @@ def shift_conv(
     out_channels, _, _, kernel_size = dep_weight.shape
     if folding_pays(num_maps, out_channels, groups, kernel_size, stride):
         weight = fold_shift_conv(fc_weight, dep_weight, groups)
-    else:
-        weight = dep_weight
-        maps = torch.matmul(fc_weight, maps.flatten(3)).unflatten(3, maps.shape[3:])
-    return group_conv(maps, weight, stride, dilation, bias, backend)
+        out = group_conv(maps, weight, stride, dilation, bias, backend)
+        if fc_bias is None:
+            return out
+        bias_kernel = fold_shift_conv(fc_bias[:, None], dep_weight, groups)
+        return out + bias_map(bias_kernel, maps.shape[3:], stride, dilation)
+    mixed = torch.matmul(fc_weight, maps.flatten(3)).unflatten(3, maps.shape[3:])
+    if fc_bias is not None:
+        mixed = mixed + fc_bias.to(mixed.dtype).view(-1, 1, 1)
+    return group_conv(mixed, dep_weight, stride, dilation, bias, backend)

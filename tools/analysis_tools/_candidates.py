@@ -31,7 +31,11 @@ BACKBONES = {
     'acmix-r50': {'type': 'ACmixResNet', 'depth': 50},
     'r50': {'type': 'ResNet', 'depth': 50},
     'swin-t': {'type': 'SwinTransformer'},
+    'acmix-swin-t': {'type': 'ACmixSwinTransformer'},
+    'acmix-swin-s': {'type': 'ACmixSwinTransformer', 'depths': (2, 2, 18, 2)},
     'pvt-s': {'type': 'PyramidVisionTransformer'},
+    'acmix-pvt-t': {'type': 'ACmixPyramidVisionTransformer', 'num_layers': [2, 2, 2, 2]},
+    'acmix-pvt-s': {'type': 'ACmixPyramidVisionTransformer'},
 }
 
 

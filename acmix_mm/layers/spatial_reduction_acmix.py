@@ -1,0 +1,95 @@
+"""ACmix with spatial-reduction attention, the operator of PVT-ACmix."""
+
+import torch.nn.functional as F
+from mmdet.models.backbones.pvt import SpatialReductionAttention
+from torch import Tensor, nn
+
+from .mixed_operator import ProjectedMixedOperator
+
+
+class SpatialReductionACmix(ProjectedMixedOperator):
+    """Mix of spatial-reduction attention and convolution over shared projections.
+
+    "On the Integration of Self-Attention and Convolution", CVPR 2022, section 5.2. The paper does
+    not say how key and value meet the spatial reduction; no code was published. Our reading: the
+    attention path is PVT's as it stands, with key and value of the reduced map, and the convolution
+    path takes query, key and value of the full map, projected by the same weights. Where nothing is
+    reduced they are projected once for both. There is no position encoding, ``fc`` has no bias,
+    and, as in Swin-ACmix, the rates come after the output projection, which belongs to the
+    attention path alone.
+
+    Args:
+        attention (SpatialReductionAttention): The plain operator of mmdet's PVT, whose parts this
+            one takes over: with plain weights, rate1 = 1 and rate2 = 0 the two are equal, on maps
+            that the plain one takes.
+        kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
+        mix (str): See :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
+        backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
+
+    Raises:
+        ValueError: If an argument is not as described; the message names it.
+    """
+
+    def __init__(
+        self,
+        attention: SpatialReductionAttention,
+        kernel_size: int = 3,
+        mix: str = 'learned',
+        backend: str | None = None,
+    ):
+        super().__init__(attention, kernel_size, mix=mix, backend=backend)
+        self.attn = attention.attn  # its forward is not used: it averages weights nobody reads
+        self.dropout_layer = attention.dropout_layer
+        self.sr_ratio = attention.sr_ratio
+        if self.with_attention:
+            self.proj_drop = attention.proj_drop
+            if self.sr_ratio > 1:
+                self.sr, self.norm = attention.sr, attention.norm
+        else:  # DistributedDataParallel refuses parameters without gradient
+            del self.attn.out_proj
+
+    @property
+    def output_projection(self) -> nn.Linear:
+        return self.attn.out_proj
+
+    def forward(
+        self, x: Tensor, hw_shape: tuple[int, int], identity: Tensor | None = None
+    ) -> Tensor:
+        """The mixed operator and the shortcut around it.
+
+        Args:
+            x (Tensor): Shape (B, H * W, C).
+            hw_shape (tuple[int, int]): H and W, at least ``sr_ratio``.
+            identity (Tensor | None): Shape (B, H * W, C), what the result is added to; None is x.
+                Default: None.
+
+        Returns:
+            Tensor: Shape (B, H * W, C).
+        """
+        identity = x if identity is None else identity
+        image = x.unflatten(1, hw_shape)
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
+        reduced = self.with_attention and self.sr_ratio > 1
+        queries = slice(0, self.embed_dims if reduced and not self.with_convolution else None)
+        maps = self.project(image, weight[queries], None if bias is None else bias[queries])
+        attention = None
+        if self.with_attention:
+            tokens = maps.flatten(4).permute(2, 0, 3, 4, 1)  # (3, B, N, H * W, d)
+            if reduced:
+                rest = slice(self.embed_dims, None)
+                keys = F.linear(
+                    self._reduce(image), weight[rest], None if bias is None else bias[rest]
+                )
+                keys = keys.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+                query, key, value = tokens[0], *keys
+            else:
+                query, key, value = tokens
+            dropout = self.attn.dropout if self.training else 0.0
+            attention = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            attention = attention.transpose(1, 2).reshape(image.shape)
+        out = self.mix_paths(maps, attention).flatten(1, 2)
+        return identity + self.dropout_layer(out)
+
+    def _reduce(self, image: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, tokens, C)."""
+        return self.norm(self.sr(image.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))
