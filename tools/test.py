@@ -51,7 +51,12 @@ def build_config(args: argparse.Namespace) -> Config:
         if hook is None:
             sys.exit(f'error: --show: {args.config} has no default_hooks.visualization')
         hook.update(draw=True, show=args.show, wait_time=args.wait_time)
-        if args.show_dir:
+        if args.show_dir and hook.type == 'SegVisualizationHook':  # has no folder of its own
+            for backend in cfg.visualizer.vis_backends:
+                if backend.type == 'LocalVisBackend':
+                    # Below the time stamp's vis_data.
+                    backend.img_save_dir = str(Path('..', args.show_dir))
+        elif args.show_dir:
             hook.test_out_dir = args.show_dir
     if args.tta:
         for key in ('tta_model', 'tta_pipeline'):
