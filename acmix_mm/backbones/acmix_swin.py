@@ -14,8 +14,8 @@ from .mixed_transformer import MixedTransformer
 class ShiftWindowACmix(BaseModule):
     """Padding and cyclic shift around :class:`~acmix_mm.layers.WindowACmix`.
 
-    As the release, and unlike mmdet's ShiftWindowMSA, it does not shift a map that is not larger
-    than the window in height and in width.
+    As the release, and unlike mmdet's ShiftWindowMSA, it does not shift a map whose height or width
+    is not larger than the window's.
 
     Args:
         attention (ShiftWindowMSA): mmdet's module, whose parts this one takes over.

@@ -102,8 +102,15 @@ def bias_map(kernel: Tensor, size: tuple[int, int], stride: int = 1, dilation: i
     Returns:
         Tensor: Shape (1, C, ceil(H / stride), ceil(W / stride)).
     """
-    ones = kernel.new_ones(1, 1, *size)
-    return F.conv2d(ones, kernel, None, stride, kernel.size(-1) // 2 * dilation, dilation)
+    taps = torch.arange(kernel.size(-1), device=kernel.device) - kernel.size(-1) // 2
+    rows, cols = (  # (outputs, k): is there a pixel under the tap?
+        ((positions >= 0) & (positions < length)).to(kernel.dtype)
+        for length in size
+        for positions in [
+            torch.arange(0, length, stride, device=kernel.device)[:, None] + taps * dilation
+        ]
+    )
+    return (rows @ kernel[:, 0] @ cols.T)[None]
 
 
 def shift_conv(
@@ -148,7 +155,12 @@ def shift_conv(
             return out
         bias_kernel = fold_shift_conv(fc_bias[:, None], dep_weight, groups)
         return out + bias_map(bias_kernel, maps.shape[3:], stride, dilation)
-    mixed = torch.matmul(fc_weight, maps.flatten(3)).unflatten(3, maps.shape[3:])
-    if fc_bias is not None:
-        mixed = mixed + fc_bias.to(mixed.dtype).view(-1, 1, 1)
+    # Not matmul: in training it copies the maps, channels last, to make one product of all.
+    pixels = maps.flatten(3).flatten(0, 1)
+    weight = fc_weight.expand(pixels.size(0), -1, -1)
+    if fc_bias is None:
+        mixed = torch.bmm(weight, pixels)
+    else:
+        mixed = torch.baddbmm(fc_bias[:, None], weight, pixels)
+    mixed = mixed.view(maps.size(0), groups, -1, *maps.shape[3:])
     return group_conv(mixed, dep_weight, stride, dilation, bias, backend)

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from acmix_mm.ops import shift_conv, shift_kernel
 
 
-def two_steps(maps, fc, dep, stride, dilation):
+def two_steps(maps, fc, dep, stride, dilation, fc_bias):
     """fc on every head position, then the grouped convolution, as section 4.2 states them."""
-    mixed = torch.einsum('km,bgmhw->bgkhw', fc, maps)
+    mixed = torch.einsum('km,bgmhw->bgkhw', fc, maps) + fc_bias.view(-1, 1, 1)
     padding = dep.size(-1) // 2 * dilation
     return F.conv2d(mixed.flatten(1, 2), dep, None, stride, padding, dilation, maps.size(1))
 
@@ -22,20 +22,23 @@ def two_steps(maps, fc, dep, stride, dilation):
     kernel_size=st.sampled_from([1, 3, 5]),
     stride=st.integers(1, 3),
     dilation=st.integers(1, 2),
+    with_bias=st.booleans(),
 )
-def test_equals_its_two_steps(heads, positions, size, kernel_size, stride, dilation):
+def test_equals_its_two_steps(heads, positions, size, kernel_size, stride, dilation, with_bias):
     maps = torch.randn(2, positions, 3 * heads, *size, dtype=torch.float64, requires_grad=True)
     fc = torch.randn(kernel_size**2, 3 * heads, dtype=torch.float64, requires_grad=True)
     shape = (positions * heads, kernel_size**2, kernel_size, kernel_size)
     dep = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    out = shift_conv(maps, fc, dep, stride, dilation)
-    expected = two_steps(maps, fc, dep, stride, dilation)
+    bias = torch.randn(kernel_size**2, dtype=torch.float64) * with_bias
+    bias.requires_grad_()
+    out = shift_conv(maps, fc, dep, stride, dilation, fc_bias=bias if with_bias else None)
+    expected = two_steps(maps, fc, dep, stride, dilation, bias)
     assert out.shape[-2:] == (-(-size[0] // stride), -(-size[1] // stride))
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
+    leaves = (maps, fc, dep, bias) if with_bias else (maps, fc, dep)
     torch.testing.assert_close(
-        torch.autograd.grad(out, (maps, fc, dep), grad),
-        torch.autograd.grad(expected, (maps, fc, dep), grad),
+        torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad)
     )
 
 
