@@ -36,7 +36,7 @@ def test_grid(name, pytestconfig, scene_digits, tmp_path):
     assert all(cell.shape == (196, 196, 3) for cell in cells)
     assert (cells[2] == 255).all()
     changed = np.abs(cells[0] - cells[1]).max(2)[2:-2, 2:-2] > 0
-    middle = changed[70:110, 60:120].copy()
+    middle = changed[80:110, 80:120].copy()
     changed[40:140, 20:160] = False  # the square, enlarged, and room for lines and text
     assert not changed.any()
     # A box is drawn around; masks and label maps also fill.
