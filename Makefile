@@ -1,5 +1,6 @@
 # The commands that a fresh machine needs. Each sets up .venv first; a second run starts at once.
 PYTHON ?= python3
+TASK ?= detection
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -9,7 +10,8 @@ RUN := env -u PYTHONPATH -u PYTHONHOME PYTHONNOUSERSITE=1
 .PHONY: help setup demo test lint clean
 
 help:
-	@echo 'make demo   make a small real data set, train, evaluate, draw predictions (CPU)'
+	@echo 'make demo   make a small real data set, train, evaluate, draw predictions (CPU);'
+	@echo '           TASK=detection (default), instance or semantic'
 	@echo 'make test   lint and run the tests'
 	@echo 'make setup  only create .venv with everything installed'
 	@echo 'make clean  remove .venv and what the demo made'
@@ -23,7 +25,7 @@ $(READY): constraints.txt setup.py tools/dev/install.py $(wildcard acmix_mm/ops/
 setup: $(READY)
 
 demo: $(READY)
-	$(RUN) $(BIN)/python tools/demo.py
+	$(RUN) $(BIN)/python tools/demo.py --task $(TASK)
 
 lint: $(READY)
 	$(RUN) $(BIN)/ruff check .

@@ -37,17 +37,29 @@ def scene_digits(tmp_path_factory) -> Path:
     return out
 
 
-@pytest.fixture(scope='session')
-def digits_options(scene_digits) -> list[str]:
-    """--cfg-options with which a scene-digits config runs on the very small data set."""
-    root = f'{scene_digits}/coco/'
+def very_small_run(root: Path) -> list[str]:
+    """--cfg-options with which a scene-digits config runs on the data under ``root``."""
     options = ['train_dataloader.batch_size=4', 'default_hooks.checkpoint.max_keep_ckpts=-1']
     for split in ('train', 'val', 'test'):
         options += [
-            f'{split}_dataloader.dataset.data_root={root}',
+            f'{split}_dataloader.dataset.data_root={root}/',
             f'{split}_dataloader.num_workers=0',
             f'{split}_dataloader.persistent_workers=False',
         ]
-        if split != 'train':
-            options.append(f'{split}_evaluator.ann_file={root}annotations/instances_val2017.json')
     return options
+
+
+@pytest.fixture(scope='session')
+def digits_options(scene_digits) -> list[str]:
+    """--cfg-options with which a detector's config runs on the very small data set."""
+    root = scene_digits / 'coco'
+    file = f'{root}/annotations/instances_val2017.json'
+    return [
+        *very_small_run(root), f'val_evaluator.ann_file={file}', f'test_evaluator.ann_file={file}'
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='session')
+def label_map_options(scene_digits) -> list[str]:
+    """--cfg-options with which a segmentor's config runs on the very small data set."""
+    return very_small_run(scene_digits / 'ade')

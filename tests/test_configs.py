@@ -1,12 +1,14 @@
-"""Every config of the repository builds; users' configs can inherit mmdet's and ours."""
+"""Every config of the repository trains and predicts; users' configs inherit mmdet's and ours."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import init_default_scope
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import Runner
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from acmix_mm.backbones import ACmixResNet
 
@@ -14,46 +16,233 @@ ROOT = Path(__file__).resolve().parents[1] / 'configs'
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob('*.py') if '_base_' not in p.parts)
 
 
+HEADS = ('retinanet', 'mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn')
+SIZES = {'resnet': ['r50'], 'pvt': ['pvt-t', 'pvt-s'], 'swin': ['swin-t', 'swin-s']}
+
+
 def build(cfg: Config) -> torch.nn.Module:
     init_default_scope(cfg.default_scope)
-    from mmdet.registry import MODELS
+    from mmengine.registry import MODELS
 
     return MODELS.build(cfg.model)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-def test_builds(name):
+def test_grid():
+    """Every pair of the paper's grid (DESIGN, section 5) has its config."""
+    expected = {
+        f'acmix_{family}/{head}_acmix-{size}_fpn_8xb2-{length}_coco.py'
+        for family, sizes in SIZES.items()
+        for size in sizes
+        for head in HEADS
+        for length in (['1x'] if family == 'resnet' else ['1x', '3x'])
+    }
+    expected |= {
+        f'acmix_{family}/acmix-{size}_{head}_ade20k-512x512.py'
+        for family, sizes in SIZES.items()
+        for size in sizes
+        for head in ('fpn_8xb2-80k', 'upernet_8xb2-160k')
+    }
+    assert len(expected) == 36 + 10
+    assert expected <= set(CONFIGS)
+
+
+def shrink(steps: list) -> list:
+    """A pipeline for pictures of 64x64 pixels at most, otherwise the same."""
+    small = {'scale': (64, 64), 'scales': [(48, 64), (64, 64)], 'crop_size': (64, 64)}
+    for step in steps:
+        for key in step:
+            if key == 'transforms':
+                step.transforms = [shrink(branch) for branch in step.transforms]
+            elif key in small:
+                step[key] = small[key]
+    return steps
+
+
+def small_config(name: str, scene_digits: Path) -> Config:
+    """A config on the very small data set, with fewer pixels and proposals; else as it is."""
     cfg = Config.fromfile(ROOT / name)
-    model = build(cfg)
-    # Every part of the recipe builds, too: optimiser, schedule, hooks are checked by the Runner.
+    segmentor = cfg.default_scope == 'mmseg'
+    for loader in (cfg.train_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(scene_digits / ('ade' if segmentor else 'coco'))
+        shrink(loader.dataset.pipeline)
+        if not segmentor:
+            loader.dataset.metainfo = {'classes': tuple('0123456789')}
+    if segmentor:
+        cfg.model.data_preprocessor.size = (64, 64)
+    elif 'rpn_head' in cfg.model:
+        cfg.model.train_cfg.rpn_proposal.max_per_img = cfg.model.test_cfg.rpn.max_per_img = 8
+        # Untrained, it is sure of nothing.
+        cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=4)
+        stages = cfg.model.train_cfg.rcnn
+        for stage in stages if isinstance(stages, list) else [stages]:
+            stage.sampler.num = 8
+    else:
+        cfg.model.test_cfg.score_thr = 0.0
+    return cfg
+
+
+def take(loader: Config, count: int) -> dict:
+    """A batch of a loader's data set."""
+    dataset = DATASETS.build(loader.dataset)
+    return pseudo_collate([dataset[i] for i in range(count)])
+
+
+def check_decay(model: torch.nn.Module, cfg: Config) -> None:
+    """Norms, position parameters and rates have no weight decay, all others have it."""
     optim_wrapper = Runner.build_optim_wrapper(
         type('Builder', (), {'model': model})(), cfg.optim_wrapper
     )
-    assert sum(len(g['params']) for g in optim_wrapper.param_groups) > 0
+    decay = {
+        id(parameter): group['weight_decay']
+        for group in optim_wrapper.param_groups
+        for parameter in group['params']
+        if parameter.requires_grad
+    }
+    base = cfg.optim_wrapper.optimizer.weight_decay
+    assert base > 0
+    free = {'norms': 0, 'relative_position_bias_table': 0, 'pos_embed': 0, 'rate1': 0, 'rate2': 0}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            norm = isinstance(module, (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm))
+            kind = 'norms' if norm else name
+            if cfg.optim_wrapper.optimizer.type == 'AdamW' and kind in free:
+                assert decay.pop(id(parameter)) == 0, name
+                free[kind] += 1
+            else:
+                assert decay.pop(id(parameter)) == base, name
+    assert not decay
+    if cfg.optim_wrapper.optimizer.type == 'AdamW':
+        position = {
+            'ACmixSwinTransformer': {'relative_position_bias_table'},
+            'ACmixPyramidVisionTransformer': {'pos_embed'},
+        }[cfg.model.backbone.type]
+        assert {kind for kind, count in free.items() if count} == {
+            'norms', 'rate1', 'rate2', *position
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_trains_and_predicts(name, scene_digits):
+    """One loss, with a gradient for all that is trained, and one prediction."""
+    cfg = small_config(name, scene_digits)
     assert cfg.custom_imports.imports == ['acmix_mm']
+    model = build(cfg)
+    if 'scene-digits' not in name:
+        check_decay(model, cfg)
+
+    model.train()
+    losses = model(**model.data_preprocessor(take(cfg.train_dataloader, 2), True), mode='loss')
+    loss, _ = model.parse_losses(losses)
+    assert torch.isfinite(loss)
+    loss.backward()
+    # DistributedDataParallel refuses what has none.
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
     model.eval()
-    features = model.extract_feat(torch.zeros(1, 3, 64, 96))
-    assert len(features) == len(model.bbox_head.prior_generator.strides)
+    with torch.no_grad():
+        (sample,) = model.test_step(take(cfg.test_dataloader, 1))
+    if cfg.default_scope == 'mmseg':
+        assert sample.pred_sem_seg.shape == (96, 96)
+        assert len(sample.seg_logits.data) == cfg.model.decode_head.num_classes
+    else:
+        assert len(sample.pred_instances) > 0
+        assert ('masks' in sample.pred_instances) == ('mask-rcnn' in name)
+
+
+# By family: optimiser, learning rate, weight decay, warm-up iterations.
+COCO = {
+    'resnet': ('SGD', 0.01, 1e-4, 500),
+    'pvt': ('AdamW', 1e-4, 1e-4, 500),
+    'swin': ('AdamW', 1e-4, 0.05, 1000),
+}
+ADE20K = {
+    'resnet': ('SGD', 0.01, 5e-4, 0),
+    'pvt': ('AdamW', 1e-4, 1e-4, 0),
+    'swin': ('AdamW', 6e-5, 0.01, 1500),
+}
+
+
+def family(name: str) -> str:
+    return name.split('/')[0].removeprefix('acmix_')
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name.endswith('_coco.py')])
+def test_coco_recipe(name):
+    """ACmix (CVPR 2022), appendix."""
+    cfg = Config.fromfile(ROOT / name)
+    warmup, steps = cfg.param_scheduler
+    optimizer = cfg.optim_wrapper.optimizer
+    recipe = (optimizer.type, optimizer.lr, optimizer.weight_decay, warmup.end)
+    assert recipe == COCO[family(name)]
+    assert optimizer.get('betas', (0.9, 0.999)) == (0.9, 0.999)
+    assert (warmup.type, warmup.by_epoch) == ('LinearLR', False)
+    epochs, milestones = (36, [27, 33]) if '-3x_' in name else (12, [8, 11])
+    assert cfg.train_cfg.max_epochs == steps.end == epochs
+    assert (steps.milestones, steps.gamma) == (milestones, 0.1)
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
+    train, test = (x.dataset for x in (cfg.train_dataloader, cfg.test_dataloader))
+    assert train.data_root == test.data_root == 'data/coco/'
+    assert [t.scale for t in test.pipeline if t.type == 'Resize'] == [(1333, 800)]
+    if '-3x_' in name:
+        (choice,) = [t for t in train.pipeline if t.type == 'RandomChoice']
+        (whole,), (_, crop, enlarge) = choice.transforms
+        assert whole == enlarge
+        assert sorted(side for side, _ in whole.scales) == [*range(480, 801, 32)]
+        assert crop.crop_size == (384, 600)
+    else:
+        assert [t.scale for t in train.pipeline if t.type == 'Resize'] == [(1333, 800)]
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if 'ade20k' in name])
+def test_ade20k_recipe(name):
+    """ACmix (CVPR 2022), appendix; SGD as in MMSegmentation's ResNet configs."""
+    cfg = Config.fromfile(ROOT / name)
+    *warmup, poly = cfg.param_scheduler
+    optimizer = cfg.optim_wrapper.optimizer
+    recipe = (optimizer.type, optimizer.lr, optimizer.weight_decay, poly.begin)
+    assert recipe == ADE20K[family(name)]
+    assert [(w.type, w.end) for w in warmup] == [('LinearLR', 1500)] * (family(name) == 'swin')
+    iterations = 160_000 if 'upernet' in name else 80_000
+    power = 1.0 if family(name) == 'swin' else 0.9
+    assert (poly.type, poly.power, poly.end) == ('PolyLR', power, iterations)
+    assert cfg.train_cfg.max_iters == iterations
+    assert cfg.train_dataloader.batch_size * 8 == 16
+    assert cfg.model.decode_head.num_classes == 150
+    assert cfg.model.data_preprocessor.size == (512, 512)
+    steps = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    assert steps['RandomCrop'].crop_size == (512, 512)
+    assert steps['RandomResize'].ratio_range == (0.5, 2.0)
+    assert {'RandomFlip', 'PhotoMetricDistortion'} <= steps.keys()
+
+
+@pytest.mark.parametrize(
+    ('size', 'arguments', 'weights'),
+    [
+        ('pvt-t', {'num_layers': [2, 2, 2, 2]}, 'pvt_tiny'),
+        ('pvt-s', {'num_layers': [3, 4, 6, 3]}, 'pvt_small'),
+        ('swin-t', {'depths': [2, 2, 6, 2], 'embed_dims': 96}, 'swin_tiny_patch4_window7_224'),
+        ('swin-s', {'depths': [2, 2, 18, 2], 'embed_dims': 96}, 'swin_small_patch4_window7_224'),
+    ],
+)
+def test_sizes_and_initial_weights(size, arguments, weights):
+    names = [name for name in CONFIGS if f'acmix-{size}_' in name]
+    assert len(names) == 10
+    for name in names:
+        backbone = Config.fromfile(ROOT / name).model.backbone
+        assert {key: backbone[key] for key in arguments} == arguments
+        assert backbone.init_cfg.checkpoint == f'checkpoints/{weights}.pth'
+        assert backbone.warm_start
+        assert backbone.convert_weights
 
 
 @pytest.mark.parametrize('depth', [26, 38, 50])
-def test_retinanet_recipe(depth):
-    """ACmix (CVPR 2022), appendix: RetinaNet 1x on COCO."""
+def test_resnet_depths(depth):
     cfg = Config.fromfile(ROOT / f'acmix_resnet/retinanet_acmix-r{depth}_fpn_8xb2-1x_coco.py')
     assert cfg.model.backbone.type == 'ACmixResNet'
     assert cfg.model.backbone.depth == depth
     assert f'acmix-r{depth}' in cfg.model.backbone.init_cfg.checkpoint
-    assert cfg.optim_wrapper.optimizer.type == 'SGD'
-    assert cfg.optim_wrapper.optimizer.lr == 0.01
-    assert cfg.train_cfg.max_epochs == 12
-    warmup, steps = cfg.param_scheduler
-    assert (warmup.type, warmup.end, warmup.by_epoch) == ('LinearLR', 500, False)
-    assert (steps.milestones, steps.gamma) == ([8, 11], 0.1)
-    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
-    for loader in (cfg.train_dataloader, cfg.test_dataloader):
-        (resize,) = [t for t in loader.dataset.pipeline if t.type == 'Resize']
-        assert resize.scale == (1333, 800)
-    assert cfg.test_dataloader.dataset.data_root == 'data/coco/'
 
 
 def test_plain_resnet_differs_in_the_operator_only():

@@ -1,6 +1,6 @@
 """Show the whole way on a small real data set, on a CPU, in some minutes.
 
-Makes scene digits, trains a detector on it, evaluates it, and draws a grid of its predictions on
+Makes scene digits, trains a model on it, evaluates it, and draws a grid of its predictions on
 validation images, whose digits and photographs it has not seen.
 """
 
@@ -9,18 +9,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 from mmdet.structures import DetDataSample
 from mmdet.visualization import DetLocalVisualizer
-from mmengine.structures import InstanceData
+from mmengine.config import Config
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
+from mmseg.visualization import SegLocalVisualizer
+from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/scene_digits')
-CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
-METRIC = 'coco/bbox_mAP_50'
 COLUMNS, ROWS = 6, 4
 SCORE_THR = 0.6
 ENLARGE = 2  # the images are small; drawn labels need room
@@ -34,26 +39,96 @@ def run(title: str, *command: str) -> None:
         sys.exit(f'error: {command[0]} failed with exit code {code}')
 
 
-def draw_grid(images: Path, predictions: Path, out: Path) -> None:
-    """Write one picture of the first images with their predicted boxes, classes and scores."""
-    entries = json.loads(predictions.read_text())[: COLUMNS * ROWS]
-    classes = [str(digit) for digit in range(10)]
+def enlarge(image: np.ndarray, interpolation: int = cv2.INTER_NEAREST) -> np.ndarray:
+    """An image, label map or mask at ``ENLARGE`` times its size."""
+    return cv2.resize(image, None, fx=ENLARGE, fy=ENLARGE, interpolation=interpolation)
+
+
+def draw_detections(image: np.ndarray, entry: dict, meta: dict, folder: Path) -> np.ndarray:
+    """Predicted boxes, and masks if any, with classes and scores on an enlarged RGB image."""
+    rows = entry['predictions']
+    instances = InstanceData(
+        bboxes=np.array([r['bbox'] for r in rows]).reshape(-1, 4) * ENLARGE,
+        labels=np.array([r['label'] for r in rows], int),
+        scores=np.array([r['score'] for r in rows]),
+    )
+    if rows and 'mask' in rows[0]:
+        instances.masks = np.stack([enlarge(coco_mask.decode(r['mask'])) for r in rows]) > 0
     visualizer = DetLocalVisualizer(line_width=2)
-    visualizer.dataset_meta = {'classes': classes, 'palette': 'random'}
+    visualizer.dataset_meta = {'palette': 'random', **meta}
+    sample = DetDataSample(pred_instances=instances)
+    visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=0)
+    return visualizer.get_image()
+
+
+def draw_label_map(image: np.ndarray, entry: dict, meta: dict, folder: Path) -> np.ndarray:
+    """The predicted classes in their colours over an enlarged RGB image."""
+    label_map = enlarge(cv2.imread(str(folder / entry['label_map']), cv2.IMREAD_UNCHANGED))
+    visualizer = SegLocalVisualizer(alpha=0.5)
+    visualizer.dataset_meta = meta
+    sample = SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(label_map)[None]))
+    visualizer.add_datasample('', image, sample, draw_gt=False)
+    return visualizer.get_image()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between the demos.
+
+    Args:
+        config: Config to train.
+        images: Validation images, below the data set's folder.
+        metrics: Metrics to report: what to call them, and their keys in the log of the test.
+        draw: Draws an entry of predictions.json on an image.
+        options: ``--cfg-options`` for the pictures.
+    """
+
+    config: str
+    images: str
+    metrics: dict[str, str]
+    draw: Callable[[np.ndarray, dict, dict, Path], np.ndarray]
+    options: tuple[str, ...] = ()
+
+
+TASKS = {
+    'detection': Task(
+        'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py',
+        'coco/val2017',
+        {'box mAP': 'coco/bbox_mAP', 'box AP50': 'coco/bbox_mAP_50'},
+        draw_detections,
+        # To look at, one class a box; the metrics rank all of them.
+        ('model.test_cfg.nms.class_agnostic=True',),
+    ),
+    'instance': Task(
+        'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py',
+        'coco/val2017',
+        {
+            'box mAP': 'coco/bbox_mAP',
+            'box AP50': 'coco/bbox_mAP_50',
+            'mask mAP': 'coco/segm_mAP',
+            'mask AP50': 'coco/segm_mAP_50',
+        },
+        draw_detections,
+        ('model.test_cfg.rcnn.nms.class_agnostic=True',),
+    ),
+    'semantic': Task(
+        'configs/demo/acmix-swin_upernet_scene-digits.py',
+        'ade/images/validation',
+        {'mIoU (%)': 'mIoU', 'pixel accuracy (%)': 'aAcc'},
+        draw_label_map,
+    ),
+}
+
+
+def draw_grid(task: Task, config: Path, images: Path, folder: Path, out: Path) -> None:
+    """Write one picture of the first images with what is predicted in them."""
+    entries = json.loads((folder / 'predictions.json').read_text())[: COLUMNS * ROWS]
+    meta = Config.fromfile(config).metainfo
     cells = []
     for entry in entries:
-        image = cv2.imread(str(images / entry['image']))[..., ::-1]
-        image = cv2.resize(image, None, fx=ENLARGE, fy=ENLARGE, interpolation=cv2.INTER_CUBIC)
-        rows = entry['predictions']
-        sample = DetDataSample(
-            pred_instances=InstanceData(
-                bboxes=np.array([r['bbox'] for r in rows]).reshape(-1, 4) * ENLARGE,
-                labels=np.array([r['label'] for r in rows], int),
-                scores=np.array([r['score'] for r in rows]),
-            )
-        )
-        visualizer.add_datasample('', image, sample, draw_gt=False, pred_score_thr=0)
-        cells.append(np.pad(visualizer.get_image(), ((2, 2), (2, 2), (0, 0)), constant_values=255))
+        image = enlarge(cv2.imread(str(images / entry['image']))[..., ::-1], cv2.INTER_CUBIC)
+        cell = task.draw(image, entry, meta, folder)
+        cells.append(np.pad(cell, ((2, 2), (2, 2), (0, 0)), constant_values=255))
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % COLUMNS)
     grid = np.vstack([np.hstack(cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)])
     cv2.imwrite(str(out), grid[..., ::-1])
@@ -63,31 +138,36 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--config', default=CONFIG, help='config to train (%(default)s)')
+    parser.add_argument(
+        '--task', choices=TASKS, default='detection', help='what to predict (%(default)s)'
+    )
+    parser.add_argument('--config', help="config to train (the task's own in configs/demo)")
     parser.add_argument(
         '--work-dir', help='folder for checkpoint, logs and pictures (work_dirs/demo/CONFIG_NAME)'
     )
     args = parser.parse_args(argv)
-    work_dir = Path(args.work_dir or f'work_dirs/demo/{Path(args.config).stem}')
-    if not (ROOT / DATA / 'coco').exists():
+    task = TASKS[args.task]
+    config = args.config or task.config
+    work_dir = Path(args.work_dir or f'work_dirs/demo/{Path(config).stem}')
+    images = DATA / task.images
+    if not (ROOT / images).exists():
         run('data', 'tools/dataset_converters/scene_digits.py', str(DATA))
-    run('train', 'tools/train.py', args.config, '--work-dir', str(work_dir))
+    run('train', 'tools/train.py', config, '--work-dir', str(work_dir))
     checkpoint = (ROOT / work_dir / 'last_checkpoint').read_text().strip()
     evaluation = work_dir / 'evaluation'
-    run('evaluate', 'tools/test.py', args.config, checkpoint, '--work-dir', str(evaluation))
-    images, pictures = DATA / 'coco' / 'val2017', work_dir / 'predictions'
+    run('evaluate', 'tools/test.py', config, checkpoint, '--work-dir', str(evaluation))
+    pictures = work_dir / 'predictions'
+    options = ('--cfg-options', *task.options) if task.options else ()
     run(
-        'predict', 'tools/predict.py', str(images), args.config, checkpoint,
-        '--out-dir', str(pictures), '--limit', str(COLUMNS * ROWS), '--score-thr', str(SCORE_THR),
-        # To look at, one class a box; the metric above ranks all of them.
-        '--cfg-options', 'model.test_cfg.nms.class_agnostic=True',
+        'predict', 'tools/predict.py', str(images), config, checkpoint, '--out-dir', str(pictures),
+        '--limit', str(COLUMNS * ROWS), '--score-thr', str(SCORE_THR), *options,
     )  # fmt: skip
     grid = work_dir / 'predictions.png'
-    draw_grid(ROOT / images, ROOT / pictures / 'predictions.json', ROOT / grid)
+    draw_grid(task, ROOT / config, ROOT / images, ROOT / pictures, ROOT / grid)
 
     log_dir = max(p for p in (ROOT / evaluation).iterdir() if (p / f'{p.name}.json').exists())
     metrics = json.loads((log_dir / f'{log_dir.name}.json').read_text())
-    print(f'\nval box mAP {metrics["coco/bbox_mAP"]:.3f}, AP50 {metrics[METRIC]:.3f}')
+    print('\nval ' + ', '.join(f'{name} {metrics[key]:.3f}' for name, key in task.metrics.items()))
     print(f'checkpoint: {os.path.relpath(checkpoint, ROOT)}')
     print(f'logs:       {work_dir}')
     print(f'pictures:   {grid} (all in {pictures / "vis"})')

@@ -1,8 +1,10 @@
 """Predict on an image or a folder of images; write pictures with the predictions and a JSON.
 
-The JSON is a list with one entry an image:
+The JSON is a list with one entry an image. A detector's:
   {"image": NAME, "predictions": [{"category": NAME, "label": INDEX, "score": SCORE,
                                    "bbox": [x1, y1, x2, y2] in pixels, "mask": RLE if any}]}
+A segmentor's, whose label maps are PNG files with the class index as pixel value:
+  {"image": NAME, "label_map": FILE, "shares": {CLASS: its share of the pixels, largest first}}
 """
 
 import argparse
@@ -10,8 +12,13 @@ import json
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 from mmengine.config import Config
+from mmengine.infer import BaseInferencer
 from mmengine.utils import import_modules_from_strings
+from PIL import Image
+from tqdm import tqdm
 
 from acmix_mm.command_line import (
     add_config_arguments,
@@ -38,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--score-thr',
         type=float,
         default=0.3,
-        help='least score of a prediction that is drawn or written (default: %(default)s)',
+        help='least score of a detection that is drawn or written (default: %(default)s)',
     )
     parser.add_argument('--batch-size', type=int, default=1, help='default: %(default)s')
     parser.add_argument('--limit', type=int, help='take the first images only')
@@ -65,14 +72,22 @@ def find_images(path: Path) -> list[Path]:
     return images
 
 
-def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace):
-    """mmdet's inferencer with the checkpoint's weights, which must all be there."""
+def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> BaseInferencer:
+    """mmdet's or mmseg's inferencer with the checkpoint's weights, which must all be there."""
     import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
-    from mmdet.apis import DetInferencer
+    if is_segmentor(cfg):
+        from mmseg.apis import MMSegInferencer as Inferencer
+    else:
+        from mmdet.apis import DetInferencer as Inferencer
 
-    inferencer = DetInferencer(cfg, args.checkpoint, device=args.device)
+    inferencer = Inferencer(cfg, args.checkpoint, device=args.device)
     check_weights(inferencer.model, checkpoint, args)
     return inferencer
+
+
+def is_segmentor(cfg: Config) -> bool:
+    """Whether a config is mmseg's; otherwise it is mmdet's."""
+    return cfg.get('default_scope') == 'mmseg'
 
 
 def readable(prediction: dict, classes: tuple[str, ...], score_thr: float) -> list[dict]:
@@ -88,12 +103,8 @@ def readable(prediction: dict, classes: tuple[str, ...], score_thr: float) -> li
     return sorted(rows, key=lambda row: -row['score'])
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    images = find_images(args.input)[: args.limit]
-    cfg = load_config(args)
-    keep_freed_memory()
-    inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)
+def detect(inferencer: BaseInferencer, images: list[Path], args: argparse.Namespace) -> list[dict]:
+    """Entries of detections; writes the pictures."""
     results = inferencer(
         [str(image) for image in images],
         batch_size=args.batch_size,
@@ -101,13 +112,64 @@ def main(argv: list[str] | None = None) -> None:
         pred_score_thr=args.score_thr,
     )
     classes = inferencer.model.dataset_meta['classes']
-    entries = [
+    return [
         {'image': image.name, 'predictions': readable(prediction, classes, args.score_thr)}
         for image, prediction in zip(images, results['predictions'], strict=True)
     ]
+
+
+def segment(inferencer: BaseInferencer, images: list[Path], args: argparse.Namespace) -> list[dict]:
+    """Entries of label maps; writes the label maps and the pictures."""
+    if args.batch_size > 1 and len({Image.open(image).size for image in images}) > 1:
+        sys.exit('error: --batch-size must be 1 for a segmentor and images of different sizes')
+    classes = inferencer.model.dataset_meta['classes']
+    folder = args.out_dir / 'label_maps'
+    folder.mkdir(parents=True, exist_ok=True)
+    inferencer.show_progress = False  # it would show a bar for every batch
+    entries = []
+    for start in tqdm(range(0, len(images), args.batch_size), desc='predict', unit='batch'):
+        batch = images[start : start + args.batch_size]
+        samples = inferencer(
+            [str(image) for image in batch],
+            return_datasamples=True,
+            batch_size=len(batch),
+            out_dir=str(args.out_dir),
+            opacity=0.5,
+        )
+        for image, sample in zip(batch, samples if len(batch) > 1 else [samples], strict=True):
+            label_map = sample.pred_sem_seg.data[0].cpu().numpy()
+            file = folder / f'{image.stem}.png'
+            dtype = np.uint8 if len(classes) <= 256 else np.uint16
+            cv2.imwrite(str(file), label_map.astype(dtype))
+            counts = np.bincount(label_map.ravel(), minlength=len(classes))
+            shares = {
+                classes[label]: counts[label] / label_map.size
+                for label in np.argsort(-counts, kind='stable')
+                if counts[label]
+            }
+            entries.append(
+                {
+                    'image': image.name,
+                    'label_map': str(file.relative_to(args.out_dir)),
+                    'shares': shares,
+                }
+            )
+    return entries
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    images = find_images(args.input)[: args.limit]
+    cfg = load_config(args)
+    keep_freed_memory()
+    inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)
+    predict = segment if is_segmentor(cfg) else detect
+    entries = predict(inferencer, images, args)
     file = args.out_dir / 'predictions.json'
     file.write_text(json.dumps(entries, indent=1))
     print(f'pictures:    {args.out_dir / "vis"} ({len(images)})')
+    if is_segmentor(cfg):
+        print(f'label maps:  {args.out_dir / "label_maps"}')
     print(f'predictions: {file}')
 
 

@@ -30,6 +30,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--wait-time', type=float, default=2, help='seconds a window stays (default: %(default)s)'
     )
+    parser.add_argument(
+        '--tta',
+        action='store_true',
+        help="test-time augmentation with the config's tta_model and tta_pipeline",
+    )
     args = parser.parse_args(argv)
     if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
         parser.error(f'--out must end in .pkl or .pickle, got {args.out}')
@@ -46,8 +51,19 @@ def build_config(args: argparse.Namespace) -> Config:
         if hook is None:
             sys.exit(f'error: --show: {args.config} has no default_hooks.visualization')
         hook.update(draw=True, show=args.show, wait_time=args.wait_time)
-        if args.show_dir:
+        if args.show_dir and hook.type == 'SegVisualizationHook':  # has no folder of its own
+            for backend in cfg.visualizer.vis_backends:
+                if backend.type == 'LocalVisBackend':
+                    # Below the time stamp's vis_data.
+                    backend.img_save_dir = str(Path('..', args.show_dir))
+        elif args.show_dir:
             hook.test_out_dir = args.show_dir
+    if args.tta:
+        for key in ('tta_model', 'tta_pipeline'):
+            if key not in cfg:
+                sys.exit(f'error: --tta: {args.config} has no {key}')
+        cfg.model = dict(cfg.tta_model, module=cfg.model)
+        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
     return cfg
 
 

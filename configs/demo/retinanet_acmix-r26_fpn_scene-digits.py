@@ -1,6 +1,7 @@
 # RetinaNet with ResNet-ACmix 26, narrow enough to train on two CPU cores in some minutes.
 _base_ = [
-    '../_base_/models/retinanet_acmix-r50_fpn.py',
+    '../_base_/models/retinanet_fpn.py',
+    '../_base_/backbones/acmix-r50.py',
     '../_base_/datasets/scene_digits_detection.py',
     '../_base_/schedules/schedule_demo.py',
     '../_base_/demo_runtime.py',
@@ -9,6 +10,7 @@ _base_ = [
 norm_cfg = dict(type='BN')  # also in neck and head, which start from random weights
 model = dict(
     backbone=dict(
+        _base_.backbone,
         depth=26,
         base_channels=32,
         frozen_stages=-1,

@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import predict
@@ -25,6 +26,12 @@ NARROW = [
     'default_hooks.logger.interval=1',
     'train_cfg.max_epochs=2',
     'train_cfg.val_interval=2',
+]
+SEGMENTOR = 'configs/demo/acmix-swin_upernet_scene-digits.py'
+ONE_EPOCH = [
+    'default_hooks.logger.interval=1',
+    'train_cfg.max_epochs=1',
+    'train_cfg.val_interval=1',
 ]
 
 
@@ -205,6 +212,198 @@ class TestPredict:
         with pytest.raises(SystemExit):
             predict.parse_args(['x.jpg', CONFIG, 'x.pth', '--out-dir', 'x', '--score-thr', '2'])
         assert '--score-thr must be between 0 and 1, got 2' in capsys.readouterr().err
+
+
+CASCADE = """
+_base_ = [
+    '{configs}/_base_/models/{model}.py',
+    '{configs}/_base_/datasets/scene_digits_instance.py',
+    '{configs}/_base_/schedules/schedule_demo.py',
+    '{configs}/_base_/demo_runtime.py',
+]
+model = dict(
+    backbone=dict(type='ACmixResNet', depth=26, base_channels=8),
+    neck=dict(in_channels=[32, 64, 128, 256]),
+    train_cfg=dict(rpn_proposal=dict(max_per_img=20)),
+    test_cfg=dict(rpn=dict(max_per_img=20), rcnn=dict(max_per_img=4, score_thr=0.0)),
+)
+"""
+
+
+@pytest.mark.parametrize('head', ['mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn'])
+def test_two_stage_detectors(head, digits_options, pytestconfig, tmp_path):
+    """Three iterations and an evaluation of boxes, and of masks where there are any."""
+    config, metric = 'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py', 'segm'
+    if head != 'mask-rcnn':
+        config = tmp_path / f'{head}.py'
+        base = CASCADE.format(configs=pytestconfig.rootpath / 'configs', model=f'{head}_fpn')
+        if head == 'cascade-rcnn':
+            base, metric = base.replace('_instance', '_detection'), 'bbox'
+        config.write_text(base)
+    program(
+        'train', str(config), '--work-dir', str(tmp_path), '--cfg-options', *digits_options,
+        *ONE_EPOCH, 'model.test_cfg.rcnn.score_thr=0.0',
+    )  # fmt: skip
+    rows = scalars(tmp_path)
+    losses = [row['loss'] for row in rows if 'loss' in row]
+    assert len(losses) == 3
+    assert all(math.isfinite(loss) for loss in losses)
+    (metrics,) = [row for row in rows if 'loss' not in row]
+    assert 0 <= metrics[f'coco/{metric}_mAP_50'] <= 1
+
+
+@pytest.fixture(scope='module')
+def segmentor_options(label_map_options):
+    return ['--cfg-options', *label_map_options, *ONE_EPOCH]
+
+
+@pytest.fixture(scope='module')
+def segmentor_run(segmentor_options, tmp_path_factory):
+    """Work directory of three iterations of UperNet, evaluated at the end."""
+    work_dir = tmp_path_factory.mktemp('segmentor')
+    program('train', SEGMENTOR, '--work-dir', str(work_dir), *segmentor_options)
+    return work_dir
+
+
+class TestSegmentor:
+    def evaluate(self, run, work_dir, *more) -> dict:
+        """Metrics of the trained UperNet."""
+        checkpoint = str(run / 'epoch_1.pth')
+        program('test', SEGMENTOR, checkpoint, '--work-dir', str(work_dir), *more)
+        (file,) = work_dir.glob('*/*.json')
+        return json.loads(file.read_text())
+
+    def test_semantic_fpn(self, segmentor_options, tmp_path):
+        config = 'configs/demo/acmix-pvt_fpn_scene-digits.py'
+        program('train', config, '--work-dir', str(tmp_path), *segmentor_options)
+        rows = scalars(tmp_path)
+        losses = [row['loss'] for row in rows if 'loss' in row]
+        assert len(losses) == 3
+        assert all(math.isfinite(loss) for loss in losses)
+        assert any('mIoU' in row for row in rows)
+
+    def test_whole_image(self, segmentor_run, segmentor_options, tmp_path):
+        metrics = self.evaluate(
+            segmentor_run, tmp_path, '--show-dir', 'pictures', *segmentor_options
+        )
+        trained = next(row for row in scalars(segmentor_run) if 'mIoU' in row)
+        assert metrics['mIoU'] == trained['mIoU']
+        assert len(list(tmp_path.glob('*/pictures/*.png'))) == 4
+
+    def test_sliding_window(self, segmentor_run, segmentor_options, tmp_path):
+        """One window over the image is the whole image; smaller windows are not."""
+        slide = 'model.test_cfg.mode=slide'
+        whole, small = (
+            self.evaluate(
+                segmentor_run, tmp_path / side, *segmentor_options, slide,
+                f'model.test_cfg.crop_size=({side},{side})',
+                f'model.test_cfg.stride=({side},{side})',
+            )
+            for side in ('96', '48')
+        )  # fmt: skip
+        trained = next(row for row in scalars(segmentor_run) if 'mIoU' in row)
+        assert whole['aAcc'] == trained['aAcc']
+        assert small['aAcc'] != trained['aAcc']
+
+    def test_tta(self, segmentor_run, segmentor_options, tmp_path):
+        """With one scale only it changes nothing; with the config's three it does."""
+        config = tmp_path / 'one_scale.py'
+        config.write_text(
+            f"_base_ = '{Path(SEGMENTOR).resolve()}'\n"
+            'tta_pipeline = [_base_.tta_pipeline[0], dict(_base_.tta_pipeline[1], transforms=[\n'
+            "    [dict(type='Resize', scale_factor=1.0)], *_base_.tta_pipeline[1].transforms[1:]])]"
+        )
+        checkpoint = str(segmentor_run / 'epoch_1.pth')
+        metrics = {}
+        for name in (str(config), SEGMENTOR):
+            work_dir = tmp_path / Path(name).stem
+            options = ['--tta', '--work-dir', str(work_dir), *segmentor_options]
+            program('test', name, checkpoint, *options)
+            (file,) = work_dir.glob('*/*.json')
+            metrics[name] = json.loads(file.read_text())['aAcc']
+        trained = next(row for row in scalars(segmentor_run) if 'mIoU' in row)
+        assert metrics[str(config)] == trained['aAcc'] != metrics[SEGMENTOR]
+
+    def test_predict(self, segmentor_run, segmentor_options, scene_digits, tmp_path, capsys):
+        folder = scene_digits / 'ade' / 'images' / 'validation'
+        arguments = [
+            str(folder), SEGMENTOR, str(segmentor_run / 'epoch_1.pth'), '--limit', '3',
+            '--device', 'cpu',
+        ]  # fmt: skip
+        maps = []
+        for size in ('1', '2'):
+            out = tmp_path / size
+            predict.main(
+                [*arguments, '--out-dir', str(out), '--batch-size', size, *segmentor_options]
+            )
+            entries = json.loads((out / 'predictions.json').read_text())
+            names = [entry['image'] for entry in entries]
+            assert names == [f'{i:012d}.jpg' for i in (1, 2, 3)]
+            assert sorted(p.name for p in (out / 'vis').iterdir()) == names
+            maps.append([np.asarray(Image.open(out / e['label_map'])) for e in entries])
+            for entry, label_map in zip(entries, maps[-1], strict=True):
+                assert label_map.shape == (96, 96)
+                labels, counts = np.unique(label_map, return_counts=True)
+                classes = ['background', *'0123456789']
+                expected = {classes[i]: n / 96**2 for i, n in zip(labels, counts, strict=True)}
+                assert entry['shares'] == pytest.approx(expected)
+            assert str(out / 'label_maps') in capsys.readouterr().out
+        np.testing.assert_array_equal(*maps)
+
+    def test_predict_sizes(self, segmentor_run, segmentor_options, tmp_path):
+        """Images of two sizes are predicted one by one, at their own size."""
+        rng = np.random.default_rng(0)
+        for name, size in (('a', (57, 101)), ('b', (64, 64))):
+            Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(
+                tmp_path / f'{name}.png'
+            )
+        arguments = [
+            str(tmp_path), SEGMENTOR, str(segmentor_run / 'epoch_1.pth'),
+            '--out-dir', str(tmp_path / 'out'),
+        ]  # fmt: skip
+        with pytest.raises(SystemExit, match='--batch-size must be 1 for a segmentor'):
+            predict.main([*arguments, '--batch-size', '2', *segmentor_options])
+        predict.main([*arguments, *segmentor_options])
+        maps = [Image.open(tmp_path / 'out' / 'label_maps' / f'{name}.png') for name in 'ab']
+        assert [m.size for m in maps] == [(101, 57), (64, 64)]
+
+
+def test_detector_tta(run, options, pytestconfig, tmp_path):
+    """One scale without mirroring changes nothing."""
+    config = tmp_path / 'tta.py'
+    config.write_text(f"""
+_base_ = '{pytestconfig.rootpath / CONFIG}'
+tta_model = dict(
+    type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=1.0), max_per_img=100)
+)
+pack = dict(
+    _base_.test_pipeline[-1],
+    meta_keys=(*_base_.test_pipeline[-1].meta_keys, 'flip', 'flip_direction'),
+)
+tta_pipeline = [
+    _base_.test_pipeline[0],
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [_base_.test_pipeline[1]],
+            [dict(type='RandomFlip', prob=0.0)],
+            [_base_.test_pipeline[2]],
+            [pack],
+        ],
+    ),
+]
+""")
+    checkpoint, work = str(run / 'epoch_2.pth'), tmp_path / 'work'
+    program('test', str(config), checkpoint, '--tta', '--work-dir', str(work), *options)
+    (file,) = work.glob('*/*.json')
+    trained = next(row for row in scalars(run) if 'coco/bbox_mAP' in row)
+    assert json.loads(file.read_text())['coco/bbox_mAP'] == trained['coco/bbox_mAP']
+
+
+def test_tta_without_a_pipeline(run, options):
+    arguments = [CONFIG, str(run / 'epoch_2.pth'), '--tta', *options]
+    with pytest.raises(SystemExit, match=r'error: --tta: .* has no tta_model'):
+        evaluate.build_config(evaluate.parse_args(arguments))
 
 
 @pytest.fixture(params=['missing', 'garbage', 'truncated', 'no weights'])

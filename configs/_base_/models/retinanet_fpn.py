@@ -1,4 +1,4 @@
-# RetinaNet with FPN levels 3 to 7 on ResNet-ACmix 50.
+# RetinaNet with FPN levels 3 to 7. A config adds the backbone and the neck's in_channels.
 model = dict(
     type='RetinaNet',
     data_preprocessor=dict(
@@ -8,16 +8,8 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
-    backbone=dict(
-        type='ACmixResNet',
-        depth=50,
-        frozen_stages=1,
-        norm_eval=True,
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/acmix-r50_in1k.pth'),
-    ),
     neck=dict(
         type='FPN',
-        in_channels=[256, 512, 1024, 2048],
         out_channels=256,
         start_level=1,
         add_extra_convs='on_input',

@@ -1,0 +1,13 @@
+# Runtime of segmentors, trained by iterations.
+_base_ = './default_runtime.py'
+default_scope = 'mmseg'
+
+default_hooks = dict(
+    logger=dict(log_metric_by_epoch=False),
+    checkpoint=dict(by_epoch=False, interval=8000),
+    visualization=dict(type='SegVisualizationHook'),
+)
+visualizer = dict(type='SegLocalVisualizer')
+log_processor = dict(by_epoch=False)
+# For tools/test.py --tta, with the data set's tta_pipeline.
+tta_model = dict(type='SegTTAModel')

@@ -1,0 +1,7 @@
+_base_ = './cascade-mask-rcnn_acmix-swin-t_fpn_8xb2-3x_coco.py'
+model = dict(
+    backbone=dict(
+        depths=[2, 2, 18, 2],
+        init_cfg=dict(checkpoint='checkpoints/swin_small_patch4_window7_224.pth'),
+    )
+)

@@ -1,0 +1,43 @@
+"""The demo's pictures; the programs that it runs have tests of their own."""
+
+import json
+
+import cv2
+import demo
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+
+@pytest.mark.parametrize('name', demo.TASKS)
+def test_grid(name, pytestconfig, scene_digits, tmp_path):
+    """Two pictures side by side: what is predicted is drawn where it is, on the first only."""
+    task = demo.TASKS[name]
+    config = pytestconfig.rootpath / task.config
+    square = np.zeros((96, 96), np.uint8)
+    square[30:60, 20:70] = 1
+    if name == 'semantic':
+        cv2.imwrite(str(tmp_path / 'first.png'), square * 4)
+        cv2.imwrite(str(tmp_path / 'second.png'), square * 0)
+        first, second = ({'label_map': f'{stem}.png'} for stem in ('first', 'second'))
+    else:
+        row = {'label': 3, 'category': '3', 'score': 0.9, 'bbox': [20, 30, 70, 60]}
+        if name == 'instance':
+            row['mask'] = coco_mask.encode(np.asfortranarray(square))
+            row['mask']['counts'] = row['mask']['counts'].decode()
+        first, second = {'predictions': [row]}, {'predictions': []}
+    image = f'{1:012d}.jpg'
+    entries = [{'image': image, **entry} for entry in (first, second)]
+    (tmp_path / 'predictions.json').write_text(json.dumps(entries))
+    out = tmp_path / 'grid.png'
+    demo.draw_grid(task, config, scene_digits / task.images, tmp_path, out)
+
+    cells = np.split(cv2.imread(str(out)).astype(int), demo.COLUMNS, axis=1)
+    assert all(cell.shape == (196, 196, 3) for cell in cells)
+    assert (cells[2] == 255).all()
+    changed = np.abs(cells[0] - cells[1]).max(2)[2:-2, 2:-2] > 0
+    middle = changed[80:110, 80:120].copy()
+    changed[40:140, 20:160] = False  # the square, enlarged, and room for lines and text
+    assert not changed.any()
+    # A box is drawn around; masks and label maps also fill.
+    assert middle.mean() > 0.9 if name != 'detection' else middle.mean() == 0
