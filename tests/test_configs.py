@@ -147,6 +147,23 @@ def test_trains_and_predicts(name, scene_digits):
         assert ('masks' in sample.pred_instances) == ('mask-rcnn' in name)
 
 
+def test_ade20k_tta(scene_digits):
+    """Six scales of the test size, each also mirrored, merged at the image's own size."""
+    name = 'acmix_pvt/acmix-pvt-t_fpn_8xb2-80k_ade20k-512x512.py'
+    scales = [step.scale for step in Config.fromfile(ROOT / name).tta_pipeline[1].transforms[0]]
+    assert [scale[1] for scale in scales] == [256, 384, 512, 640, 768, 896]
+    assert {long / short for long, short in scales} == {4}
+    cfg = small_config(name, scene_digits)
+    cfg.test_dataloader.dataset.pipeline = shrink(cfg.tta_pipeline)
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+    model = build(cfg).eval()
+    batch = take(cfg.test_dataloader, 1)
+    assert len(batch['inputs']) == 12
+    with torch.no_grad():
+        (sample,) = model.test_step(batch)
+    assert sample.pred_sem_seg.shape == (96, 96)
+
+
 # By family: optimiser, learning rate, weight decay, warm-up iterations.
 COCO = {
     'resnet': ('SGD', 0.01, 1e-4, 500),
