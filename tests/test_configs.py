@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,21 +14,17 @@ from acmix_mm.backbones import ACmixResNet
 
 ROOT = Path(__file__).resolve().parents[1] / 'configs'
 CONFIGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob('*.py') if '_base_' not in p.parts)
-
-
 HEADS = ('retinanet', 'mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn')
 SIZES = {'resnet': ['r50'], 'pvt': ['pvt-t', 'pvt-s'], 'swin': ['swin-t', 'swin-s']}
 
 
 def build(cfg: Config) -> torch.nn.Module:
     init_default_scope(cfg.default_scope)
-    from mmengine.registry import MODELS
-
     return MODELS.build(cfg.model)
 
 
 def test_grid():
-    """Every pair of the paper's grid (DESIGN, section 5) has its config."""
+    """Every backbone has a config with every head."""
     expected = {
         f'acmix_{family}/{head}_acmix-{size}_fpn_8xb2-{length}_coco.py'
         for family, sizes in SIZES.items()
@@ -149,6 +145,23 @@ def test_trains_and_predicts(name, scene_digits):
     else:
         assert len(sample.pred_instances) > 0
         assert ('masks' in sample.pred_instances) == ('mask-rcnn' in name)
+
+
+def test_ade20k_tta(scene_digits):
+    """Six scales of the test size, each also mirrored, merged at the image's own size."""
+    name = 'acmix_pvt/acmix-pvt-t_fpn_8xb2-80k_ade20k-512x512.py'
+    scales = [step.scale for step in Config.fromfile(ROOT / name).tta_pipeline[1].transforms[0]]
+    assert [scale[1] for scale in scales] == [256, 384, 512, 640, 768, 896]
+    assert {long / short for long, short in scales} == {4}
+    cfg = small_config(name, scene_digits)
+    cfg.test_dataloader.dataset.pipeline = shrink(cfg.tta_pipeline)
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+    model = build(cfg).eval()
+    batch = take(cfg.test_dataloader, 1)
+    assert len(batch['inputs']) == 12
+    with torch.no_grad():
+        (sample,) = model.test_step(batch)
+    assert sample.pred_sem_seg.shape == (96, 96)
 
 
 # By family: optimiser, learning rate, weight decay, warm-up iterations.

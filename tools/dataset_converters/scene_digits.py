@@ -245,7 +245,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs=2,
         default=(22, 46),
         metavar=('MIN', 'MAX'),
-        help='side of a digit, pixels (28 64)',
+        help='side of a digit, pixels (22 46)',
     )
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
     parser.add_argument(

@@ -2,8 +2,8 @@
 _base_ = ['./schedule_demo.py', './decay_rules.py']
 max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
-optim_wrapper = dict(optimizer=dict(lr=1e-3), paramwise_cfg=_base_.paramwise_cfg)
+optim_wrapper = dict(optimizer=dict(lr=2e-3), paramwise_cfg=_base_.paramwise_cfg)
 param_scheduler = [
-    dict(_base_.param_scheduler[0], end=200),
+    dict(_base_.param_scheduler[0], end=100),
     dict(_base_.param_scheduler[1], end=max_epochs, T_max=max_epochs),
 ]
