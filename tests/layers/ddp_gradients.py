@@ -21,4 +21,7 @@ parallel = DistributedDataParallel(module)
 parallel(x.chunk(processes)[rank]).square().mean().backward()
 if rank == 0:
     torch.save({name: p.grad for name, p in module.named_parameters()}, sys.argv[2])
+# Threads of the process group must not outlive it: all at one point, nothing holding it.
+distributed.barrier()
+del parallel
 distributed.destroy_process_group()
