@@ -39,6 +39,15 @@ def test_grid():
         for head in ('fpn_8xb2-80k', 'upernet_8xb2-160k')
     }
     assert len(expected) == 36 + 10
+    expected |= {
+        f'{folder}/{head}_{name}19_fpn_8xb2-1x_coco.py'
+        for folder, name in (('san', 'san'), ('acmix_san', 'acmix-san'))
+        for head in HEADS
+    }
+    expected |= {
+        f'acmix_san/acmix-san19_{head}_ade20k-512x512.py'
+        for head in ('fpn_8xb2-80k', 'upernet_8xb2-160k')
+    }
     assert expected <= set(CONFIGS)
 
 
@@ -167,11 +176,13 @@ def test_ade20k_tta(scene_digits):
 # By family: optimiser, learning rate, weight decay, warm-up iterations.
 COCO = {
     'resnet': ('SGD', 0.01, 1e-4, 500),
+    'san': ('SGD', 0.01, 1e-4, 500),
     'pvt': ('AdamW', 1e-4, 1e-4, 500),
     'swin': ('AdamW', 1e-4, 0.05, 1000),
 }
 ADE20K = {
     'resnet': ('SGD', 0.01, 5e-4, 0),
+    'san': ('SGD', 0.01, 5e-4, 0),
     'pvt': ('AdamW', 1e-4, 1e-4, 0),
     'swin': ('AdamW', 6e-5, 0.01, 1500),
 }
@@ -256,6 +267,15 @@ def test_resnet_depths(depth):
     assert cfg.model.backbone.type == 'ACmixResNet'
     assert cfg.model.backbone.depth == depth
     assert f'acmix-r{depth}' in cfg.model.backbone.init_cfg.checkpoint
+
+
+@pytest.mark.parametrize(('folder', 'name'), [('san', 'san'), ('acmix_san', 'acmix-san')])
+@pytest.mark.parametrize('depth', [10, 15, 19])
+def test_san_depths(folder, name, depth):
+    cfg = Config.fromfile(ROOT / f'{folder}/retinanet_{name}{depth}_fpn_8xb2-1x_coco.py')
+    assert cfg.model.backbone.type == ('ACmixSAN' if folder == 'acmix_san' else 'SAN')
+    assert cfg.model.backbone.depth == depth
+    assert f'{name}{depth}_' in cfg.model.backbone.init_cfg.checkpoint
 
 
 def test_plain_resnet_differs_in_the_operator_only():

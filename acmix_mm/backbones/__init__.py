@@ -3,5 +3,12 @@
 from .acmix_pvt import ACmixPyramidVisionTransformer
 from .acmix_resnet import ACmixResNet
 from .acmix_swin import ACmixSwinTransformer
+from .san import SAN, ACmixSAN
 
-__all__ = ['ACmixPyramidVisionTransformer', 'ACmixResNet', 'ACmixSwinTransformer']
+__all__ = [
+    'SAN',
+    'ACmixPyramidVisionTransformer',
+    'ACmixResNet',
+    'ACmixSAN',
+    'ACmixSwinTransformer',
+]

@@ -2,12 +2,15 @@
 
 from .acmix import ACmix
 from .mixed_operator import MixedOperator, ProjectedMixedOperator
+from .patch_attention import PatchACmix, PatchAttention
 from .spatial_reduction_acmix import SpatialReductionACmix
 from .window_acmix import WindowACmix
 
 __all__ = [
     'ACmix',
     'MixedOperator',
+    'PatchACmix',
+    'PatchAttention',
     'ProjectedMixedOperator',
     'SpatialReductionACmix',
     'WindowACmix',

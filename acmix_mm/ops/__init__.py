@@ -2,7 +2,9 @@
 
 from .checks import check_positive
 from .fused_acmix import fused_acmix
+from .local_aggregation import local_aggregation
 from .local_attention import local_attention
+from .patch_weights import patch_weights
 from .selection import available_backends, check_backend, select_backend
 from .shift_conv import (
     bias_map,
@@ -22,7 +24,9 @@ __all__ = [
     'folding_pays',
     'fused_acmix',
     'group_conv',
+    'local_aggregation',
     'local_attention',
+    'patch_weights',
     'select_backend',
     'shift_conv',
     'shift_kernel',

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reflection import reflect
+
 # Queries in a tile, (rows, columns). Of the shapes tried (4x4 to 8x16) on maps of 25x38 to
 # 200x304 this was the fastest, or within noise of it.
 TILE = (4, 8)
@@ -25,24 +27,6 @@ TILE = (4, 8)
 # large enough to fill the device.
 CHUNK_BYTES = {'cpu': 4 << 20}
 CHUNK_BYTES_DEFAULT = 256 << 20
-
-
-def reflect(index: Tensor, size: int) -> Tensor:
-    """Map positions outside ``[0, size)`` into it by reflection at the border pixels.
-
-    Args:
-        index (Tensor): Integer positions, any shape.
-        size (int): Number of pixels of the axis, >= 1.
-
-    Returns:
-        Tensor: Positions in ``[0, size)``. Reflection repeats as often as needed; on an axis of one
-        pixel every position is that pixel.
-    """
-    if size == 1:
-        return torch.zeros_like(index)
-    period = 2 * (size - 1)
-    index = index.remainder(period)
-    return torch.minimum(index, period - index)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,126 @@
+"""Patchwise self-attention of SAN, and its mix with convolution."""
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import check_positive, local_aggregation, patch_weights
+from .mixed_operator import MixedOperator
+
+SHARE_CHANNELS = 8  # value channels that one weight serves
+
+
+class PatchAttention(nn.Module):
+    """Patchwise self-attention module of "Exploring Self-attention for Image Recognition".
+
+    CVPR 2020, sections 3.2 and 4. A small network maps the query and the patch of keys around it to
+    the weights by which the patch of values is summed; there is no softmax. State-dict names are
+    those of the authors' release.
+
+    Args:
+        in_channels (int): Input channels C.
+        out_channels (int): Output channels, a multiple of 8: each weight serves 8 channels. SAN
+            takes C / 4.
+        qk_channels (int): Channels of query and key each. SAN takes C / 16.
+        kernel_size (int): Side of the neighbourhood, odd. Default: 7.
+
+    Raises:
+        ValueError: If an argument is not as described; the message names it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, qk_channels: int, kernel_size: int = 7):
+        super().__init__()
+        check_positive('kernel_size', kernel_size, odd=True)
+        if out_channels < 1 or out_channels % SHARE_CHANNELS:
+            raise ValueError(
+                f'out_channels must be a multiple of {SHARE_CHANNELS}, got {out_channels}'
+            )
+        self.kernel_size = kernel_size
+        self.conv1 = nn.Conv2d(in_channels, qk_channels, 1)
+        self.conv2 = nn.Conv2d(in_channels, qk_channels, 1)
+        self.conv3 = nn.Conv2d(in_channels, out_channels, 1)
+        patch = qk_channels * (1 + kernel_size**2)
+        groups = out_channels // SHARE_CHANNELS
+        self.conv_w = nn.Sequential(
+            nn.BatchNorm2d(patch),
+            nn.ReLU(),
+            nn.Conv2d(patch, groups, 1, bias=False),
+            nn.BatchNorm2d(groups),
+            nn.ReLU(),
+            nn.Conv2d(groups, kernel_size**2 * groups, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W)."""
+        return attend(self.conv_w, self.conv1(x), self.conv2(x), self.conv3(x), self.kernel_size)
+
+
+def attend(
+    conv_w: nn.Sequential, query: Tensor, key: Tensor, value: Tensor, kernel_size: int
+) -> Tensor:
+    """Weights from query and key by the network ``conv_w``, and the sum of values by them."""
+    norm, _, mix, *rest = conv_w
+    weights = patch_weights(query, key, mix.weight, norm, kernel_size)
+    for module in rest:
+        weights = module(weights)
+    weights = weights.unflatten(1, (-1, kernel_size**2))
+    return local_aggregation(value, weights.to(value.dtype), kernel_size)
+
+
+class PatchACmix(MixedOperator):
+    """Mix of patchwise self-attention and convolution over shared projections.
+
+    "On the Integration of Self-Attention and Convolution", CVPR 2022, sections 4 and 5.1. Values
+    have four times the channels of query and key, so they count as four maps: ``fc`` takes 6 maps,
+    query, key and four groups of values. No code was published for it; channel orders are those of
+    the release's other operators. There is no position encoding.
+
+    Args:
+        in_channels (int): Input channels C.
+        out_channels (int): Output channels, four times ``qk_channels`` and a multiple of 8.
+        qk_channels (int): Channels of query and key each.
+        attn_kernel_size (int): Side of the attention's neighbourhood, odd. Default: 7.
+        kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
+        mix (str): See :class:`MixedOperator`. Default: 'learned'.
+        backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
+
+    Raises:
+        ValueError: If an argument is not as described; the message names it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        qk_channels: int,
+        attn_kernel_size: int = 7,
+        kernel_size: int = 3,
+        mix: str = 'learned',
+        backend: str | None = None,
+    ):
+        if out_channels != 4 * qk_channels:
+            raise ValueError(
+                f'out_channels must be four times qk_channels ({qk_channels}), got {out_channels}'
+            )
+        super().__init__(
+            out_channels,
+            num_maps=6,
+            head_dim=qk_channels,
+            kernel_size=kernel_size,
+            mix=mix,
+            backend=backend,
+        )
+        attention = PatchAttention(in_channels, out_channels, qk_channels, attn_kernel_size)
+        self.attn_kernel_size = attn_kernel_size
+        # Its parts under its names, so that weights of the plain network load.
+        self.conv1, self.conv2, self.conv3 = attention.conv1, attention.conv2, attention.conv3
+        if self.with_attention:  # DistributedDataParallel refuses parameters without gradient
+            self.conv_w = attention.conv_w
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W)."""
+        query, key, value = self.conv1(x), self.conv2(x), self.conv3(x)
+        attention = None
+        if self.with_attention:
+            attention = attend(self.conv_w, query, key, value, self.attn_kernel_size)
+        maps = torch.cat([query, key, value], 1).unflatten(1, (6, -1)).transpose(1, 2)
+        return self.mix_paths(maps, attention)

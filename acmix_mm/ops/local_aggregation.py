@@ -1,0 +1,125 @@
+"""Sum of a neighbourhood's values by given weights, which groups of channels share (SAN)."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_positive
+from .reflection import reflect_pad
+
+
+def local_aggregation(
+    value: Tensor, weight: Tensor, kernel_size: int = 7, stride: int = 1, dilation: int = 1
+) -> Tensor:
+    """``out[c, i] = sum_j weight[c mod G, j, i] value[c, i + j]`` over a k x k neighbourhood.
+
+    The aggregation of "Exploring Self-attention for Image Recognition" (CVPR 2020, section 3) and
+    of inhomogeneous dynamic depth-wise convolution. Values beyond the border are reflected, as
+    often as needed. Neither forward nor backward pass holds anything of the size of unfolded
+    values.
+
+    Args:
+        value (Tensor): Shape (B, C, H, W), H, W >= 1.
+        weight (Tensor): Shape (B, G, k * k, ceil(H / stride), ceil(W / stride)), dtype and device
+            of ``value``, C a multiple of G.
+        kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
+        stride (int): Values between adjacent results. Default: 1.
+        dilation (int): Distance between the values of a neighbourhood. Default: 1.
+
+    Returns:
+        Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)).
+
+    Raises:
+        ValueError: If an argument is not as described; the message names it.
+    """
+    check_positive('kernel_size', kernel_size, odd=True)
+    check_positive('stride', stride)
+    check_positive('dilation', dilation)
+    if value.dim() != 4 or min(value.shape[1:]) < 1:
+        raise ValueError(
+            f'value must have shape (B, C, H, W) with C, H, W >= 1, got {tuple(value.shape)}'
+        )
+    batch, channels, height, width = value.shape
+    size = ((height + stride - 1) // stride, (width + stride - 1) // stride)
+    if weight.dim() != 5 or (weight.size(0), *weight.shape[2:]) != (batch, kernel_size**2, *size):
+        raise ValueError(
+            f'weight must have shape ({batch}, G, {kernel_size**2}, {size[0]}, {size[1]}) for '
+            f'value of shape {tuple(value.shape)}, kernel_size {kernel_size} and stride {stride}, '
+            f'got {tuple(weight.shape)}'
+        )
+    if channels % weight.size(1):
+        raise ValueError(
+            f'weight must have a number of groups that divides {channels}, got {weight.size(1)}'
+        )
+    if value.dtype != weight.dtype or value.device != weight.device:
+        raise ValueError(
+            f'weight must have dtype and device of value, {value.dtype} and {value.device}, got '
+            f'{weight.dtype} and {weight.device}'
+        )
+    padded = reflect_pad(value, kernel_size // 2 * dilation)
+    return _forward(padded, weight, kernel_size, stride, dilation)
+
+
+def _windows(
+    padded: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> list[Tensor]:
+    """What each position of the neighbourhood sees: views (B, C / G, G, Hq, Wq)."""
+    padded = padded.unflatten(1, (-1, weight.size(1)))
+    height, width = weight.shape[-2:]
+    return [
+        padded[
+            ...,
+            top : top + (height - 1) * stride + 1 : stride,
+            left : left + (width - 1) * stride + 1 : stride,
+        ]
+        for top in range(0, kernel_size * dilation, dilation)
+        for left in range(0, kernel_size * dilation, dilation)
+    ]
+
+
+@torch.library.custom_op('acmix_mm::local_aggregation', mutates_args=())
+def _forward(
+    padded: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> Tensor:
+    shape = (padded.size(0), padded.size(1) // weight.size(1), weight.size(1), *weight.shape[-2:])
+    # Half precision is for storage; sums are kept in float32.
+    out = weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    for j, window in enumerate(_windows(padded, weight, kernel_size, stride, dilation)):
+        out.addcmul_(window, weight[:, None, :, j])
+    return out.flatten(1, 2).to(weight.dtype)
+
+
+@_forward.register_fake
+def _(padded, weight, kernel_size, stride, dilation):
+    return weight.new_empty(padded.size(0), padded.size(1), *weight.shape[-2:])
+
+
+@torch.library.custom_op('acmix_mm::local_aggregation_backward', mutates_args=())
+def _backward(
+    grad: Tensor, padded: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    geometry = (kernel_size, stride, dilation)
+    grad = grad.unflatten(1, (-1, weight.size(1)))
+    sums = torch.zeros_like(padded, dtype=torch.promote_types(weight.dtype, torch.float32))
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    values = _windows(padded, weight, *geometry)
+    for j, target in enumerate(_windows(sums, weight, *geometry)):
+        grad_weight[:, :, j] = (grad * values[j]).sum(1)
+        target.addcmul_(grad, weight[:, None, :, j])
+    return sums.to(padded.dtype), grad_weight
+
+
+@_backward.register_fake
+def _(grad, padded, weight, kernel_size, stride, dilation):
+    return torch.empty_like(padded), torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output):
+    padded, weight, *ctx.geometry = inputs
+    ctx.save_for_backward(padded, weight)
+
+
+def _autograd_backward(ctx, grad):
+    return *_backward(grad, *ctx.saved_tensors, *ctx.geometry), None, None, None
+
+
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)

@@ -1,0 +1,31 @@
+"""Reflection at the border, as often as a small map needs."""
+
+import torch
+from torch import Tensor
+
+
+def reflect(index: Tensor, size: int) -> Tensor:
+    """Map positions outside ``[0, size)`` into it by reflection at the border pixels.
+
+    Args:
+        index (Tensor): Integer positions, any shape.
+        size (int): Number of pixels of the axis, >= 1.
+
+    Returns:
+        Tensor: Positions in ``[0, size)``. Reflection repeats as often as needed; on an axis of one
+        pixel every position is that pixel.
+    """
+    if size == 1:
+        return torch.zeros_like(index)
+    period = 2 * (size - 1)
+    index = index.remainder(period)
+    return torch.minimum(index, period - index)
+
+
+def reflect_pad(maps: Tensor, pixels: int) -> Tensor:
+    """(..., H, W) -> (..., H + 2 * pixels, W + 2 * pixels), for any H, W >= 1."""
+    for dim in (-2, -1):
+        size = maps.size(dim)
+        index = torch.arange(-pixels, size + pixels, device=maps.device)
+        maps = maps.index_select(dim, reflect(index, size))
+    return maps

@@ -1,0 +1,5 @@
+# RetinaNet with SAN-ACmix 10, as the demo with ResNet-ACmix 26.
+_base_ = './retinanet_acmix-r26_fpn_scene-digits.py'
+model = dict(
+    backbone=dict(_delete_=True, type='ACmixSAN', depth=10, base_channels=32, norm_eval=False),
+)
