@@ -6,6 +6,7 @@ import ctypes
 import os
 import pickle
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -125,3 +126,9 @@ def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torc
     load_state_dict(model, checkpoint.get('state_dict', checkpoint))
     model.eval()
     return model
+
+
+def relative_error(outputs: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
+    """Largest deviation of any output, relative to the largest value that it should have."""
+    pairs = zip(outputs, expected, strict=True)
+    return max(((out - e).abs().max() / e.abs().max()).item() for out, e in pairs)

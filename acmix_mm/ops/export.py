@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .reflection import reflect
+
 
 def unrolled_local_attention(
     query: Tensor,
@@ -28,11 +30,7 @@ def unrolled_local_attention(
     def positions(dim: int) -> Tensor:
         """(k, queries): where the neighbourhoods' keys lie along an axis."""
         centres = torch.arange(query.size(dim), device=query.device) * stride
-        # As torch_backend.reflect, with the size as a tensor: ONNX has no remainder by a symbol.
-        last = torch.arange(key.size(dim), device=query.device)[-1]
-        period = (2 * last).clamp(min=1)
-        index = (centres + offsets[:, None]).remainder(period)
-        return torch.minimum(index, period - index)
+        return reflect(centres + offsets[:, None], key.size(dim))
 
     rows, columns = positions(-2), positions(-1).flatten()
 

@@ -70,7 +70,7 @@ def patch_weights(
 
     # nn.BatchNorm2d's own rules: statistics of the batch in training, or where it keeps none.
     batch_statistics = norm.training or norm.running_mean is None
-    means, variances = [], []
+    means, invstds = [], []
     padded = reflect_pad(key, kernel_size // 2 * dilation)
     geometry = (kernel_size, stride, dilation, *query.shape[-2:])
     parameters = zip(
@@ -91,9 +91,9 @@ def patch_weights(
             )
         out = out + part
         means.append(mean)
-        variances.append(invstd)
+        invstds.append(invstd)
     if norm.training and norm.track_running_stats:
-        _update(norm, means, variances, channels, kernel_size, query[:, 0].numel())
+        _update(norm, means, invstds, channels, kernel_size, query[:, 0].numel())
     return out
 
 

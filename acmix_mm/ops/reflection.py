@@ -15,9 +15,9 @@ def reflect(index: Tensor, size: int) -> Tensor:
         Tensor: Positions in ``[0, size)``. Reflection repeats as often as needed; on an axis of one
         pixel every position is that pixel.
     """
-    if size == 1:
-        return torch.zeros_like(index)
-    period = 2 * (size - 1)
+    # The size as a tensor: as a symbol of torch.export it has no remainder in ONNX.
+    last = torch.arange(size, device=index.device)[-1]
+    period = (2 * last).clamp(min=1)
     index = index.remainder(period)
     return torch.minimum(index, period - index)
 

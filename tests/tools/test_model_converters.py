@@ -7,6 +7,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from acmix_mm.backbones import ACmixResNet
+
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 NARROW = ['model.backbone.base_channels=8', 'model.neck.in_channels=[32,64,128,256]']
 
@@ -94,4 +96,18 @@ def test_wrong_arguments(trained, deployed, tmp_path):
             switch_to_deploy.main(arguments)
     with pytest.raises(SystemExit, match=r'OUT must end in \.onnx'):
         export_onnx.main([CONFIG, checkpoint, str(tmp_path / 'x.pth')])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / 'there.onnx').touch()
+    with pytest.raises(SystemExit, match=r'there\.onnx exists already'):
+        export_onnx.main([CONFIG, checkpoint, str(tmp_path / 'there.onnx')])
+
+
+def test_wrong_folding_is_not_written(trained, tmp_path, monkeypatch):
+    def spoil(backbone):
+        torch.nn.init.zeros_(backbone.conv1.weight)
+
+    monkeypatch.setattr(ACmixResNet, 'switch_to_deploy', spoil)
+    arguments = [CONFIG, str(trained[1]), str(tmp_path / 'x.pth'), '--cfg-options', *NARROW]
+    with pytest.raises(SystemExit, match='the folded backbone deviates by'):
+        switch_to_deploy.main(arguments)
     assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from acmix_mm.command_line import (
     build_model,
     load_checkpoint,
     load_config,
+    relative_error,
 )
 from acmix_mm.ops.export import decompositions
 
@@ -31,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint that fits the config, deployed or not')
-    parser.add_argument('out', type=Path, metavar='OUT.onnx', help='file to write')
+    parser.add_argument('out', type=Path, metavar='OUT.onnx', help='file to write; must not exist')
     return parser.parse_args(argv)
 
 
@@ -57,8 +58,7 @@ def check(backbone: torch.nn.Module, file: Path, size: tuple[int, int]) -> float
     session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
     image = torch.randn(1, 3, *size)
     outputs = session.run(None, {'image': image.numpy()})
-    pairs = zip(map(torch.from_numpy, outputs), backbone(image), strict=True)
-    return max(((out - e).abs().max() / e.abs().max()).item() for out, e in pairs)
+    return relative_error(map(torch.from_numpy, outputs), backbone(image))
 
 
 @torch.no_grad()
@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: OUT must end in .onnx, got {args.out}')
     if not args.out.parent.is_dir():
         sys.exit(f'error: folder {args.out.parent} does not exist')
+    if args.out.exists():
+        sys.exit(f'error: {args.out} exists already')
     cfg = load_config(args)
     cfg.model.backbone.backend = 'torch'  # the one whose operators have decompositions
     torch.manual_seed(0)
