@@ -12,12 +12,13 @@ from _candidates import (
     FlexAttention,
     Step,
     UnfoldACmix,
+    UnfoldPatchACmix,
     build_attention,
     build_backbone,
     can_deploy,
 )
 
-from acmix_mm.layers import ACmix
+from acmix_mm.layers import ACmix, PatchACmix
 from acmix_mm.ops import local_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,18 @@ def test_unfold_formulation_is_the_same_operator(stride):
     for module in (ours, unfold):
         module(x).square().sum().backward()
     for a, b in zip(ours.parameters(), unfold.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_unfold_formulation_of_patch_attention_is_the_same_operator():
+    """Outputs and gradients, from the same weights, with the statistics of the batch."""
+    ours, unfolded = (cls(64, 16, 4).double() for cls in (PatchACmix, UnfoldPatchACmix))
+    unfolded.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 64, 10, 12, dtype=torch.float64)
+    torch.testing.assert_close(unfolded(x), ours(x))
+    for module in (ours, unfolded):
+        module(x).square().sum().backward()
+    for a, b in zip(ours.parameters(), unfolded.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
 
 
@@ -107,7 +120,7 @@ def test_suites(capsys, tmp_path, arguments, names, count):
 @pytest.mark.parametrize('model', ['r50', R26])
 def test_all_of_a_backbone_trains(model):
     """Also what its config freezes, so that comparisons are fair."""
-    step = build_backbone(model, None, False, Case((2, 3, 64, 64), train=True))
+    step = build_backbone(model, None, 'plain', Case((2, 3, 64, 64), train=True))
     step()
     assert all(parameter.grad is not None for parameter in step.leaves)
     step.reset()
@@ -192,6 +205,22 @@ def test_deployed_form(monkeypatch):
     candidate.build(*candidate.arguments, candidate.case)()
     assert len(deployed) == 8
     assert not deployed[0].training
+
+
+def test_unfold_forms(monkeypatch):
+    """Only where there is such a formulation, and with all its layers."""
+    calls = []
+    forward = UnfoldPatchACmix.forward
+    monkeypatch.setattr(UnfoldPatchACmix, 'forward', lambda *a: calls.append(a) or forward(*a))
+    options = '--shapes 1x3x64x64 --models san10 acmix-san10 acmix-swin-t --modes train --unfold'
+    candidates = next(
+        benchmark.suite_backbone(benchmark.parse_args(['backbone', *options.split()]))
+    )
+    names = ['san10', 'acmix-san10', 'acmix-san10 unfolded', 'acmix-swin-t']
+    assert [c.name for c in candidates] == names
+    for candidate, number in zip(candidates[1:3], (0, 10), strict=True):
+        candidate.build(*candidate.arguments, candidate.case)()
+        assert len(calls) == number
 
 
 def row(candidate: str, times: list[float], peak: int | None, **more) -> dict:

@@ -17,9 +17,10 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from acmix_mm.layers import ACmix, MixedOperator
+from acmix_mm.layers import ACmix, MixedOperator, PatchACmix
 from acmix_mm.layers.acmix import position_encoding
 from acmix_mm.ops import local_attention
+from acmix_mm.ops.reflection import reflect_pad
 
 KERNEL_SIZE = 7  # of the neighbourhoods
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -34,8 +35,13 @@ BACKBONES = {
     'acmix-swin-t': {'type': 'ACmixSwinTransformer'},
     'acmix-swin-s': {'type': 'ACmixSwinTransformer', 'depths': (2, 2, 18, 2)},
     'pvt-s': {'type': 'PyramidVisionTransformer'},
+    'pvt-t': {'type': 'PyramidVisionTransformer', 'num_layers': [2, 2, 2, 2]},
     'acmix-pvt-t': {'type': 'ACmixPyramidVisionTransformer', 'num_layers': [2, 2, 2, 2]},
     'acmix-pvt-s': {'type': 'ACmixPyramidVisionTransformer'},
+    'san10': {'type': 'SAN', 'depth': 10},
+    'san19': {'type': 'SAN', 'depth': 19},
+    'acmix-san10': {'type': 'ACmixSAN', 'depth': 10},
+    'acmix-san19': {'type': 'ACmixSAN', 'depth': 19},
 }
 
 
@@ -82,7 +88,7 @@ def random_maps(number: int, case: Case, shape: tuple[int, ...] | None = None) -
 
 def unfold(maps: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
     """(B, N, d, H, W) -> (B, N, d, kernel_size^2, queries), neighbourhoods copied into memory."""
-    padded = F.pad(maps.flatten(1, 2), (kernel_size // 2,) * 4, mode='reflect')
+    padded = reflect_pad(maps.flatten(1, 2), kernel_size // 2)
     columns = F.unfold(padded, kernel_size, stride=stride)
     return columns.view(*maps.shape[:3], kernel_size**2, columns.size(-1))
 
@@ -136,6 +142,35 @@ class UnfoldACmix(ACmix):
         convolution = F.conv2d(mixed, self.dep_conv['weight'], None, stride, padding, 1, dim)
         attention = attention.reshape(convolution.shape)
         return self.rate1 * attention + self.rate2 * convolution
+
+
+class UnfoldPatchACmix(PatchACmix):
+    """SAN's operator as it is usually written: patches of keys and of values unfolded into memory.
+
+    Same parameters and results as :class:`PatchACmix`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel_size = self.attn_kernel_size
+        query, key, value = self.conv1(x), self.conv2(x), self.conv3(x)
+        patch = unfold(key[:, None], kernel_size).flatten(1, 3).unsqueeze(2)
+        weights = self.conv_w(torch.cat([query.flatten(2).unsqueeze(2), patch], 1))
+        del patch  # not to be held beside the values
+        weights = weights.view(x.size(0), 1, -1, kernel_size**2, weights.size(-1))
+        values = unfold(value.unflatten(1, (-1, weights.size(2))), kernel_size)
+        attention = (weights * values).sum(3).view_as(value)
+        maps = torch.cat([query, key, value], 1).unflatten(1, (6, -1)).transpose(1, 2)
+        return self.mix_paths(maps, attention)
+
+
+UNFOLDED = {ACmix: UnfoldACmix, PatchACmix: UnfoldPatchACmix}
+UNFOLD_BACKBONES = ('ACmixResNet', 'ACmixSAN')  # those made of these layers
+
+
+def unfold_operators(model: nn.Module) -> None:
+    """Bring all layers of ours that have one into their unfold formulation, in place."""
+    for module in model.modules():
+        module.__class__ = UNFOLDED.get(type(module), type(module))
 
 
 def build_operator(name: str, backend: str | None, case: Case) -> Step:
@@ -306,9 +341,10 @@ def uses_acmix(config: dict) -> bool:
     return 'acmix' in str(config).lower()
 
 
-def build_backbone(model: str, backend: str | None, deployed: bool, case: Case) -> Step:
+def build_backbone(model: str, backend: str | None, form: str, case: Case) -> Step:
     """A backbone on images (B, 3, H, W); the loss is the sum of the means of its outputs.
 
+    ``form`` is 'plain', 'deployed' or 'unfolded'.
     All of it trains: nothing is frozen, normalisation layers use the statistics of the batch.
     """
     config = {
@@ -321,8 +357,10 @@ def build_backbone(model: str, backend: str | None, deployed: bool, case: Case) 
         if hasattr(module, 'frozen_stages'):
             module.frozen_stages = -1
     backbone.requires_grad_().to(case.device).train(case.train)
-    if deployed:
+    if form == 'deployed':
         deploy(backbone)
+    elif form == 'unfolded':
+        unfold_operators(backbone)
     images = random_maps(1, Case(case.shape, case.train, 'float32', case.device))[0]
 
     def run(images: Tensor) -> None:

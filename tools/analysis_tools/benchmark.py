@@ -5,7 +5,7 @@ Suites (each has its own --help):
   attention  neighbourhood attention alone, by backend, at the four stages of ResNet-50; its unfold
              formulation; on CUDA also torch's FlexAttention
   backbone   whole backbones, by name or from config files: ResNet-ACmix, MMDetection's ResNet-50,
-             Swin-T and PVT-S
+             Swin-T and PVT-S, SAN and others
   detector   whole detectors from config files: a training step, an inference
   scaling    one model at growing images and batches: cost per pixel and for every doubling
   gpu        operator, attention and backbone in half precision at batch 2 and 16, on CUDA
@@ -51,6 +51,7 @@ from _candidates import (
     BACKBONES,
     DTYPES,
     KERNEL_SIZE,
+    UNFOLD_BACKBONES,
     Case,
     Step,
     attention_cost,
@@ -174,13 +175,17 @@ def suite_backbone(args: argparse.Namespace) -> Iterator[list[Candidate]]:
 def backbone_candidates(
     model: str, case: Case, args: argparse.Namespace, notes: dict | None = None
 ) -> Iterator[Candidate]:
-    name, notes = model_name(model), notes or {}
-    if not uses_acmix(backbone_config(model)):
-        yield Candidate(name, build_backbone, (model, None, False), case, notes)
-        return
-    for deployed in (False, True) if can_deploy() and not case.train else (False,):
-        for form, backend in backend_forms(f'{name} deployed' if deployed else name, args):
-            yield Candidate(form, build_backbone, (model, backend, deployed), case, notes)
+    name, notes, config = model_name(model), notes or {}, backbone_config(model)
+    forms = [(name, None, 'plain')]
+    if uses_acmix(config):
+        forms = [(n, backend, 'plain') for n, backend in backend_forms(name, args)]
+        if can_deploy() and not case.train:
+            names = backend_forms(f'{name} deployed', args)
+            forms += [(n, backend, 'deployed') for n, backend in names]
+        if args.unfold and config['type'] in UNFOLD_BACKBONES:
+            forms.append((f'{name} unfolded', None, 'unfolded'))
+    for label, backend, form in forms:
+        yield Candidate(label, build_backbone, (model, backend, form), case, notes)
 
 
 def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
@@ -221,7 +226,7 @@ def suite_scaling(args: argparse.Namespace) -> Iterator[list[Candidate]]:
                         shape = (batch, 3, height, width)
                         case = Case(shape, mode == 'train', dtype, args.device)
                         forms = list(backbone_candidates(args.model, case, args, notes))
-                        candidates += [c for c in forms if not c.arguments[2]]
+                        candidates += [c for c in forms if c.arguments[2] == 'plain']
                 yield candidates
 
 
@@ -526,6 +531,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add(name: str, description: str, dtypes: tuple[str, ...] = ('float32',)):
         suite = suites.add_parser(name, description=description, **options)
+        suite.set_defaults(unfold=False)
         add_common(suite, list(dtypes), 'cuda' if name == 'gpu' else 'cpu')
         return suite
 
@@ -551,6 +557,10 @@ def make_parser() -> argparse.ArgumentParser:
         '--models', nargs='+', default=['r50', 'acmix-r50'], metavar='MODEL',
         type=functools.partial(model_type, ()),
         help=f'of {names}, or a config file, of which the backbone is taken (r50 acmix-r50)',
+    )  # fmt: skip
+    suite.add_argument(
+        '--unfold', action='store_true',
+        help='also ResNet-ACmix and SAN-ACmix by copying neighbourhoods into memory (unfold)',
     )  # fmt: skip
     suite = add('detector', 'Whole detectors: a training step and an inference on one image.')
     add_shapes(suite, 'HxW', ((800, 1216),), 64)
