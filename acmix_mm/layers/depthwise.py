@@ -24,7 +24,7 @@ class HomogeneousDepthwiseConv(nn.Module):
     Args:
         channels (int): Input and output channels C, at least 4.
         kernel_size (int): Side of the kernel, odd. Default: 7.
-        norm_cfg (dict): Of the norm. Default: dict(type='BN').
+        norm_cfg (dict | None): Of the norm. Default: None, for dict(type='BN').
     """
 
     def __init__(self, channels: int, kernel_size: int = 7, norm_cfg: dict | None = None):
@@ -66,7 +66,7 @@ class InhomogeneousDepthwiseConv(nn.Module):
     Args:
         channels (int): Input and output channels C, a multiple of 32.
         kernel_size (int): Side of the kernel, odd. Default: 7.
-        norm_cfg (dict): Of the norm. Default: dict(type='BN').
+        norm_cfg (dict | None): Of the norm. Default: None, for dict(type='BN').
 
     Raises:
         ValueError: If channels is not a multiple of 32.

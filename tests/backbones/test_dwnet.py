@@ -189,15 +189,6 @@ def test_with_cp_gives_the_same_gradients(dynamic):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize('dynamic', KINDS)
-def test_compiles(dynamic):
-    model = DWNet({'embed_dims': 32, 'depths': (1, 1, 1, 1)}, dynamic)
-    model.eval()
-    x = torch.randn(1, 3, 40, 36)
-    compiled = torch.compile(model, backend='aot_eager')
-    torch.testing.assert_close(compiled(x), model(x))
-
-
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [

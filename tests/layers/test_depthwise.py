@@ -115,6 +115,14 @@ def test_trains_in_half_precision(dynamic):
 
 
 @pytest.mark.parametrize('dynamic', [None, 'homogeneous', 'inhomogeneous'])
+def test_compiles(dynamic):
+    block = DepthwiseBlock(32, 3, dynamic).eval()
+    compiled = torch.compile(block, backend='aot_eager', fullgraph=True)
+    x = torch.randn(2, 32, 6, 5)
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.mark.parametrize('dynamic', [None, 'homogeneous', 'inhomogeneous'])
 def test_norm_cfg_reaches_all_norms(dynamic):
     block = DepthwiseBlock(32, 3, dynamic, {'type': 'SyncBN'})
     assert not any(isinstance(m, nn.BatchNorm2d) for m in block.modules())
@@ -137,7 +145,7 @@ def test_wrong_arguments(arguments, message):
         DepthwiseBlock(**{'channels': 32, **arguments})
 
 
-# The connection that the paper draws (section 2 and 3): local attention with weights that do not
+# The connection that the paper draws (sections 2 and 3): local attention with weights that do not
 # depend on the image is a depth-wise convolution with those weights, shared by a head's channels.
 
 
