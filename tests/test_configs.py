@@ -48,6 +48,19 @@ def test_grid():
         f'acmix_san/acmix-san19_{head}_ade20k-512x512.py'
         for head in ('fpn_8xb2-80k', 'upernet_8xb2-160k')
     }
+    expected |= {
+        f'dwnet/{head}_{dynamic}dwnet-t_fpn_8xb2-1x_coco.py'
+        for head in ('retinanet', 'mask-rcnn')
+        for dynamic in ('', 'dynamic-')
+    }
+    expected |= {
+        f'dwnet/{name}.py'
+        for size in ('t', 'b')
+        for name in (
+            f'cascade-mask-rcnn_dwnet-{size}_fpn_8xb2-3x_coco',
+            f'dwnet-{size}_upernet_8xb2-160k_ade20k-512x512',
+        )
+    }
     assert expected <= set(CONFIGS)
 
 
@@ -119,13 +132,14 @@ def check_decay(model: torch.nn.Module, cfg: Config) -> None:
                 assert decay.pop(id(parameter)) == base, name
     assert not decay
     if cfg.optim_wrapper.optimizer.type == 'AdamW':
-        position = {
-            'ACmixSwinTransformer': {'relative_position_bias_table'},
-            'ACmixPyramidVisionTransformer': {'pos_embed'},
+        expected = {
+            'ACmixSwinTransformer': {'rate1', 'rate2', 'relative_position_bias_table'},
+            'ACmixPyramidVisionTransformer': {'rate1', 'rate2', 'pos_embed'},
+            'DWNet': set(),
         }[cfg.model.backbone.type]
-        assert {kind for kind, count in free.items() if count} == {
-            'norms', 'rate1', 'rate2', *position
-        }  # fmt: skip
+        if cfg.model.backbone.get('mix') == 'conv':
+            expected = set()
+        assert {kind for kind, count in free.items() if count} == {'norms', *expected}
 
 
 @pytest.mark.parametrize('name', CONFIGS)
@@ -189,7 +203,8 @@ ADE20K = {
 
 
 def family(name: str) -> str:
-    return name.split('/')[0].removeprefix('acmix_')
+    folder = name.split('/')[0].removeprefix('acmix_')
+    return 'swin' if folder == 'dwnet' else folder  # whose recipe DWNet's authors take
 
 
 @pytest.mark.parametrize('name', [name for name in CONFIGS if name.endswith('_coco.py')])
@@ -251,7 +266,7 @@ def test_ade20k_recipe(name):
     ],
 )
 def test_sizes_and_initial_weights(size, arguments, weights):
-    names = [name for name in CONFIGS if f'acmix-{size}_' in name]
+    names = [n for n in CONFIGS if f'acmix-{size}_' in n and not n.startswith('demo/')]
     assert len(names) == 10
     for name in names:
         backbone = Config.fromfile(ROOT / name).model.backbone
@@ -276,6 +291,38 @@ def test_san_depths(folder, name, depth):
     assert cfg.model.backbone.type == ('ACmixSAN' if folder == 'acmix_san' else 'SAN')
     assert cfg.model.backbone.depth == depth
     assert f'{name}{depth}_' in cfg.model.backbone.init_cfg.checkpoint
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name.startswith('dwnet/')])
+def test_dwnets(name):
+    """Kind of network and the file of its weights, as its authors name it."""
+    cfg = Config.fromfile(ROOT / name)
+    backbone = cfg.model.backbone
+    arch = 'base' if 'dwnet-b' in name else 'tiny'
+    kind = 'homogeneous' if 'dynamic-' in name else None
+    if 'i-dynamic-' in name:
+        kind = 'inhomogeneous'
+    assert (backbone.arch, backbone.get('dynamic')) == (arch, kind)
+    prefix = {'inhomogeneous': 'i_dynamic_', 'homogeneous': 'dynamic_', None: ''}[kind]
+    assert backbone.init_cfg.checkpoint == f'checkpoints/{prefix}dwnet_{arch}_224.pth'
+    assert backbone.convert_weights
+    # Their configs: 0.3 for the base network and in segmentation, 0.2 otherwise, which is DWNet's
+    # own for the tiny one.
+    expected = 0.3 if arch == 'base' or 'ade20k' in name else None
+    assert backbone.get('drop_path_rate') == expected
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGS if name.startswith('demo/retinanet')])
+def test_demo_retinanets_differ_in_the_backbone_only(name):
+    """So that what they reach compares: the same detector, data, schedule and runtime."""
+    ours, theirs = (
+        Config.fromfile(ROOT / file).to_dict()
+        for file in (name, 'demo/retinanet_acmix-r26_fpn_scene-digits.py')
+    )
+    for cfg in (ours, theirs):
+        cfg['model'].pop('backbone'), cfg['model']['neck'].pop('in_channels')
+        cfg.pop('custom_imports')
+    assert ours == theirs
 
 
 def test_plain_resnet_differs_in_the_operator_only():

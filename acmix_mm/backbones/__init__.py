@@ -3,6 +3,7 @@
 from .acmix_pvt import ACmixPyramidVisionTransformer
 from .acmix_resnet import ACmixResNet
 from .acmix_swin import ACmixSwinTransformer
+from .dwnet import DWNet
 from .san import SAN, ACmixSAN
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     'ACmixResNet',
     'ACmixSAN',
     'ACmixSwinTransformer',
+    'DWNet',
 ]

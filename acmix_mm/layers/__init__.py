@@ -1,6 +1,7 @@
-"""Mixed operators as modules; :class:`ACmix` is registered as a layer type."""
+"""Operators as modules; :class:`ACmix` is registered as a layer type."""
 
 from .acmix import ACmix
+from .depthwise import DepthwiseBlock, HomogeneousDepthwiseConv, InhomogeneousDepthwiseConv
 from .mixed_operator import MixedOperator, ProjectedMixedOperator
 from .patch_attention import PatchACmix, PatchAttention
 from .spatial_reduction_acmix import SpatialReductionACmix
@@ -8,6 +9,9 @@ from .window_acmix import WindowACmix
 
 __all__ = [
     'ACmix',
+    'DepthwiseBlock',
+    'HomogeneousDepthwiseConv',
+    'InhomogeneousDepthwiseConv',
     'MixedOperator',
     'PatchACmix',
     'PatchAttention',

@@ -1,6 +1,7 @@
 """Sum of a neighbourhood's values by given weights, which groups of channels share (SAN)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_positive
@@ -8,14 +9,18 @@ from .reflection import reflect_pad
 
 
 def local_aggregation(
-    value: Tensor, weight: Tensor, kernel_size: int = 7, stride: int = 1, dilation: int = 1
+    value: Tensor,
+    weight: Tensor,
+    kernel_size: int = 7,
+    stride: int = 1,
+    dilation: int = 1,
+    padding_mode: str = 'reflect',
 ) -> Tensor:
     """``out[c, i] = sum_j weight[c mod G, j, i] value[c, i + j]`` over a k x k neighbourhood.
 
     The aggregation of "Exploring Self-attention for Image Recognition" (CVPR 2020, section 3) and
-    of inhomogeneous dynamic depth-wise convolution. Values beyond the border are reflected, as
-    often as needed. Neither forward nor backward pass holds anything of the size of unfolded
-    values.
+    of inhomogeneous dynamic depth-wise convolution. Neither forward nor backward pass holds
+    anything of the size of unfolded values.
 
     Args:
         value (Tensor): Shape (B, C, H, W), H, W >= 1.
@@ -24,6 +29,8 @@ def local_aggregation(
         kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
         stride (int): Values between adjacent results. Default: 1.
         dilation (int): Distance between the values of a neighbourhood. Default: 1.
+        padding_mode (str): What is beyond the border: 'reflect' (the map reflected, as often as
+            needed) or 'zeros'. Default: 'reflect'.
 
     Returns:
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)).
@@ -34,6 +41,8 @@ def local_aggregation(
     check_positive('kernel_size', kernel_size, odd=True)
     check_positive('stride', stride)
     check_positive('dilation', dilation)
+    if padding_mode not in ('reflect', 'zeros'):
+        raise ValueError(f"padding_mode must be 'reflect' or 'zeros', got {padding_mode!r}")
     if value.dim() != 4 or min(value.shape[1:]) < 1:
         raise ValueError(
             f'value must have shape (B, C, H, W) with C, H, W >= 1, got {tuple(value.shape)}'
@@ -55,7 +64,8 @@ def local_aggregation(
             f'weight must have dtype and device of value, {value.dtype} and {value.device}, got '
             f'{weight.dtype} and {weight.device}'
         )
-    padded = reflect_pad(value, kernel_size // 2 * dilation)
+    pixels = kernel_size // 2 * dilation
+    padded = reflect_pad(value, pixels) if padding_mode == 'reflect' else F.pad(value, [pixels] * 4)
     return _forward(padded, weight, kernel_size, stride, dilation)
 
 

@@ -144,6 +144,25 @@ def test_conv_on_shifted():
     assert not different[inside].any()
 
 
+@pytest.mark.parametrize('size', [(14, 14), (10, 13)])
+def test_conv_swin_is_a_plain_convolution(size):
+    """The convolution path alone: one 3x3 convolution, whose kernel its impulse responses tell."""
+    module = ShiftWindowACmix(ShiftWindowMSA(12, 3, 7, 3), {'mix': 'conv'}, False).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    offset = module(torch.zeros(1, size[0] * size[1], 12, dtype=torch.float64), size)
+
+    def linear_part(maps):
+        out = module(maps.flatten(2).transpose(1, 2), size) - offset
+        return out.transpose(1, 2).unflatten(2, size)
+
+    impulses = torch.zeros(12, 12, *size, dtype=torch.float64)
+    impulses[:, :, 5, 6] = torch.eye(12)
+    kernel = linear_part(impulses)[:, :, 4:7, 5:8].transpose(0, 1).flip(2, 3)
+    x = torch.randn(2, 12, *size, dtype=torch.float64)
+    torch.testing.assert_close(linear_part(x), nn.functional.conv2d(x, kernel, padding=1))
+
+
 @pytest.mark.parametrize('size', [(17, 33), (1, 1), (64, 47)])
 def test_any_size(size):
     model = MODELS.build({'type': 'ACmixSwinTransformer', **SMALL})

@@ -1,6 +1,7 @@
 import oracles
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +37,26 @@ def test_equals_unfolded_sum(groups, share, size, kernel_size, stride, dilation)
     value, weight = inputs(groups * share, groups, size, kernel_size, stride)
     geometry = (kernel_size, stride, dilation)
     out, expected = local_aggregation(value, weight, *geometry), naive(value, weight, *geometry)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    ours = torch.autograd.grad(out, (value, weight), grad)
+    torch.testing.assert_close(ours, torch.autograd.grad(expected, (value, weight), grad))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    kernel_size=st.sampled_from([1, 3, 7]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+)
+def test_zeros_beyond_the_border(size, kernel_size, stride, dilation):
+    value, weight = inputs(4, 2, size, kernel_size, stride)
+    geometry = (kernel_size, stride, dilation)
+    out = local_aggregation(value, weight, *geometry, padding_mode='zeros')
+    windows = F.unfold(value, kernel_size, dilation, kernel_size // 2 * dilation, stride)
+    windows = windows.view(2, 2, 2, kernel_size**2, *out.shape[-2:])  # c = 2 * i + group
+    expected = (windows * weight[:, None]).sum(3).flatten(1, 2)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
     ours = torch.autograd.grad(out, (value, weight), grad)
@@ -81,6 +102,11 @@ def test_ones_average_a_constant_map():
 def test_wrong_arguments(value, weight, message):
     with pytest.raises(ValueError, match=message):
         local_aggregation(torch.zeros(value), torch.zeros(weight))
+
+
+def test_wrong_padding_mode():
+    with pytest.raises(ValueError, match="padding_mode must be 'reflect' or 'zeros', got 'same'"):
+        local_aggregation(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 49, 3, 4), padding_mode='same')
 
 
 def test_wrong_dtype():
