@@ -4,6 +4,7 @@ from .acmix_pvt import ACmixPyramidVisionTransformer
 from .acmix_resnet import ACmixResNet
 from .acmix_swin import ACmixSwinTransformer
 from .san import SAN, ACmixSAN
+from .x_volution_resnet import XVolutionResNet
 
 __all__ = [
     'SAN',
@@ -11,4 +12,5 @@ __all__ = [
     'ACmixResNet',
     'ACmixSAN',
     'ACmixSwinTransformer',
+    'XVolutionResNet',
 ]

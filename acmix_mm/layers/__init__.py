@@ -1,10 +1,11 @@
-"""Mixed operators as modules; :class:`ACmix` is registered as a layer type."""
+"""Mixed operators as modules; :class:`ACmix` and :class:`XVolution` are layer types."""
 
 from .acmix import ACmix
 from .mixed_operator import MixedOperator, ProjectedMixedOperator
 from .patch_attention import PatchACmix, PatchAttention
 from .spatial_reduction_acmix import SpatialReductionACmix
 from .window_acmix import WindowACmix
+from .x_volution import XVolution
 
 __all__ = [
     'ACmix',
@@ -14,4 +15,5 @@ __all__ = [
     'ProjectedMixedOperator',
     'SpatialReductionACmix',
     'WindowACmix',
+    'XVolution',
 ]
