@@ -49,10 +49,13 @@ def test_shapes(depth, size):
 
 
 def test_arguments_reach_the_layer():
-    options = {'attention': 'local', 'num_heads': 2, 'attn_kernel_size': 5, 'kernel_size': 1}
     model = small(
         depth=18,
-        xvolution=options,
+        attention='local',
+        num_heads=2,
+        attn_kernel_size=5,
+        conv_kernel_size=1,
+        backend='torch',
         stage_with_xvolution=(True, False, False, True),
         strides=(1, 2, 2, 1),
         dilations=(1, 1, 1, 2),
@@ -60,13 +63,15 @@ def test_arguments_reach_the_layer():
     )
     layer = model.layer4[0].conv1
     assert (layer.attn.num_heads, layer.attn.kernel_size, layer.kernel_size) == (2, 5, (1, 1))
-    assert (layer.stride, layer.dilation) == ((1, 1), (2, 2))
+    assert (layer.stride, layer.dilation, layer.attn.backend) == ((1, 1), (2, 2), 'torch')
     assert isinstance(layer.attn_norm, nn.SyncBatchNorm)
     assert not layer.attn_norm.weight.requires_grad
     replaced = {n for n, m in model.named_modules() if isinstance(m, XVolution)}
     assert replaced == {
         f'layer{stage}.{block}.conv{i}' for stage in (1, 4) for block in (0, 1) for i in (1, 2)
     }
+    layer = small(directions=[[0, 1], [-1, 0]], shift=2, num_steps=2).layer3[0].conv2
+    assert layer.attn.offsets == ((0, 2), (-2, 0), (0, 4), (-4, 0))
 
 
 def test_frozen_stages_norm_eval_and_initialisation():
@@ -98,7 +103,7 @@ def test_with_cp_gives_the_same_gradients():
     [
         {},
         {'depth': 18, 'stage_with_xvolution': (True, False, True, True)},
-        {'xvolution': {'attention': 'local'}, 'deep_stem': True},
+        {'attention': 'local', 'deep_stem': True},
         {'conv_cfg': {'type': 'ConvWS'}},
     ],
 )
@@ -129,7 +134,7 @@ def test_deploy_form(arguments):
     ('arguments', 'message'),
     [
         ({'depth': 38}, r'depth must be one of \(18, 34, 50, 101, 26\), got 38'),
-        ({'xvolution': {'attention': 'none'}}, "attention must be one of .* got 'none'"),
+        ({'attention': 'none'}, "attention must be one of .* got 'none'"),
         ({'dcn': {'type': 'DCNv2'}}, r'dcn must be None, .* with stage_with_xvolution'),
         ({'stage_with_xvolution': (True,)}, 'stage_with_xvolution must have a value for each of 4'),
         ({'norm_cfg': {'type': 'GN', 'num_groups': 2}}, 'norm_cfg must be of a batch norm'),
