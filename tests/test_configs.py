@@ -61,6 +61,10 @@ def test_grid():
             f'dwnet-{size}_upernet_8xb2-160k_ade20k-512x512',
         )
     }
+    expected |= {
+        f'x_volution/{head}_x-volution-r50_fpn_8xb2-1x_coco.py'
+        for head in ('retinanet', 'mask-rcnn')
+    }
     assert expected <= set(CONFIGS)
 
 
@@ -191,6 +195,7 @@ def test_ade20k_tta(scene_digits):
 COCO = {
     'resnet': ('SGD', 0.01, 1e-4, 500),
     'san': ('SGD', 0.01, 1e-4, 500),
+    'x_volution': ('SGD', 0.01, 1e-4, 500),
     'pvt': ('AdamW', 1e-4, 1e-4, 500),
     'swin': ('AdamW', 1e-4, 0.05, 1000),
 }

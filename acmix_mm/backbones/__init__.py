@@ -5,6 +5,7 @@ from .acmix_resnet import ACmixResNet
 from .acmix_swin import ACmixSwinTransformer
 from .dwnet import DWNet
 from .san import SAN, ACmixSAN
+from .x_volution_resnet import XVolutionResNet
 
 __all__ = [
     'SAN',
@@ -13,4 +14,5 @@ __all__ = [
     'ACmixSAN',
     'ACmixSwinTransformer',
     'DWNet',
+    'XVolutionResNet',
 ]

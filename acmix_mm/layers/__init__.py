@@ -1,4 +1,4 @@
-"""Operators as modules; :class:`ACmix` is registered as a layer type."""
+"""Operators as modules; :class:`ACmix` and :class:`XVolution` are registered as layer types."""
 
 from .acmix import ACmix
 from .depthwise import DepthwiseBlock, HomogeneousDepthwiseConv, InhomogeneousDepthwiseConv
@@ -6,6 +6,7 @@ from .mixed_operator import MixedOperator, ProjectedMixedOperator
 from .patch_attention import PatchACmix, PatchAttention
 from .spatial_reduction_acmix import SpatialReductionACmix
 from .window_acmix import WindowACmix
+from .x_volution import XVolution
 
 __all__ = [
     'ACmix',
@@ -18,4 +19,5 @@ __all__ = [
     'ProjectedMixedOperator',
     'SpatialReductionACmix',
     'WindowACmix',
+    'XVolution',
 ]

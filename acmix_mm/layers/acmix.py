@@ -6,16 +6,8 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import check_positive, fused_acmix, local_attention, select_backend
+from .conv_arguments import check_divisible, set_conv_attributes
 from .mixed_operator import MixedOperator
-
-
-def _square(name: str, value: int | tuple[int, int]) -> int:
-    """One integer from an integer or a pair of equal integers, as configs give either."""
-    if isinstance(value, (tuple, list)):
-        if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(f'{name} must be an integer or a pair of equal integers, got {value}')
-        value = value[0]
-    return value
 
 
 @MODELS.register_module()
@@ -79,57 +71,23 @@ class ACmix(MixedOperator):
         mix: str = 'learned',
         backend: str | None = None,
     ):
-        kernel_size = _square('kernel_size', kernel_size)
-        stride = _square('stride', stride)
-        dilation = _square('dilation', dilation)
-        check_positive('kernel_size', kernel_size, odd=True)
+        set_conv_attributes(
+            self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups
+        )
+        check_positive('num_heads', num_heads)
         check_positive('attn_kernel_size', attn_kernel_size, odd=True)
-        for name, value in (
-            ('in_channels', in_channels),
-            ('out_channels', out_channels),
-            ('stride', stride),
-            ('dilation', dilation),
-            ('groups', groups),
-            ('num_heads', num_heads),
-        ):
-            check_positive(name, value)
-        for channels, value, divisor, number in (
-            ('out_channels', out_channels, 'num_heads', num_heads),
-            ('in_channels', in_channels, 'groups', groups),
-            ('out_channels', out_channels, 'groups', groups),
-        ):
-            if value % number:
-                raise ValueError(
-                    f'{channels} must be divisible by {divisor} ({number}), got {value}'
-                )
-        same = dilation * (kernel_size // 2)
-        if padding != 'same' and _square('padding', padding) != same:
-            raise ValueError(
-                f"padding must be 'same' or {same} for kernel_size {kernel_size} and dilation "
-                f'{dilation}, got {padding!r}'
-            )
+        check_divisible('out_channels', out_channels, 'num_heads', num_heads)
         super().__init__(
             out_channels,
             num_maps=3 * num_heads,
             head_dim=out_channels // num_heads,
-            kernel_size=kernel_size,
-            stride=stride,
-            dilation=dilation,
+            kernel_size=self.kernel_size[0],
+            stride=self.stride[0],
+            dilation=self.dilation[0],
             bias=bias,
             mix=mix,
             backend=backend,
         )
-        # Attributes of nn.Conv2d, which mmcv's ConvModule and others read.
-        self.in_channels = in_channels
-        self.out_channels = out_channels
-        self.kernel_size = (kernel_size, kernel_size)
-        self.stride = (stride, stride)
-        self.padding = (same, same)
-        self.output_padding = (0, 0)
-        self.dilation = (dilation, dilation)
-        self.groups = groups
-        self.transposed = False
-
         self.num_heads = num_heads
         self.attn_kernel_size = attn_kernel_size
         for name in ('conv1', 'conv2', 'conv3'):  # projections to query, key and value

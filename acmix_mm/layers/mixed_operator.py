@@ -19,6 +19,22 @@ from ..ops import (
 MIX_MODES = ('learned', 'complementary', 'sum', 'attention', 'conv')
 
 
+def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and shift, (C,) each, that a batch norm multiplies and adds in evaluation mode.
+
+    Raises:
+        ValueError: If norm is no batch norm with running statistics.
+    """
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+        raise ValueError(
+            f'norm must be a batch norm with running statistics, got {type(norm).__name__}'
+        )
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    shift = -norm.running_mean * factor
+    return factor, shift if norm.bias is None else shift + norm.bias
+
+
 class MixedOperator(BaseModule):
     """Convolution path and combination of the two paths (ACmix, CVPR 2022, section 4).
 
@@ -191,14 +207,8 @@ class MixedOperator(BaseModule):
             ValueError: If norm is no batch norm with running statistics, or the operator is
                 deployed already, so that norm cannot be folded.
         """
-        if norm is not None:
-            if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
-                raise ValueError(
-                    'norm must be None or a batch norm with running statistics, got '
-                    f'{type(norm).__name__}'
-                )
-            if self.deployed:
-                raise ValueError('norm must be None for an operator that is deployed already')
+        if norm is not None and self.deployed:
+            raise ValueError('norm must be None for an operator that is deployed already')
         if self.deployed:
             return
         weights = {**self.projection_weights(), **self._stage2_weights(norm)}
@@ -216,10 +226,8 @@ class MixedOperator(BaseModule):
         fc, fc_bias, kernel, scale = self.mixing_weights()
         bias = self.bias
         if norm is not None:
-            factor = (norm.running_var + norm.eps).rsqrt()
-            factor = factor if norm.weight is None else factor * norm.weight
-            shift = -norm.running_mean if bias is None else bias - norm.running_mean
-            bias = shift * factor if norm.bias is None else shift * factor + norm.bias
+            factor, shift = batch_norm_affine(norm)
+            bias = shift if bias is None else bias * factor + shift
             kernel = None if kernel is None else kernel * factor.view(-1, 1, 1, 1)
             if fc is None and fc_bias is not None:
                 fc_bias = fc_bias * factor.view(-1, 1, 1, 1)

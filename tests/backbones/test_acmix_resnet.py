@@ -5,7 +5,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from acmix_mm.backbones import ACmixResNet
-from acmix_mm.backbones.acmix_resnet import ACmixBottleneck
+from acmix_mm.backbones.operator_resnet import OperatorBottleneck
 from acmix_mm.layers import ACmix
 from acmix_mm.ops import shift_kernel
 
@@ -28,8 +28,8 @@ def test_golden_bottleneck(golden):
     downsample = torch.nn.Sequential(
         torch.nn.Conv2d(32, 64, 1, stride=2, bias=False), torch.nn.BatchNorm2d(64)
     )
-    acmix = {'num_heads': 4, 'attn_kernel_size': 7}
-    block = ACmixBottleneck(32, 16, stride=2, downsample=downsample, acmix=acmix).double().eval()
+    block = OperatorBottleneck(32, 16, stride=2, downsample=downsample, operator=ACmix)
+    block = block.double().eval()
     state = {k.removeprefix('state/'): v for k, v in tensors.items() if k.startswith('state/')}
     missing, unexpected = block.load_state_dict(state, strict=False)
     assert not unexpected

@@ -323,7 +323,7 @@ def test_deploy_form(mix, arguments):
 
 def test_deploy_refuses_what_it_cannot_fold():
     layer = ACmix(8, 8)
-    with pytest.raises(ValueError, match=r'norm must be None or a batch norm .* got GroupNorm'):
+    with pytest.raises(ValueError, match=r'norm must be a batch norm .* got GroupNorm'):
         layer.switch_to_deploy(nn.GroupNorm(2, 8))
     layer.switch_to_deploy()
     with pytest.raises(ValueError, match='norm must be None for an operator that is deployed'):

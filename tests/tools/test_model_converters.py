@@ -10,7 +10,8 @@ from mmengine.registry import MODELS, init_default_scope
 from acmix_mm.backbones import ACmixResNet
 
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
-NARROW = ['model.backbone.base_channels=8', 'model.neck.in_channels=[32,64,128,256]']
+CHANNELS = [32, 64, 128, 256]
+NARROW = ['model.backbone.base_channels=8', f'model.neck.in_channels={CHANNELS}']
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -25,7 +26,7 @@ def trained(tmp_path_factory):
     """A model with random statistics, and its checkpoint."""
     cfg = Config.fromfile(CONFIG)
     cfg.model.backbone.base_channels = 8
-    cfg.model.neck.in_channels = [32, 64, 128, 256]
+    cfg.model.neck.in_channels = CHANNELS
     init_default_scope('mmdet')
     model = MODELS.build(cfg.model)
     for module in model.backbone.modules():
@@ -59,6 +60,24 @@ def test_deployed_checkpoint_and_config(trained, deployed):
     x = torch.randn(1, 3, 65, 100)
     for ours, theirs in zip(model.backbone(x), trained[0].backbone(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_x_volution(tmp_path):
+    """Its branches merge, and the config written builds the merged form."""
+    config = 'configs/demo/retinanet_x-volution-r26_fpn_scene-digits.py'
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict({'model.backbone.base_channels': 8, 'model.neck.in_channels': CHANNELS})
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model).eval()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'trained.pth')
+    files = [str(tmp_path / 'trained.pth'), str(tmp_path / 'deployed.pth')]
+    switch_to_deploy.main([config, *files, '--cfg-options', *NARROW])
+    state = torch.load(files[1])['state_dict']
+    assert not any('norm' in name for name in state if 'backbone' in name)
+    deployed = MODELS.build(Config.fromfile(tmp_path / 'deployed.py').model)
+    deployed.load_state_dict(state)
+    x = torch.randn(1, 3, 65, 100)
+    torch.testing.assert_close(deployed.eval().backbone(x), model.backbone(x), rtol=1e-3, atol=1e-3)
 
 
 def test_onnx(trained, tmp_path, capsys):

@@ -1,0 +1,8 @@
+_base_ = [
+    '../_base_/models/retinanet_fpn.py',
+    '../_base_/backbones/x-volution-r50.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_1x.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
