@@ -17,7 +17,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from acmix_mm.layers import ACmix, MixedOperator, PatchACmix
+from acmix_mm.layers import ACmix, MixedOperator, PatchACmix, XVolution
 from acmix_mm.layers.acmix import position_encoding
 from acmix_mm.ops import local_attention
 from acmix_mm.ops.reflection import reflect_pad
@@ -42,6 +42,9 @@ BACKBONES = {
     'san19': {'type': 'SAN', 'depth': 19},
     'acmix-san10': {'type': 'ACmixSAN', 'depth': 10},
     'acmix-san19': {'type': 'ACmixSAN', 'depth': 19},
+    'x-volution-r50': {'type': 'XVolutionResNet', 'depth': 50},
+    'dwnet-t': {'type': 'DWNet'},
+    'dynamic-dwnet-t': {'type': 'DWNet', 'dynamic': 'homogeneous'},
 }
 
 
@@ -336,9 +339,9 @@ def model_name(model: str) -> str:
     return model if model in BACKBONES else Path(model).stem
 
 
-def uses_acmix(config: dict) -> bool:
-    """Whether a model has layers of ours, which backends and deployment are about."""
-    return 'acmix' in str(config).lower()
+def uses_operators(config: dict) -> bool:
+    """Whether a model has layers of ours that backends and deployment are about."""
+    return any(name in str(config).lower() for name in ('acmix', 'xvolution'))
 
 
 def build_backbone(model: str, backend: str | None, form: str, case: Case) -> Step:
@@ -430,13 +433,10 @@ def build_model(config: dict, backend: str | None) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS.build(config)
     if backend is not None:
-        for module in mixed_operators(model):
-            module.backend = backend
+        for module in model.modules():
+            if hasattr(module, 'backend'):
+                module.backend = backend
     return model
-
-
-def mixed_operators(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, MixedOperator) and hasattr(m, 'backend')]
 
 
 def can_deploy() -> bool:
@@ -447,7 +447,7 @@ def deploy(model: nn.Module) -> None:
     """Bring all layers of ours into the form for inference, in place."""
     model.eval()
     for module in list(model.modules()):
-        if isinstance(module, MixedOperator):
+        if isinstance(module, (MixedOperator, XVolution)):
             module.switch_to_deploy()
 
 

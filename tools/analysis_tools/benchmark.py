@@ -63,7 +63,7 @@ from _candidates import (
     can_deploy,
     model_name,
     operator_cost,
-    uses_acmix,
+    uses_operators,
 )
 from _report import plot, report, report_scaling, shape_name
 from mmengine.config import Config
@@ -177,7 +177,7 @@ def backbone_candidates(
 ) -> Iterator[Candidate]:
     name, notes, config = model_name(model), notes or {}, backbone_config(model)
     forms = [(name, None, 'plain')]
-    if uses_acmix(config):
+    if uses_operators(config):
         forms = [(n, backend, 'plain') for n, backend in backend_forms(name, args)]
         if can_deploy() and not case.train:
             names = backend_forms(f'{name} deployed', args)
@@ -194,7 +194,7 @@ def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
         for config in args.configs:
             name = Path(config).stem
             forms = [(name, None)]
-            if uses_acmix(Config.fromfile(config).model):
+            if uses_operators(Config.fromfile(config).model):
                 forms = backend_forms(name, args)
             candidates += [
                 Candidate(form, build_detector, (config, backend), case) for form, backend in forms
