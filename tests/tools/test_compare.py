@@ -144,37 +144,55 @@ class TestRuns:
             for key in ('model', 'seed', *METRICS, 'gflops', 'parameters'):
                 assert row[key] == earlier[key]
 
-    def test_other_budget_failure_and_resumption(self, work_dir, options, tmp_path, capsys):
-        """Two epochs are new runs; one that fails stops no other; the rest of one is the same."""
-        bad = tmp_path / 'bad.py'
-        bad.write_text(
-            f"_base_ = '{Path(CONFIGS['plain']).resolve()}'\n"
-            "model = dict(neck=dict(type='Nonsense'))"
-        )
-        out = tmp_path / 'out'
-        more = [
-            '--seeds', '0', '--max-epochs', '2', *options, '--work-dir', str(work_dir),
-            '--out', str(out),
+    def test_other_budget_failure_and_resumption(
+        self, work_dir, options, scene_digits, tmp_path, capsys
+    ):
+        """Two epochs are a new run, which fails in the end; called again, it goes on."""
+        labels = tmp_path / 'labels.json'
+        arguments = [
+            CONFIGS['plain'], '--seeds', '0', '--max-epochs', '2', *options,
+            f'val_evaluator.ann_file={labels}', '--work-dir', str(work_dir),
+            '--out', str(tmp_path / 'out'),
         ]  # fmt: skip
-        with pytest.raises(SystemExit, match=r'failed:\n  bad, seed 0: exit code 1: .*Nonsense'):
-            compare.main([str(bad), CONFIGS['plain'], *more])
-        assert '[1/2] bad, seed 0: exit code 1' in capsys.readouterr().out
-        (row,) = table(out.with_suffix('.csv'))
-        assert row['model'] == Path(CONFIGS['plain']).stem
+        with pytest.raises(SystemExit) as error:
+            compare.main(arguments)
         run = run_folder(work_dir, 'plain', 0, epochs=2)
-        expected = logged(run, 'loss')
-        assert len(expected) == 6
+        assert re.fullmatch(
+            rf'failed:\n  .*, seed 0: exit code 1: FileNotFoundError: .*{labels}.* \(log: {run}/.*',
+            error.value.code,
+        )
+        assert (
+            '[1/1] retinanet_r26_fpn_scene-digits, seed 0: exit code 1' in capsys.readouterr().out
+        )
+        assert not (tmp_path / 'out.md').exists()
+        losses = logged(run, 'loss')
+        assert len(losses) == 6
         # The same seed has the same weights and data at first, another seed has others.
-        assert expected[0] == logged(run_folder(work_dir, 'plain', 0), 'loss')[0]
-        assert expected[0] != logged(run_folder(work_dir, 'plain', 1), 'loss')[0]
+        assert losses[0] == logged(run_folder(work_dir, 'plain', 0), 'loss')[0]
+        assert losses[0] != logged(run_folder(work_dir, 'plain', 1), 'loss')[0]
 
-        metrics = (run / 'metrics.json').read_text()
-        for name in ('metrics.json', 'epoch_2.pth'):
-            (run / name).unlink()
-        (run / 'last_checkpoint').write_text('moved/epoch_1.pth')
-        compare.main([CONFIGS['plain'], *more])
-        assert logged(run, 'loss') == expected[3:]
-        assert (run / 'metrics.json').read_text() == metrics
+        labels.write_bytes((scene_digits / 'coco/annotations/instances_val2017.json').read_bytes())
+        (run / 'epoch_2.pth').unlink()  # as if interrupted in the second epoch, and moved
+        (run / 'last_checkpoint').write_text('elsewhere/epoch_1.pth')
+        compare.main(arguments)
+        assert logged(run, 'loss') == losses[3:]
+        (row,) = table(tmp_path / 'out.csv')
+        assert json.loads((run / 'metrics.json').read_text())[METRICS[0]] == float(row[METRICS[0]])
+
+
+def test_failures_stop_no_other_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(compare, 'train_and_evaluate', max)  # whose arguments do not compare
+    model = compare.Model('a', 'a.py', Config(), tmp_path)
+    runs = [compare.Run(model, seed) for seed in range(3)]
+    for run in runs[1:]:
+        run.folder.mkdir()
+    (runs[1].folder / 'metrics.json').write_text('{"m": 0.5}')
+    (runs[2].folder / 'log.txt').write_text('Traceback\nMemoryError: too large\n\n')
+    assert compare.train_all(runs, ['m'], 1, 1) == {
+        runs[0]: 'exit code 1: it said nothing',
+        runs[2]: 'exit code 1: MemoryError: too large',
+    }
+    assert compare.train_all(runs[1:2], ['m', 'n'], 1, 1) == {runs[1]: 'no n among m'}
 
 
 def test_no_process_is_left_behind(tmp_path, monkeypatch):
