@@ -21,6 +21,11 @@ WORK_DIRS = 'work_dirs'
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of every program that builds a model from a config."""
     parser.add_argument('config', help='config file')
+    add_cfg_options(parser)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """The argument ``--cfg-options``."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -48,19 +53,19 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(args: argparse.Namespace) -> Config:
+def load_config(file: str, options: dict | None = None) -> Config:
     """The config file with ``--cfg-options``; exits with a message if it does not exist."""
-    if not Path(args.config).is_file():
-        sys.exit(f'error: config {args.config} does not exist')
-    cfg = Config.fromfile(args.config)
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    if not Path(file).is_file():
+        sys.exit(f'error: config {file} does not exist')
+    cfg = Config.fromfile(file)
+    if options:
+        cfg.merge_from_dict(options)
     return cfg
 
 
 def load_run_config(args: argparse.Namespace) -> Config:
     """:func:`load_config` with launcher and work directory set for the Runner."""
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.cfg_options)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
     if args.work_dir is not None:

@@ -160,7 +160,7 @@ def segment(inferencer: BaseInferencer, images: list[Path], args: argparse.Names
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     images = find_images(args.input)[: args.limit]
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.cfg_options)
     keep_freed_memory()
     inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)
     predict = segment if is_segmentor(cfg) else detect

@@ -1,4 +1,4 @@
-"""What benchmark.py compares: functions that build one step, by arguments that pickle.
+"""What benchmark.py and compare.py measure: functions that build a step, by arguments that pickle.
 
 A builder is called with the arguments of its candidate and a :class:`Case`, in the process that
 measures time and again, in a fresh one, to measure memory.
@@ -13,9 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
+from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.runner import load_checkpoint, set_random_seed
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from acmix_mm.layers import ACmix, MixedOperator, PatchACmix, XVolution
 from acmix_mm.layers.acmix import position_encoding
@@ -408,21 +412,99 @@ def build_detector(config: str, backend: str | None, case: Case) -> Step:
         sample = DetDataSample(metainfo=meta, gt_instances=truth)
         return {'inputs': [image], 'data_samples': [sample]}
 
+    return model_step(detector, make_data(*case.shape), make_data(64, 64), case)
+
+
+def model_step(model: nn.Module, data: dict, small: dict, case: Case) -> Step:
+    """A detector's or segmenter's prediction, or its loss and gradients, for collated samples."""
+
     def run(data: dict) -> None:
         # A copy, for what the preprocessor and two-stage detectors do to samples.
         data = {**data, 'data_samples': [sample.clone() for sample in data['data_samples']]}
-        data = detector.data_preprocessor(data, case.train)
+        data = model.data_preprocessor(data, case.train)
         if case.train:
             with autocast(case):
-                loss, _ = detector.parse_losses(detector(**data, mode='loss'))
+                loss, _ = model.parse_losses(model(**data, mode='loss'))
             loss.backward()
         else:
             with torch.no_grad(), autocast(case):
-                detector(**data, mode='predict')
+                model(**data, mode='predict')
 
-    data = make_data(*case.shape)
-    leaves = list(detector.parameters())
-    return Step(lambda: run(data), lambda: run(make_data(64, 64)), leaves, weight_bytes(detector))
+    leaves = list(model.parameters())
+    return Step(lambda: run(data), lambda: run(small), leaves, weight_bytes(model))
+
+
+# Trained models on the data of their config.
+
+
+def build_trained(config: str, checkpoint: str, case: Case) -> Step:
+    """The first image of the test data, or the first batch of the training data."""
+    cfg, model = trained_model(config, checkpoint)
+    model.to(case.device).train(case.train)
+    data = first_samples(cfg, case.train)
+    return model_step(model, data, data, case)
+
+
+def trained_model(config: str, checkpoint: str) -> tuple[Config, nn.Module]:
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    model = MODELS.build(cfg.model)
+    load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
+    return cfg, model
+
+
+def first_samples(cfg: Config, train: bool) -> dict:
+    """Collated samples; random transforms are the same at every call."""
+    set_random_seed(0)
+    loader = cfg.train_dataloader if train else cfg.test_dataloader
+    dataset = DATASETS.build(loader.dataset)
+    count = loader.batch_size if train else 1
+    return pseudo_collate([dataset[index % len(dataset)] for index in range(count)])
+
+
+def complexity(config: str, checkpoint: str, device: str) -> dict:
+    """Parameters of the backbone and in all, and FLOPs of a prediction as in :func:`build_trained`.
+
+    Returns:
+        dict: ``backbone_parameters``, ``parameters``; ``image``, (height, width) as the model gets
+        it; ``flops``, see :func:`count_flops`.
+    """
+    cfg, model = trained_model(config, checkpoint)
+    data = first_samples(cfg, False)
+    model.to(device).eval()
+    for module in model.modules():
+        if hasattr(module, 'backend'):
+            module.backend = 'torch'  # the operators that the counter knows
+    parts = {'backbone_parameters': model.backbone, 'parameters': model}
+    return {
+        **{name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+        'image': tuple(data['inputs'][0].shape[-2:]),
+        'flops': count_flops(model_step(model, data, data, Case((), False, device=device))),
+    }
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    """Multiplications of convolutions, matrix products, attention and aggregation.
+
+    One with its addition is one FLOP, as papers on vision models count. Operators of ours must run
+    by their backend 'torch'.
+    """
+
+    def attention(query, key, value, kernel_size: int, *geometry, out_shape) -> int:
+        return 4 * kernel_size**2 * math.prod(query)
+
+    def aggregation(padded, weight, kernel_size: int, *geometry, out_shape) -> int:
+        return 2 * kernel_size**2 * math.prod(out_shape)
+
+    formulas = {
+        torch.ops.acmix_mm.local_attention_torch: attention,
+        torch.ops.acmix_mm.local_aggregation: aggregation,
+    }
+    # The counter does not know the kernel for scaled_dot_product_attention on a CPU.
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        function()
+    return counter.get_total_flops() // 2  # it counts additions too
 
 
 def build_model(config: dict, backend: str | None) -> nn.Module:

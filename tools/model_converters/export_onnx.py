@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: folder {args.out.parent} does not exist')
     if args.out.exists():
         sys.exit(f'error: {args.out} exists already')
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.cfg_options)
     cfg.model.backbone.backend = 'torch'  # the one whose operators have decompositions
     torch.manual_seed(0)
     backbone = build_model(cfg, load_checkpoint(args.checkpoint), args).backbone

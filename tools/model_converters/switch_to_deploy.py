@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     for file in (args.out, config_out):
         if file.exists():
             sys.exit(f'error: {file} exists already')
-    cfg = load_config(args)
+    cfg = load_config(args.config, args.cfg_options)
     if cfg.model.backbone.get('deploy'):
         sys.exit(f'error: the backbone of {args.config} is deployed already')
     checkpoint = load_checkpoint(args.checkpoint)

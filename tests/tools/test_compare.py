@@ -1,0 +1,359 @@
+"""Training side by side: what the table says, what is trained again and what is not."""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import re
+from pathlib import Path
+
+import compare
+import pytest
+import torch
+import torch.nn.functional as F
+from _candidates import (
+    BACKBONES,
+    Case,
+    build_model,
+    build_trained,
+    complexity,
+    count_flops,
+    trained_model,
+)
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from acmix_mm.layers import ACmix
+from acmix_mm.ops import local_aggregation
+
+CONFIGS = {
+    'plain': 'configs/demo/retinanet_r26_fpn_scene-digits.py',
+    'mixed': 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py',
+}
+INSTANCE = 'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py'  # trains for five epochs
+SEMANTIC = 'configs/demo/acmix-swin_upernet_scene-digits.py'
+COCO = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
+ADE20K = 'configs/acmix_swin/acmix-swin-t_upernet_8xb2-160k_ade20k-512x512.py'
+METRICS = ('coco/bbox_mAP_50', 'coco/bbox_mAP')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _from_the_root(pytestconfig):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(pytestconfig.rootpath)
+        monkeypatch.setattr(compare, 'ROUNDS', 1)
+        yield
+
+
+@pytest.fixture(scope='module')
+def options(digits_options):
+    return [
+        '--threads', '1', '--cfg-options', *digits_options, 'default_hooks.logger.interval=1',
+        'model.backbone.base_channels=8', 'model.neck.in_channels=[32,64,128,256]',
+        'model.test_cfg.score_thr=0.0',  # hardly trained, it is sure of nothing
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def arguments(options, tmp_path_factory):
+    """Of two models, two seeds, one epoch of three iterations; the last is the work directory."""
+    work_dir = str(tmp_path_factory.mktemp('compare'))
+    return [
+        *CONFIGS.values(), '--labels', *CONFIGS, '--seeds', '0', '1', '--max-epochs', '1',
+        *options, '--work-dir', work_dir,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def work_dir(arguments):
+    """The work directory with these runs finished."""
+    compare.main(arguments)
+    return Path(arguments[-1])
+
+
+def run_folder(work_dir: Path, label: str, seed: int, epochs: int = 1) -> Path:
+    (folder,) = [
+        folder
+        for folder in work_dir.glob(f'{Path(CONFIGS[label]).stem}-????????')
+        if Config.fromfile(folder / 'config.py').train_cfg.max_epochs == epochs
+    ]
+    return folder / f'seed{seed}'
+
+
+def logged(run: Path, key: str) -> list[float]:
+    """What a run's latest log says, by iteration."""
+    file = max(run.glob('*/vis_data/scalars.json'))
+    rows = map(json.loads, file.read_text().splitlines())
+    return [row[key] for row in rows if key in row]
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+class TestRuns:
+    def test_metrics_are_those_of_the_logs(self, work_dir):
+        rows = table(work_dir / 'comparison.csv')
+        runs = [(row['model'], int(row['seed'])) for row in rows]
+        assert runs == [(label, seed) for label in CONFIGS for seed in (0, 1)]
+        for run, row in zip(runs, rows, strict=True):
+            (log,) = run_folder(work_dir, *run).glob('*/*.json')
+            metrics = json.loads(log.read_text())
+            assert [float(row[m]) for m in METRICS] == [metrics[m] for m in METRICS]
+
+    def test_costs(self, work_dir):
+        for row in table(work_dir / 'comparison.csv'):
+            run = run_folder(work_dir, row['model'], int(row['seed']))
+            state = torch.load(run / 'epoch_1.pth', weights_only=False)['state_dict']
+            counts = {
+                name: value.numel()
+                for name, value in state.items()
+                if not name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))
+            }
+            backbone = [n for name, n in counts.items() if name.startswith('backbone.')]
+            assert int(row['parameters']) == sum(counts.values())
+            assert int(row['backbone_parameters']) == sum(backbone)
+            assert row['config'] == CONFIGS[row['model']]
+            assert row['image'] == '96x96'
+            assert all(float(row[k]) > 0 for k in ('gflops', 'forward_ms', 'train_ms'))
+
+    def test_schedule_is_scaled(self, work_dir):
+        """A third and two thirds through the cosine, times the warm-up of 50 iterations."""
+        rates = logged(run_folder(work_dir, 'plain', 0), 'lr')
+        cosine = [1, 0.75, 0.25]
+        expected = [3e-3 * (0.01 + 0.99 * i / 49) * cosine[i] for i in range(3)]
+        assert rates == pytest.approx(expected, rel=0.05)  # the least rate counts for little
+
+    def test_finished_runs_are_not_repeated(self, work_dir, arguments, capsys):
+        files = sorted(work_dir.glob('*/seed*/*'))
+        times = [file.stat().st_mtime_ns for file in files]
+        before = table(work_dir / 'comparison.csv')
+        compare.main([*arguments, '--jobs', '1'])
+        said = capsys.readouterr().out
+        assert '4 runs, 4 of them finished before' in said
+        assert said.splitlines()[-4:] == [
+            f'table:     {work_dir}/comparison.md',
+            f'runs:      {work_dir}/comparison.csv',
+            f'plot:      {work_dir}/comparison.png',
+            f'logs:      {work_dir}',
+        ]
+        assert sorted(work_dir.glob('*/seed*/*')) == files
+        assert [file.stat().st_mtime_ns for file in files] == times
+        for row, earlier in zip(table(work_dir / 'comparison.csv'), before, strict=True):
+            for key in ('model', 'seed', *METRICS, 'gflops', 'parameters'):
+                assert row[key] == earlier[key]
+
+    def test_other_budget_failure_and_resumption(
+        self, work_dir, options, scene_digits, tmp_path, capsys
+    ):
+        """Two epochs are a new run, which fails in the end; called again, it goes on."""
+        labels = tmp_path / 'labels.json'
+        arguments = [
+            CONFIGS['plain'], '--seeds', '0', '--max-epochs', '2', *options,
+            f'val_evaluator.ann_file={labels}', '--work-dir', str(work_dir),
+            '--out', str(tmp_path / 'out'),
+        ]  # fmt: skip
+        with pytest.raises(SystemExit) as error:
+            compare.main(arguments)
+        run = run_folder(work_dir, 'plain', 0, epochs=2)
+        assert re.fullmatch(
+            rf'failed:\n  .*, seed 0: exit code 1: FileNotFoundError: .*{labels}.* \(log: {run}/.*',
+            error.value.code,
+        )
+        assert (
+            '[1/1] retinanet_r26_fpn_scene-digits, seed 0: exit code 1' in capsys.readouterr().out
+        )
+        assert not (tmp_path / 'out.md').exists()
+        losses = logged(run, 'loss')
+        assert len(losses) == 6
+        # The same seed has the same weights and data at first, another seed has others.
+        assert losses[0] == logged(run_folder(work_dir, 'plain', 0), 'loss')[0]
+        assert losses[0] != logged(run_folder(work_dir, 'plain', 1), 'loss')[0]
+
+        labels.write_bytes((scene_digits / 'coco/annotations/instances_val2017.json').read_bytes())
+        (run / 'epoch_2.pth').unlink()  # as if interrupted in the second epoch, and moved
+        (run / 'last_checkpoint').write_text('elsewhere/epoch_1.pth')
+        compare.main(arguments)
+        assert logged(run, 'loss') == losses[3:]
+        (row,) = table(tmp_path / 'out.csv')
+        assert json.loads((run / 'metrics.json').read_text())[METRICS[0]] == float(row[METRICS[0]])
+
+
+def test_failures_stop_no_other_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(compare, 'train_and_evaluate', max)  # whose arguments do not compare
+    model = compare.Model('a', 'a.py', Config(), tmp_path)
+    runs = [compare.Run(model, seed) for seed in range(3)]
+    for run in runs[1:]:
+        run.folder.mkdir()
+    (runs[1].folder / 'metrics.json').write_text('{"m": 0.5}')
+    (runs[2].folder / 'log.txt').write_text('Traceback\nMemoryError: too large\n\n')
+    assert compare.train_all(runs, ['m'], 1, 1) == {
+        runs[0]: 'exit code 1: it said nothing',
+        runs[2]: 'exit code 1: MemoryError: too large',
+    }
+    assert compare.train_all(runs[1:2], ['m', 'n'], 1, 1) == {runs[1]: 'no n among m'}
+
+
+def test_no_process_is_left_behind(tmp_path, monkeypatch):
+    def interrupt(sentinels):
+        assert len(multiprocessing.active_children()) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multiprocessing.connection, 'wait', interrupt)
+    model = compare.Model('a', 'a.py', Config(), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        compare.train_all([compare.Run(model, seed) for seed in range(3)], [], 2, 1)
+    assert not multiprocessing.active_children()
+
+
+def test_results_of_known_runs(tmp_path):
+    """Mean, sample deviation, a seed that failed, costs that could not be measured."""
+    cfg = Config({'train_cfg': {'max_epochs': 2}, 'train_dataloader': {'batch_size': 8}})
+    models = [compare.Model(n, f'configs/{n}.py', cfg, tmp_path / n) for n in ('a', 'b')]
+    values = {'a': {0: 0.5, 3: 0.6, 1: 0.7}, 'b': {3: 0.25}}
+    runs = [compare.Run(model, seed) for model in models for seed in values[model.label]]
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / 'metrics.json').write_text(
+            json.dumps({'m': values[run.model.label][run.seed]})
+        )
+    cost = {
+        'backbone_parameters': 1200, 'parameters': 34567, 'image': (40, 60), 'flops': 2.5e9,
+        'forward': 0.0123, 'train': 0.05,
+    }  # fmt: skip
+    costs = {models[0]: cost, models[1]: {}}
+    args = argparse.Namespace(
+        metric=['m'], seeds=[0, 3, 1], out=Path('docs/x'), device='cpu', threads=2
+    )
+    command = [
+        'configs/a.py',
+        '--out',
+        str(Path('docs/x').resolve()),
+        '--cfg-options',
+        'k="[1, 2]"',
+    ]
+    text = compare.markdown(runs, costs, args, command)
+    assert [line for line in text.splitlines() if line.startswith('| [')] == [
+        '| [a](../configs/a.py) | 1,200 | 34,567 | 2.5 | 12.3 | 50.0 '
+        '| 0.600 ± 0.100 (0.500, 0.600, 0.700) |',
+        '| [b](../configs/b.py) |  |  |  |  |  | 0.250 (failed, 0.250, failed) |',
+    ]
+    assert f'torch {torch.__version__}' in text
+    assert 'max_epochs 2, batch_size 8' in text
+    assert 'compare.py configs/a.py --out docs/x --cfg-options \'k="[1, 2]"\'' in text
+    assert '](x.png)' in text
+    first, *_, last = csv.DictReader(compare.csv_text(runs, costs, ['m']).splitlines())
+    assert first == {
+        'model': 'a', 'config': 'configs/a.py', 'seed': '0', 'm': '0.5',
+        'backbone_parameters': '1200', 'parameters': '34567', 'image': '40x60', 'gflops': '2.5',
+        'forward_ms': '12.3', 'train_ms': '50.0', 'm mean': '0.6',
+        'm std': first['m std'],
+    }  # fmt: skip
+    assert float(first['m std']) == pytest.approx(0.1)
+    assert (last['m'], last['m std'], last['gflops']) == ('0.25', '', '')
+    args.out = tmp_path / 'x'
+    compare.plot(runs, costs, args)
+    assert args.out.with_suffix('.png').stat().st_size > 5000
+
+
+def test_epochs_scale_schedules():
+    cfg = Config.fromfile(COCO)
+    warmup = cfg.param_scheduler[0].to_dict()
+    compare.set_epochs(cfg, 24, COCO)
+    assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == 24
+    assert cfg.param_scheduler[1].milestones == [16, 22]
+    assert cfg.param_scheduler[0].to_dict() == warmup
+    cfg = Config.fromfile(INSTANCE)
+    compare.set_epochs(cfg, 2, INSTANCE)
+    assert (cfg.param_scheduler[1].end, cfg.param_scheduler[1].T_max) == (2, 2)
+    cfg = Config.fromfile(INSTANCE)
+    cfg.param_scheduler[1].begin = 4
+    with pytest.raises(SystemExit, match='--max-epochs 1: nothing is left of CosineAnnealingLR'):
+        compare.set_epochs(cfg, 1, INSTANCE)
+
+
+@pytest.mark.parametrize(('file', 'data'), [(INSTANCE, 'digits'), (SEMANTIC, 'label_map')])
+def test_costs_of_other_tasks(file, data, request, tmp_path):
+    config, checkpoint = str(tmp_path / 'config.py'), str(tmp_path / 'x.pth')
+    options = dict(pair.split('=') for pair in request.getfixturevalue(f'{data}_options'))
+    cfg = compare.prepare(file, options | {'train_dataloader.batch_size': 2}, None)
+    cfg.dump(config)
+    init_default_scope(cfg.default_scope)
+    torch.save(MODELS.build(cfg.model).state_dict(), checkpoint)
+    cost = complexity(config, checkpoint, 'cpu')
+    _, model = trained_model(config, checkpoint)
+    assert cost['parameters'] == sum(p.numel() for p in model.parameters())
+    assert cost['image'] == (96, 96)
+    image = torch.zeros(1, 3, 96, 96)
+    with torch.no_grad():
+        assert cost['flops'] > count_flops(lambda: model.eval().backbone(image)) > 0
+    for train in (False, True):
+        step = build_trained(config, checkpoint, Case(cost['image'], train))
+        step()
+        assert (step.leaves[0].grad is not None) == train
+
+
+@pytest.mark.parametrize(
+    ('name', 'billions'), [('r50', 4.09), ('acmix-r50', 3.6), ('swin-t', 4.5), ('pvt-s', 3.8)]
+)
+def test_published_flops(name, billions):
+    """At 224 pixels; the figures are with a classifier, which is negligible."""
+    model = build_model(dict(BACKBONES[name]), 'torch')
+    model.eval()
+    image = torch.zeros(1, 3, 224, 224)
+    with torch.no_grad():
+        assert count_flops(lambda: model(image)) / 1e9 == pytest.approx(billions, rel=0.04)
+
+
+def test_flops_of_operators():
+    channels, pixels = 32, 12 * 10
+    layer, x = ACmix(channels, channels, backend='torch'), torch.zeros(1, channels, 12, 10)
+    paths = 3 * channels + 2 * 49 + 9 * 12  # projections, logits and sums of 49, folded convolution
+    folding = channels * 9 * 9 * 12
+    with torch.no_grad():
+        assert count_flops(lambda: layer(x)) == channels * pixels * paths + folding
+    value, weight = torch.zeros(1, 8, 12, 10), torch.zeros(1, 4, 25, 12, 10)
+    assert count_flops(lambda: local_aggregation(value, weight, 5)) == 25 * 8 * pixels
+    query = torch.zeros(1, 2, 30, 16)
+    attend = F.scaled_dot_product_attention
+    assert count_flops(lambda: attend(query, query, query)) == 2 * 2 * 30 * 30 * 16
+
+
+PAIR = ' '.join(CONFIGS.values())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (f'{PAIR} --labels a', '--labels: must be one for each of 2 configs, got 1'),
+        (f'{PAIR} --labels a a', '--labels: must differ, got a twice'),
+        (f'{PAIR} --seeds 0 1 0', '--seeds: must differ, got 0 twice'),
+        (f'{PAIR} --seeds -1', "--seeds: '-1' is not an integer from 0"),
+        (f'{PAIR} --max-epochs 0', "--max-epochs: '0' is not an integer above 0"),
+        (f'{PAIR} --threads 2 --jobs 3', '--jobs: must be at most the number of threads, 2, got 3'),
+        (f'{PAIR} {CONFIGS["plain"]}', 'CONFIG: must differ'),
+        (f'{PAIR} --metric mIoU mIoU', '--metric: must differ, got mIoU twice'),
+        ('nowhere.py', 'config nowhere.py does not exist'),
+        ('configs/_base_/default_runtime.py', 'default_runtime.py has no model'),
+        (f'{PAIR} --metric mIoU', '--metric mIoU: .* produces coco/bbox_mAP, coco/bbox_mAP_50,'),
+        (SEMANTIC, '--metric coco/bbox_mAP_50: .* produces aAcc, mAcc, mIoU'),
+        (f'{PAIR} {INSTANCE}', 'max_epochs is 4 in .*r26.* and 5 in .*mask-rcnn.*--max-epochs'),
+        (f'{ADE20K} --max-epochs 1', r'counts iterations \(train_cfg.max_iters\)'),
+        (
+            f'{PAIR} --cfg-options val_dataloader.dataset.data_root=nowhere/',
+            'val_dataloader.dataset.data_root of config .* is nowhere/, no folder',
+        ),
+    ],
+)
+def test_wrong_arguments(capsys, tmp_path, scene_digits, arguments, message):
+    """Refused before anything is written."""
+    data = f'train_dataloader.dataset.data_root={scene_digits}/coco'
+    if '--cfg-options' not in arguments:
+        data = f'--cfg-options {data} val_dataloader.dataset.data_root={scene_digits}/coco'
+    work_dir = tmp_path / 'work_dir'
+    with pytest.raises(SystemExit) as error:
+        compare.main([*arguments.split(), *data.split(), '--work-dir', str(work_dir)])
+    said = capsys.readouterr().err if error.value.code == 2 else error.value.code
+    assert re.search(message, said)
+    assert not work_dir.exists()
