@@ -1,0 +1,9 @@
+# As schedule_demo_transformer.py, for three times as many epochs: of crops, which are a quarter of
+# an image.
+_base_ = ['./schedule_demo_transformer.py']
+max_epochs = 15
+train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+param_scheduler = [
+    _base_.param_scheduler[0],
+    dict(_base_.param_scheduler[1], end=max_epochs, T_max=max_epochs),
+]
