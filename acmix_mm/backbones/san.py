@@ -9,6 +9,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import PatchACmix, PatchAttention
+from ..ops import norm_relu_conv
 
 
 class SANBlock(nn.Module):
@@ -26,7 +27,6 @@ class SANBlock(nn.Module):
         self.sam = attention
         self.bn2 = nn.BatchNorm2d(channels // 4)
         self.conv = nn.Conv2d(channels // 4, channels, 1)
-        self.relu = nn.ReLU(inplace=True)
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,8 +36,8 @@ class SANBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out = self.relu(self.bn2(self.sam(self.relu(self.bn1(x)))))
-        return x + self.conv(out)
+        out = self.sam(x, self.bn1)
+        return x + norm_relu_conv(out, self.bn2, self.conv.weight, self.conv.bias)
 
 
 @MODELS.register_module()

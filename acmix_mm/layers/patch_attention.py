@@ -1,9 +1,12 @@
 """Patchwise self-attention of SAN, and its mix with convolution."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import check_positive, local_aggregation, patch_weights
+from ..ops import check_positive, local_aggregation, norm_relu_conv, patch_weights
 from .mixed_operator import MixedOperator
 
 SHARE_CHANNELS = 8  # value channels that one weight serves
@@ -49,21 +52,47 @@ class PatchAttention(nn.Module):
             nn.Conv2d(groups, kernel_size**2 * groups, 1),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, out_channels, H, W)."""
-        return attend(self.conv_w, self.conv1(x), self.conv2(x), self.conv3(x), self.kernel_size)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W); ``norm``, and a ReLU, come before if given."""
+        projections = (self.conv1, self.conv2, self.conv3)
+        maps = project(x, projections, norm)
+        query, key, value = maps.split([conv.out_channels for conv in projections], 1)
+        return attend(self.conv_w, query, key, value, self.kernel_size)
+
+
+def project(
+    x: Tensor,
+    projections: tuple[nn.Conv2d, ...],
+    norm: nn.Module | None,
+    order: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """1x1 convolutions as one, after batch norm and ReLU if there are any.
+
+    ``order`` permutes the output channels by their weights and biases: permuting maps costs a pass
+    over memory.
+    """
+    weight = torch.cat([conv.weight for conv in projections])
+    bias = torch.cat([conv.bias for conv in projections])
+    if order is not None:
+        weight, bias = order(weight), order(bias)
+    return F.conv2d(x, weight, bias) if norm is None else norm_relu_conv(x, norm, weight, bias)
 
 
 def attend(
     conv_w: nn.Sequential, query: Tensor, key: Tensor, value: Tensor, kernel_size: int
 ) -> Tensor:
-    """Weights from query and key by the network ``conv_w``, and the sum of values by them."""
-    norm, _, mix, *rest = conv_w
-    weights = patch_weights(query, key, mix.weight, norm, kernel_size)
-    for module in rest:
-        weights = module(weights)
-    weights = weights.unflatten(1, (-1, kernel_size**2))
-    return local_aggregation(value, weights.to(value.dtype), kernel_size)
+    """Weights from query and key by the network ``conv_w``, and the sum of values by them.
+
+    Value may have more than one dimension of channels, (B, ..., H, W); they count as one.
+    """
+    patch_norm, _, mix, norm, _, expand = conv_w
+    weights = patch_weights(query, key, mix.weight, patch_norm, kernel_size)
+
+    def aggregate(weights: Tensor, value: Tensor) -> Tensor:
+        weights = weights.unflatten(1, (-1, kernel_size**2)).to(value.dtype)
+        return local_aggregation(value.flatten(1, -3), weights, kernel_size)
+
+    return norm_relu_conv(weights, norm, expand.weight, expand.bias, aggregate, value)
 
 
 class PatchACmix(MixedOperator):
@@ -116,11 +145,17 @@ class PatchACmix(MixedOperator):
         if self.with_attention:  # DistributedDataParallel refuses parameters without gradient
             self.conv_w = attention.conv_w
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, out_channels, H, W)."""
-        query, key, value = self.conv1(x), self.conv2(x), self.conv3(x)
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, out_channels, H, W); ``norm``, and a ReLU, come before if given."""
+        projections = (self.conv1, self.conv2, self.conv3)
+        maps = project(x, projections, norm, self._by_position).unflatten(1, (-1, 6))
         attention = None
         if self.with_attention:
+            query, key, value = maps[:, :, 0], maps[:, :, 1], maps[:, :, 2:].transpose(1, 2)
             attention = attend(self.conv_w, query, key, value, self.attn_kernel_size)
-        maps = torch.cat([query, key, value], 1).unflatten(1, (6, -1)).transpose(1, 2)
         return self.mix_paths(maps, attention)
+
+    @staticmethod
+    def _by_position(channels: Tensor) -> Tensor:
+        """From (map, position) to (position, map), as the convolution path wants it."""
+        return channels.unflatten(0, (6, -1)).transpose(0, 1).flatten(0, 1)

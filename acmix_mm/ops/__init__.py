@@ -4,6 +4,7 @@ from .checks import check_positive
 from .fused_acmix import fused_acmix
 from .local_aggregation import local_aggregation
 from .local_attention import local_attention
+from .norm_relu_conv import norm_relu_conv
 from .patch_weights import patch_weights
 from .selection import available_backends, check_backend, select_backend
 from .shift_conv import (
@@ -26,6 +27,7 @@ __all__ = [
     'group_conv',
     'local_aggregation',
     'local_attention',
+    'norm_relu_conv',
     'patch_weights',
     'select_backend',
     'shift_conv',

@@ -1,11 +1,13 @@
 """Attention weights from the concatenation of a query and the patch of keys around it (SAN)."""
 
+from functools import partial
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .checks import check_positive
+from .norm_relu_conv import fixed_statistics, normalised_conv, update_statistics
 from .reflection import reflect_pad
 
 
@@ -68,49 +70,39 @@ def patch_weights(
         patch = tensor[channels:].unflatten(0, (channels, kernel_size, kernel_size))
         return [tensor[:channels], *(part.flatten(0, 1) for part in patch.unbind(1))]
 
-    # nn.BatchNorm2d's own rules: statistics of the batch in training, or where it keeps none.
-    batch_statistics = norm.training or norm.running_mean is None
-    means, invstds = [], []
+    mean, variance = fixed_statistics(norm)
+    fixed = mean is not None
     padded = reflect_pad(key, kernel_size // 2 * dilation)
     geometry = (kernel_size, stride, dilation, *query.shape[-2:])
     parameters = zip(
         *(rows(t) for t in (weight.flatten(1).T, norm.weight, norm.bias)),
-        *(
-            [None] * (kernel_size + 1) if batch_statistics else rows(t)
-            for t in (norm.running_mean, norm.running_var)
-        ),
+        *(rows(t) if fixed else [None] * (kernel_size + 1) for t in (mean, variance)),
         strict=True,
     )
-    out = 0
-    for row, arguments in enumerate(parameters, start=-1):
+    out, means, invstds = 0, [], []
+    for row, (columns, *arguments) in enumerate(parameters, start=-1):
+        arguments = (columns.T[:, :, None, None], None, *arguments, norm.eps)
         if row < 0:
-            part, mean, invstd = _norm_relu_mix(query, *arguments, norm.eps)
-        else:
+            part, mean, invstd = normalised_conv(query, *arguments)
+        elif torch.is_grad_enabled():
             part, mean, invstd = checkpoint(
-                _patch_row, padded, row, geometry, *arguments, norm.eps, use_reentrant=False
+                _patch_row, padded, row, geometry, *arguments, use_reentrant=False
             )
+        else:
+            part, mean, invstd = _patch_row(padded, row, geometry, *arguments)
         out = out + part
         means.append(mean)
         invstds.append(invstd)
-    if norm.training and norm.track_running_stats:
-        _update(norm, means, invstds, channels, kernel_size, query[:, 0].numel())
+    if not fixed:
+        join = partial(_join_rows, channels=channels, kernel_size=kernel_size)
+        update_statistics(norm, join(means), join(invstds), query[:, 0].numel())
     return out
 
 
-def _norm_relu_mix(
-    maps: Tensor,
-    columns: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, I, H, W) and (I, O) -> (B, O, H, W), and mean and inverse deviation of the maps."""
-    maps, mean, invstd = torch.native_batch_norm(
-        maps, scale, shift, mean, variance, mean is None, 0.0, eps
-    )
-    return F.conv2d(F.relu(maps), columns.T[:, :, None, None]), mean.detach(), invstd.detach()
+def _join_rows(parts: list[Tensor], channels: int, kernel_size: int) -> Tensor:
+    """The query's values and those of the patch's rows, in the order of the channels."""
+    patch = torch.stack([part.view(channels, kernel_size) for part in parts[1:]], 1)
+    return torch.cat([parts[0], patch.flatten()])
 
 
 def _patch_row(
@@ -123,29 +115,4 @@ def _patch_row(
         strip[..., left : left + (width - 1) * stride + 1 : stride]
         for left in range(0, kernel_size * dilation, dilation)
     ]
-    return _norm_relu_mix(torch.stack(patch, 2).flatten(1, 2), *arguments)
-
-
-@torch.no_grad()
-def _update(
-    norm: nn.BatchNorm2d,
-    means: list[Tensor],
-    invstds: list[Tensor],
-    channels: int,
-    kernel_size: int,
-    count: int,
-) -> None:
-    """Running statistics, as nn.BatchNorm2d keeps them: the variance is unbiased."""
-
-    def join(parts: list[Tensor]) -> Tensor:
-        patch = torch.stack([part.view(channels, kernel_size) for part in parts[1:]], 1)
-        return torch.cat([parts[0], patch.flatten()])
-
-    norm.num_batches_tracked.add_(1)
-    factor = norm.momentum
-    if factor is None:  # cumulative average
-        factor = 1 / norm.num_batches_tracked.item()
-    variance = join(invstds).pow(-2) - norm.eps
-    variance *= count / max(count - 1, 1)
-    norm.running_mean.lerp_(join(means).to(norm.running_mean.dtype), factor)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), factor)
+    return normalised_conv(torch.stack(patch, 2).flatten(1, 2), *arguments)

@@ -1,6 +1,7 @@
 """Reflection at the border, as often as a small map needs."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,7 +24,10 @@ def reflect(index: Tensor, size: int) -> Tensor:
 
 
 def reflect_pad(maps: Tensor, pixels: int) -> Tensor:
-    """(..., H, W) -> (..., H + 2 * pixels, W + 2 * pixels), for any H, W >= 1."""
+    """(B, C, H, W) -> (B, C, H + 2 * pixels, W + 2 * pixels), for any H, W >= 1."""
+    # Where one reflection is enough. Sizes may be symbols of torch.export, which have no answer.
+    if all(isinstance(size, int) and size > pixels for size in maps.shape[-2:]):
+        return F.pad(maps, (pixels,) * 4, mode='reflect')
     for dim in (-2, -1):
         size = maps.size(dim)
         index = torch.arange(-pixels, size + pixels, device=maps.device)

@@ -12,10 +12,10 @@ norm_cfg = dict(type='BN')
 # random weights stays there for thousands of iterations.
 init_cfg = dict(type='Normal', std=0.1, override=dict(name='conv_seg'))
 model = dict(
-    data_preprocessor=dict(size=_base_.crop_size),
+    data_preprocessor=dict(size=(96, 96)),
     backbone=dict(
         _base_.backbone,
-        pretrain_img_size=_base_.crop_size[0],
+        pretrain_img_size=(96, 96)[0],
         embed_dims=32,
         num_heads=[1, 2, 4, 8],
         mlp_ratios=[4, 4, 4, 4],

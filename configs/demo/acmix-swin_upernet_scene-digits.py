@@ -12,7 +12,7 @@ norm_cfg = dict(type='BN')
 # random weights stays there for thousands of iterations.
 init_cfg = dict(type='Normal', std=0.1, override=dict(name='conv_seg'))
 model = dict(
-    data_preprocessor=dict(size=_base_.crop_size),
+    data_preprocessor=dict(size=(96, 96)),
     backbone=dict(
         _base_.backbone,
         embed_dims=32,

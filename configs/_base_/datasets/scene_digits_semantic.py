@@ -1,6 +1,5 @@
 # Scene digits (tools/dataset_converters/scene_digits.py): label maps in ADE20K's layout, background
-# and ten classes, at their own scale; training takes crops. No flip: a mirrored digit is another
-# sign.
+# and ten classes, at their own size. No flip: a mirrored digit is another sign.
 _base_ = './ade20k.py'
 
 dataset_type = 'BaseSegDataset'
@@ -13,18 +12,12 @@ metainfo = dict(
     ],
 )  # fmt: skip
 
-crop_size = (48, 48)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='PackSegInputs'),
 ]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
-]
+test_pipeline = train_pipeline
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

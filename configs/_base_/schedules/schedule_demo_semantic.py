@@ -1,7 +1,6 @@
-# As schedule_demo_transformer.py, for three times as many epochs: of crops, which are a quarter of
-# an image.
+# As schedule_demo_transformer.py, for more epochs.
 _base_ = ['./schedule_demo_transformer.py']
-max_epochs = 15
+max_epochs = 9
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [
     _base_.param_scheduler[0],
