@@ -157,7 +157,9 @@ class UnfoldPatchACmix(PatchACmix):
     Same parameters and results as :class:`PatchACmix`.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None) -> Tensor:
+        if norm is not None:
+            x = F.relu(norm(x))
         kernel_size = self.attn_kernel_size
         query, key, value = self.conv1(x), self.conv2(x), self.conv3(x)
         patch = unfold(key[:, None], kernel_size).flatten(1, 3).unsqueeze(2)

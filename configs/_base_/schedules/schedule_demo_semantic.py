@@ -1,6 +1,6 @@
 # As schedule_demo_transformer.py, for more epochs.
 _base_ = ['./schedule_demo_transformer.py']
-max_epochs = 9
+max_epochs = 8
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [
     _base_.param_scheduler[0],
