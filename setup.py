@@ -37,7 +37,7 @@ def native_kernels() -> dict:
 
     extension = CppExtension(
         'acmix_mm.ops._native',
-        [f'{SOURCES}/local_attention.cpp', f'{SOURCES}/group_conv.cpp'],
+        [f'{SOURCES}/{name}.cpp' for name in ('group_conv', 'local_attention', 'patch_weights')],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES).glob('*.h')),
         # Without OpenMP, at::parallel_for runs serially.
         extra_compile_args=['-O3', '-fopenmp'],

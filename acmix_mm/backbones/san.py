@@ -61,6 +61,8 @@ class SAN(BaseModule):
             the stage at stride 2, 1 to 4 also as many of the last four stages. Default: -1.
         norm_eval (bool): Batch norms keep their statistics in training. Default: True.
         with_cp (bool): Compute blocks anew in the backward pass, to save memory. Default: False.
+        backend (str | None): Of :func:`acmix_mm.ops.patch_weights`, and in ACmixSAN of
+            :func:`acmix_mm.ops.group_conv`. Default: None.
         init_cfg (dict | list[dict] | None): Initialisation, as of all OpenMMLab modules.
             Default: None, for the layers' own.
 
@@ -85,6 +87,7 @@ class SAN(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = True,
         with_cp: bool = False,
+        backend: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ):
         if depth not in self.arch_settings:
@@ -97,6 +100,7 @@ class SAN(BaseModule):
             raise ValueError(f'frozen_stages must be -1 to 4, got {frozen_stages}')
         super().__init__(init_cfg)
         self.depth = depth
+        self.backend = backend
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
@@ -119,7 +123,7 @@ class SAN(BaseModule):
 
     def make_attention(self, channels: int, kernel_size: int) -> nn.Module:
         """The operator of a block of that many channels."""
-        return PatchAttention(channels, channels // 4, channels // 16, kernel_size)
+        return PatchAttention(channels, channels // 4, channels // 16, kernel_size, self.backend)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the stages in ``out_indices``."""
@@ -165,7 +169,6 @@ class ACmixSAN(SAN):
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
             Default: 'learned'.
         conv_kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
-        backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
         deploy (bool): Build the form that :meth:`switch_to_deploy` leaves, for checkpoints of that
             form. Default: False.
         **kwargs: Of :class:`SAN`.
@@ -177,17 +180,23 @@ class ACmixSAN(SAN):
         *,
         mix: str = 'learned',
         conv_kernel_size: int = 3,
-        backend: str | None = None,
         deploy: bool = False,
         **kwargs,
     ):
-        self._acmix = {'mix': mix, 'kernel_size': conv_kernel_size, 'backend': backend}
+        self._acmix = {'mix': mix, 'kernel_size': conv_kernel_size}
         super().__init__(depth, **kwargs)
         if deploy:
             self.switch_to_deploy()
 
     def make_attention(self, channels: int, kernel_size: int) -> nn.Module:
-        return PatchACmix(channels, channels // 4, channels // 16, kernel_size, **self._acmix)
+        return PatchACmix(
+            channels,
+            channels // 4,
+            channels // 16,
+            kernel_size,
+            backend=self.backend,
+            **self._acmix,
+        )
 
     def switch_to_deploy(self) -> None:
         """Fold what can be folded for inference, in place; a second call does nothing.

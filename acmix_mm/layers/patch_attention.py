@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import check_positive, local_aggregation, norm_relu_conv, patch_weights
+from ..ops import (
+    check_backend,
+    check_positive,
+    local_aggregation,
+    norm_relu_conv,
+    patch_weights,
+)
 from .mixed_operator import MixedOperator
 
 SHARE_CHANNELS = 8  # value channels that one weight serves
@@ -25,19 +31,29 @@ class PatchAttention(nn.Module):
             takes C / 4.
         qk_channels (int): Channels of query and key each. SAN takes C / 16.
         kernel_size (int): Side of the neighbourhood, odd. Default: 7.
+        backend (str | None): Of :func:`acmix_mm.ops.patch_weights`. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, qk_channels: int, kernel_size: int = 7):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        qk_channels: int,
+        kernel_size: int = 7,
+        backend: str | None = None,
+    ):
         super().__init__()
         check_positive('kernel_size', kernel_size, odd=True)
+        check_backend(backend)
         if out_channels < 1 or out_channels % SHARE_CHANNELS:
             raise ValueError(
                 f'out_channels must be a multiple of {SHARE_CHANNELS}, got {out_channels}'
             )
         self.kernel_size = kernel_size
+        self.backend = backend
         self.conv1 = nn.Conv2d(in_channels, qk_channels, 1)
         self.conv2 = nn.Conv2d(in_channels, qk_channels, 1)
         self.conv3 = nn.Conv2d(in_channels, out_channels, 1)
@@ -57,7 +73,7 @@ class PatchAttention(nn.Module):
         projections = (self.conv1, self.conv2, self.conv3)
         maps = project(x, projections, norm)
         query, key, value = maps.split([conv.out_channels for conv in projections], 1)
-        return attend(self.conv_w, query, key, value, self.kernel_size)
+        return attend(self.conv_w, query, key, value, self.kernel_size, self.backend)
 
 
 def project(
@@ -79,14 +95,19 @@ def project(
 
 
 def attend(
-    conv_w: nn.Sequential, query: Tensor, key: Tensor, value: Tensor, kernel_size: int
+    conv_w: nn.Sequential,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    backend: str | None = None,
 ) -> Tensor:
     """Weights from query and key by the network ``conv_w``, and the sum of values by them.
 
     Value may have more than one dimension of channels, (B, ..., H, W); they count as one.
     """
     patch_norm, _, mix, norm, _, expand = conv_w
-    weights = patch_weights(query, key, mix.weight, patch_norm, kernel_size)
+    weights = patch_weights(query, key, mix.weight, patch_norm, kernel_size, backend=backend)
 
     def aggregate(weights: Tensor, value: Tensor) -> Tensor:
         weights = weights.unflatten(1, (-1, kernel_size**2)).to(value.dtype)
@@ -110,7 +131,8 @@ class PatchACmix(MixedOperator):
         attn_kernel_size (int): Side of the attention's neighbourhood, odd. Default: 7.
         kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         mix (str): See :class:`MixedOperator`. Default: 'learned'.
-        backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
+        backend (str | None): Of :func:`acmix_mm.ops.group_conv` and
+            :func:`acmix_mm.ops.patch_weights`. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -152,7 +174,7 @@ class PatchACmix(MixedOperator):
         attention = None
         if self.with_attention:
             query, key, value = maps[:, :, 0], maps[:, :, 1], maps[:, :, 2:].transpose(1, 2)
-            attention = attend(self.conv_w, query, key, value, self.attn_kernel_size)
+            attention = attend(self.conv_w, query, key, value, self.attn_kernel_size, self.backend)
         return self.mix_paths(maps, attention)
 
     @staticmethod

@@ -3,12 +3,15 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .backends import native_backend
 from .checks import check_positive
 from .norm_relu_conv import fixed_statistics, normalised_conv, update_statistics
 from .reflection import reflect_pad
+from .selection import select_backend
 
 
 def patch_weights(
@@ -19,6 +22,7 @@ def patch_weights(
     kernel_size: int = 7,
     stride: int = 1,
     dilation: int = 1,
+    backend: str | None = None,
 ) -> Tensor:
     """Batch norm, ReLU and a 1x1 convolution of ``concat(query, patch of key)``, without the patch.
 
@@ -39,6 +43,8 @@ def patch_weights(
         kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
         stride (int): Keys between adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel for
+            inference, all else is PyTorch. Default: None.
 
     Returns:
         Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
@@ -73,6 +79,14 @@ def patch_weights(
     mean, variance = fixed_statistics(norm)
     fixed = mean is not None
     padded = reflect_pad(key, kernel_size // 2 * dilation)
+    if fixed and _has_kernel(query, key, weight, backend):
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        shift = norm.bias - mean * scale
+        weight = weight.flatten(1)
+        own = [t[:channels].view(-1, 1, 1) for t in (scale, shift)]
+        out = F.conv2d((query * own[0] + own[1]).relu_(), weight[:, :channels, None, None])
+        rest = (scale[channels:], shift[channels:], weight.T[channels:])
+        return out + native_backend.patch_weights(padded, *rest, kernel_size, stride, dilation)
     geometry = (kernel_size, stride, dilation, *query.shape[-2:])
     parameters = zip(
         *(rows(t) for t in (weight.flatten(1).T, norm.weight, norm.bias)),
@@ -97,6 +111,18 @@ def patch_weights(
         join = partial(_join_rows, channels=channels, kernel_size=kernel_size)
         update_statistics(norm, join(means), join(invstds), query[:, 0].numel())
     return out
+
+
+def _has_kernel(query: Tensor, key: Tensor, weight: Tensor, backend: str | None) -> bool:
+    """Does the native kernel serve? It has one dtype and no gradients."""
+    same = query.dtype == key.dtype == weight.dtype in (torch.float32, torch.float64)
+    autocast = torch.is_autocast_enabled(key.device.type)
+    return (
+        select_backend(backend, key) == 'native'
+        and same
+        and not autocast
+        and not torch.is_grad_enabled()
+    )
 
 
 def _join_rows(parts: list[Tensor], channels: int, kernel_size: int) -> Tensor:

@@ -3,9 +3,12 @@ import copy
 import oracles
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from acmix_mm.ops import patch_weights
+from acmix_mm.ops import available_backends, patch_weights
+from acmix_mm.ops.backends import native_backend
 
 
 def modules(channels, kernel_size, outputs=4, **norm):
@@ -55,6 +58,55 @@ def test_equals_its_definition(size, kernel_size, stride, dilation, norm, traini
     assert norm.state_dict().keys() == other.state_dict().keys()
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name])
+
+
+@pytest.mark.skipif('native' not in available_backends(), reason='no compiled kernels')
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    channels=st.integers(1, 5),
+    outputs=st.integers(1, 35),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 40)),
+    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_native_patch_weights(batch, channels, outputs, size, kernel_size, stride, dilation, dtype):
+    """The kernel for inference, against the definition in float64."""
+    norm, conv = modules(channels, kernel_size, outputs)
+    norm.eval()
+    key = torch.randn(batch, channels, *size, dtype=torch.float64)
+    query = torch.randn_like(key)[..., ::stride, ::stride]
+    geometry = (kernel_size, stride, dilation)
+    with torch.no_grad():
+        expected = unfolded(query, key, conv, norm, *geometry)
+        norm.to(dtype)
+        out = patch_weights(
+            query.to(dtype), key.to(dtype), conv.weight.to(dtype), norm, *geometry, 'native'
+        )
+    assert out.dtype == dtype
+    tolerance = {'rtol': 1e-4, 'atol': 1e-3} if dtype == torch.float32 else {}
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+
+
+@pytest.mark.skipif('native' not in available_backends(), reason='no compiled kernels')
+def test_native_is_taken_for_inference(monkeypatch):
+    norm, conv = modules(2, 3)
+    norm.eval()
+    key = torch.randn(1, 2, 5, 6, dtype=torch.float64)
+    calls = []
+    kernel = native_backend.patch_weights
+    monkeypatch.setattr(native_backend, 'patch_weights', lambda *a: calls.append(a) or kernel(*a))
+    patch_weights(key, key, conv.weight, norm, 3)
+    assert not calls
+    with torch.no_grad():
+        ours = patch_weights(key, key, conv.weight, norm, 3)
+        assert len(calls) == 1
+        plain = patch_weights(key, key, conv.weight, norm, 3, backend='torch')
+        patch_weights(key, key, conv.weight, norm.train(), 3)
+    assert len(calls) == 1
+    torch.testing.assert_close(ours, plain)
 
 
 def test_training_keeps_nothing_of_the_patchs_size():

@@ -1,6 +1,7 @@
 """Operators in C++ for the CPU: float64, float32, bfloat16 and float16.
 
-Neighbourhood attention, and a grouped convolution for few channels a group.
+Neighbourhood attention, a grouped convolution for few channels a group, and, for inference, the
+weights of patchwise attention.
 
 The library is compiled from ``csrc`` when the package is installed; without a compiler it is absent
 and the PyTorch backend serves. Kernels for AVX-512, AVX2 and baseline processors are chosen at run
@@ -87,6 +88,12 @@ if AVAILABLE:
     torch.library.register_autograd(
         'acmix_mm::group_conv_native', _autograd_group_conv, setup_context=_setup_group_conv
     )
+
+    @torch.library.register_fake('acmix_mm::patch_weights_native')
+    def _(padded, scale, shift, weight, kernel_size, stride, dilation):
+        reach = (kernel_size - 1) * dilation
+        size = ((length - reach - 1) // stride + 1 for length in padded.shape[2:])
+        return padded.new_empty((padded.size(0), weight.size(1), *size))
 
 
 def local_attention(
@@ -175,3 +182,32 @@ def group_conv_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`group_conv` with respect to input, contiguous, and weight."""
     return _group_conv_backward(grad, input, weight, stride, dilation, groups)
+
+
+def patch_weights(
+    padded: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """1x1 convolution of the ReLU of the scaled and shifted patch of a map; no gradients.
+
+    Args:
+        padded (Tensor): Map (B, R, H + 2 p, W + 2 p), p = dilation * (kernel_size // 2), float32 or
+            float64.
+        scale (Tensor): Shape (R * k * k,); input channels are ``channel * k * k + position``.
+        shift (Tensor): Shape (R * k * k,).
+        weight (Tensor): Shape (R * k * k, O).
+        kernel_size (int): Side k of the patch.
+        stride (int): Pixels between patches.
+        dilation (int): Pixels between the positions of a patch.
+
+    Returns:
+        Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
+    """
+    return torch.ops.acmix_mm.patch_weights_native(
+        padded, scale, shift, weight, kernel_size, stride, dilation
+    )
