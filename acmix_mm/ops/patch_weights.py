@@ -38,8 +38,8 @@ def patch_weights(
         key (Tensor): Shape (B, R, H, W), H, W >= 1; reflected at the border.
         weight (Tensor): Shape (O, R * (1 + k * k), 1, 1); input channels are the query's, then
             ``channel * k * k + position`` for the key's.
-        norm (nn.Module): ``nn.BatchNorm2d`` of R * (1 + k * k) channels; in training mode its
-            running statistics are brought up to date as its own forward would.
+        norm (nn.Module): ``nn.BatchNorm2d`` of R * (1 + k * k) channels, affine; in training mode
+            its running statistics are brought up to date as its own forward would.
         kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
         stride (int): Keys between adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
@@ -68,8 +68,8 @@ def patch_weights(
             f'weight must have {inputs} input channels for key of shape {tuple(key.shape)} and '
             f'kernel_size {kernel_size}, got {weight.size(1)}'
         )
-    if not isinstance(norm, nn.BatchNorm2d) or norm.num_features != inputs:
-        raise ValueError(f'norm must be nn.BatchNorm2d of {inputs} channels, got {norm}')
+    if not isinstance(norm, nn.BatchNorm2d) or norm.num_features != inputs or not norm.affine:
+        raise ValueError(f'norm must be nn.BatchNorm2d of {inputs} channels, affine, got {norm}')
 
     def rows(tensor: Tensor) -> list[Tensor]:
         """(R (1 + k k), ...) -> the query's part, then those of the patch's rows, (R k, ...)."""

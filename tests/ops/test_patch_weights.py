@@ -125,10 +125,18 @@ def test_training_keeps_nothing_of_the_patchs_size():
     [
         ((1, 3, 5, 5), 30, 30, r'query must have shape \(1, 3, 5, 6\)'),
         ((1, 3, 5, 6), 27, 30, 'weight must have 30 input channels'),
-        ((1, 3, 5, 6), 30, 27, 'norm must be nn.BatchNorm2d of 30 channels'),
+        ((1, 3, 5, 6), 30, 27, 'norm must be nn.BatchNorm2d of 30 channels, affine'),
     ],
 )
 def test_wrong_arguments(query, inputs, norm, message):
     weight, key = torch.zeros(4, inputs, 1, 1), torch.zeros(1, 3, 5, 6)
     with pytest.raises(ValueError, match=message):
         patch_weights(torch.zeros(query), key, weight, nn.BatchNorm2d(norm), 3)
+
+
+def test_norm_without_scale_is_refused():
+    with pytest.raises(ValueError, match='norm must be nn.BatchNorm2d of 30 channels, affine'):
+        norm = nn.BatchNorm2d(30, affine=False)
+        patch_weights(
+            torch.zeros(1, 3, 5, 6), torch.zeros(1, 3, 5, 6), torch.zeros(4, 30, 1, 1), norm, 3
+        )
