@@ -135,8 +135,6 @@ def test_wrong_arguments(query, inputs, norm, message):
 
 
 def test_norm_without_scale_is_refused():
-    with pytest.raises(ValueError, match='norm must be nn.BatchNorm2d of 30 channels, affine'):
-        norm = nn.BatchNorm2d(30, affine=False)
-        patch_weights(
-            torch.zeros(1, 3, 5, 6), torch.zeros(1, 3, 5, 6), torch.zeros(4, 30, 1, 1), norm, 3
-        )
+    norm, key = nn.BatchNorm2d(30, affine=False), torch.zeros(1, 3, 5, 6)
+    with pytest.raises(ValueError, match=r'norm must be nn.BatchNorm2d of 30 channels, affine'):
+        patch_weights(key, key, torch.zeros(4, 30, 1, 1), norm, 3)
