@@ -523,10 +523,6 @@ def build_model(config: dict, backend: str | None) -> nn.Module:
     return model
 
 
-def can_deploy() -> bool:
-    return hasattr(ACmix, 'switch_to_deploy')
-
-
 def deploy(model: nn.Module) -> None:
     """Bring all layers of ours into the form for inference, in place."""
     model.eval()
