@@ -133,6 +133,13 @@ def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torc
     return model
 
 
+def set_backend(model: torch.nn.Module, backend: str) -> None:
+    """Have all layers of a model that take a backend work by this one, see ``acmix_mm.ops``."""
+    for module in model.modules():
+        if hasattr(module, 'backend'):
+            module.backend = backend
+
+
 def relative_error(outputs: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
     """Largest deviation of any output, relative to the largest value that it should have."""
     pairs = zip(outputs, expected, strict=True)

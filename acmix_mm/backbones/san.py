@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 import torch.utils.checkpoint
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -10,6 +12,13 @@ from torch import Tensor, nn
 
 from ..layers import PatchACmix, PatchAttention
 from ..ops import norm_relu_conv
+
+
+def _halve(x: Tensor) -> Tensor:
+    """2x2 max pool, sizes rounded up."""
+    if torch.compiler.is_compiling():  # sizes may be symbols, which ceil_mode would compare
+        return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 2)
+    return F.max_pool2d(x, 2, ceil_mode=True)
 
 
 class SANBlock(nn.Module):
@@ -105,7 +114,6 @@ class SAN(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.relu = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)
         self.conv_in = nn.Conv2d(in_channels, base_channels, 1, bias=False)
         self.bn_in = nn.BatchNorm2d(base_channels)
         before = base_channels
@@ -131,7 +139,7 @@ class SAN(BaseModule):
         outputs = []
         for i in range(5):
             conv, norm, layer = (getattr(self, f'{name}{i}') for name in ('conv', 'bn', 'layer'))
-            x = self.relu(norm(layer(conv(self.pool(x)))))
+            x = self.relu(norm(layer(conv(_halve(x)))))
             if i - 1 in self.out_indices:
                 outputs.append(x)
         return tuple(outputs)

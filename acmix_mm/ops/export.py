@@ -45,10 +45,32 @@ def unrolled_local_attention(
     return torch.stack(outputs).sum(0).to(dtype)
 
 
+def unrolled_local_aggregation(
+    padded: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> Tensor:
+    """:func:`acmix_mm.ops.local_aggregation` of a padded map, one step a row of the window."""
+    dtype = weight.dtype
+    sum_dtype = torch.promote_types(dtype, torch.float32)
+    padded, weight = padded.to(sum_dtype), weight.to(sum_dtype)
+    groups, height, width = weight.size(1), *weight.shape[-2:]
+    offsets = torch.arange(kernel_size, device=weight.device)[:, None] * dilation
+    rows = torch.arange(height, device=weight.device) * stride + offsets
+    columns = (torch.arange(width, device=weight.device) * stride + offsets).flatten()
+    out = 0
+    for i, row_weight in enumerate(weight.unflatten(2, (kernel_size, -1)).unbind(2)):
+        row = padded.index_select(-2, rows[i]).index_select(-1, columns)
+        row = row.unflatten(-1, (kernel_size, -1)).unflatten(1, (-1, groups))
+        out = out + (row * row_weight.transpose(2, 3).unsqueeze(1)).sum(-2)
+    return out.flatten(1, 2).to(dtype)
+
+
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:
     """What ``ExportedProgram.run_decompositions`` needs beside PyTorch's own.
 
-    For programs exported with ``backend='torch'``, in evaluation mode: its one operator that other
-    runtimes do not know becomes plain PyTorch. See ``tools/model_converters/export_onnx.py``.
+    For programs exported with ``backend='torch'``, in evaluation mode: the operators that other
+    runtimes do not know become plain PyTorch. See ``tools/model_converters/export_onnx.py``.
     """
-    return {torch.ops.acmix_mm.local_attention_torch.default: unrolled_local_attention}
+    return {
+        torch.ops.acmix_mm.local_attention_torch.default: unrolled_local_attention,
+        torch.ops.acmix_mm.local_aggregation.default: unrolled_local_aggregation,
+    }

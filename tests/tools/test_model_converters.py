@@ -62,14 +62,21 @@ def test_deployed_checkpoint_and_config(trained, deployed):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
 
+def build(config, options, file):
+    """A model in evaluation mode, and its checkpoint in a file."""
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(options)
+    init_default_scope('mmdet')
+    model = MODELS.build(cfg.model).eval()
+    torch.save({'state_dict': model.state_dict()}, file)
+    return model
+
+
 def test_x_volution(tmp_path):
     """Its branches merge, and the config written builds the merged form."""
     config = 'configs/demo/retinanet_x-volution-r26_fpn_scene-digits.py'
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict({'model.backbone.base_channels': 8, 'model.neck.in_channels': CHANNELS})
-    init_default_scope('mmdet')
-    model = MODELS.build(cfg.model).eval()
-    torch.save({'state_dict': model.state_dict()}, tmp_path / 'trained.pth')
+    options = {'model.backbone.base_channels': 8, 'model.neck.in_channels': CHANNELS}
+    model = build(config, options, tmp_path / 'trained.pth')
     files = [str(tmp_path / 'trained.pth'), str(tmp_path / 'deployed.pth')]
     switch_to_deploy.main([config, *files, '--cfg-options', *NARROW])
     state = torch.load(files[1])['state_dict']
@@ -91,6 +98,34 @@ def test_onnx(trained, tmp_path, capsys):
     with torch.no_grad():
         expected = trained[0].backbone(x)
     outputs = session.run(['stage1', 'stage2', 'stage3', 'stage4'], {'image': x.numpy()})
+    for ours, theirs in zip(map(torch.from_numpy, outputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('acmix-san10', {'depth': 10}),
+        ('acmix-swin-t', {'depths': [1, 1, 1, 1]}),
+        ('dwnet-t', {'arch.depths': [1, 1, 1, 1], 'dynamic': 'inhomogeneous'}),
+    ],
+)
+def test_onnx_for_one_size(name, options, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
+    config = f'configs/demo/retinanet_{name}_fpn_scene-digits.py'
+    options = {f'model.backbone.{key}': value for key, value in options.items()}
+    files = [str(tmp_path / 'trained.pth'), str(tmp_path / 'backbone.onnx')]
+    model = build(config, options, files[0])
+    arguments = [config, *files, '--cfg-options', *(f'{k}={v}' for k, v in options.items())]
+    if name != 'acmix-san10':
+        with pytest.raises(SystemExit, match=r'pads its maps.*choose one with --size'):
+            export_onnx.main(arguments)
+    export_onnx.main([*arguments, '--size', '50', '70'])
+    session = onnxruntime.InferenceSession(files[1], providers=['CPUExecutionProvider'])
+    x = torch.randn(1, 3, 50, 70)
+    with torch.no_grad():
+        expected = model.backbone(x)
+    outputs = session.run(None, {'image': x.numpy()})
     for ours, theirs in zip(map(torch.from_numpy, outputs), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from acmix_mm.command_line import set_backend
 from acmix_mm.layers import ACmix, MixedOperator, PatchACmix, XVolution
 from acmix_mm.layers.acmix import position_encoding
 from acmix_mm.ops import local_attention
 from acmix_mm.ops.reflection import reflect_pad
 
 KERNEL_SIZE = 7  # of the neighbourhoods
+DEPLOYABLE = (MixedOperator, XVolution)  # layers with a form for inference
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Backbones by name, with the defaults of their classes; a new family comes in by a line.
@@ -335,19 +337,30 @@ def operator_cost(name: str, case: Case) -> dict[str, float]:
 
 
 def backbone_config(model: str) -> dict:
-    """The backbone's config by its name in :data:`BACKBONES` or from a detector's config file."""
+    """The backbone's config by its name in :data:`BACKBONES` or from a detector's config file.
+
+    It is without what would load weights.
+    """
     if model in BACKBONES:
         return dict(BACKBONES[model])
-    return Config.fromfile(model).model.backbone.to_dict()
+    return without_checkpoints(Config.fromfile(model).model.backbone.to_dict())
+
+
+def detector_config(file: str) -> ConfigDict:
+    """A config file's model, without what would load weights; initial values are enough here."""
+    return ConfigDict(without_checkpoints(Config.fromfile(file).model.to_dict()))
 
 
 def model_name(model: str) -> str:
     return model if model in BACKBONES else Path(model).stem
 
 
-def uses_operators(config: dict) -> bool:
-    """Whether a model has layers of ours that backends and deployment are about."""
-    return any(name in str(config).lower() for name in ('acmix', 'xvolution'))
+def takes_backend(model: nn.Module) -> bool:
+    return any(hasattr(module, 'backend') for module in model.modules())
+
+
+def deployable(model: nn.Module) -> bool:
+    return any(isinstance(module, DEPLOYABLE) for module in model.modules())
 
 
 def build_backbone(model: str, backend: str | None, form: str, case: Case) -> Step:
@@ -356,10 +369,7 @@ def build_backbone(model: str, backend: str | None, form: str, case: Case) -> St
     ``form`` is 'plain', 'deployed' or 'unfolded'.
     All of it trains: nothing is frozen, normalisation layers use the statistics of the batch.
     """
-    config = {
-        k: v for k, v in backbone_config(model).items() if k not in ('init_cfg', 'pretrained')
-    }
-    backbone = build_model(config, backend)
+    backbone = build_model(backbone_config(model), backend)
     for module in backbone.modules():
         if hasattr(module, 'norm_eval'):
             module.norm_eval = False
@@ -392,8 +402,7 @@ def build_detector(config: str, backend: str | None, case: Case) -> Step:
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
-    model = Config.fromfile(config).model.to_dict()
-    detector = build_model(ConfigDict(without_checkpoints(model)), backend)
+    detector = build_model(detector_config(config), backend)
     MMLogger.get_current_instance().setLevel('WARNING')  # init_weights logs every parameter
     detector.init_weights()  # else scores start at 0.5 and suppression takes most of the time
     detector.to(case.device).train(case.train)
@@ -474,9 +483,7 @@ def complexity(config: str, checkpoint: str, device: str) -> dict:
     cfg, model = trained_model(config, checkpoint)
     data = first_samples(cfg, False)
     model.to(device).eval()
-    for module in model.modules():
-        if hasattr(module, 'backend'):
-            module.backend = 'torch'  # the operators that the counter knows
+    set_backend(model, 'torch')  # the operators that the counter knows
     parts = {'backbone_parameters': model.backbone, 'parameters': model}
     return {
         **{name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
@@ -509,7 +516,7 @@ def count_flops(function: Callable[[], object]) -> int:
     return counter.get_total_flops() // 2  # it counts additions too
 
 
-def build_model(config: dict, backend: str | None) -> nn.Module:
+def build_model(config: dict, backend: str | None = None) -> nn.Module:
     """By mmdet's registry, which knows ours too; ``backend`` goes to all layers that have one."""
     from mmdet.registry import MODELS
 
@@ -517,9 +524,7 @@ def build_model(config: dict, backend: str | None) -> nn.Module:
     torch.manual_seed(0)
     model = MODELS.build(config)
     if backend is not None:
-        for module in model.modules():
-            if hasattr(module, 'backend'):
-                module.backend = backend
+        set_backend(model, backend)
     return model
 
 
@@ -527,12 +532,12 @@ def deploy(model: nn.Module) -> None:
     """Bring all layers of ours into the form for inference, in place."""
     model.eval()
     for module in list(model.modules()):
-        if isinstance(module, (MixedOperator, XVolution)):
+        if isinstance(module, DEPLOYABLE):
             module.switch_to_deploy()
 
 
 def without_checkpoints(config):
-    """The config without what would load weights; initial values are enough here."""
+    """The config without what would load weights."""
     if isinstance(config, dict):
         return {
             k: without_checkpoints(v)

@@ -59,10 +59,13 @@ from _candidates import (
     build_attention,
     build_backbone,
     build_detector,
+    build_model,
     build_operator,
+    deployable,
+    detector_config,
     model_name,
     operator_cost,
-    uses_operators,
+    takes_backend,
 )
 from _report import plot, report, report_scaling, shape_name
 from mmengine.config import Config
@@ -175,14 +178,16 @@ def backbone_candidates(
     model: str, case: Case, args: argparse.Namespace, notes: dict | None = None
 ) -> Iterator[Candidate]:
     name, notes, config = model_name(model), notes or {}, backbone_config(model)
-    forms = [(name, None, 'plain')]
-    if uses_operators(config):
-        forms = [(n, backend, 'plain') for n, backend in backend_forms(name, args)]
-        if not case.train:
-            names = backend_forms(f'{name} deployed', args)
-            forms += [(n, backend, 'deployed') for n, backend in names]
-        if args.unfold and config['type'] in UNFOLD_BACKBONES:
-            forms.append((f'{name} unfolded', None, 'unfolded'))
+    backbone = build_model(config)
+
+    def backends(name: str) -> list[tuple[str, str | None]]:
+        return backend_forms(name, args) if takes_backend(backbone) else [(name, None)]
+
+    forms = [(n, backend, 'plain') for n, backend in backends(name)]
+    if not case.train and deployable(backbone):
+        forms += [(n, backend, 'deployed') for n, backend in backends(f'{name} deployed')]
+    if args.unfold and config['type'] in UNFOLD_BACKBONES:
+        forms.append((f'{name} unfolded', None, 'unfolded'))
     for label, backend, form in forms:
         yield Candidate(label, build_backbone, (model, backend, form), case, notes)
 
@@ -193,7 +198,7 @@ def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
         for config in args.configs:
             name = Path(config).stem
             forms = [(name, None)]
-            if uses_operators(Config.fromfile(config).model):
+            if takes_backend(build_model(detector_config(config))):
                 forms = backend_forms(name, args)
             candidates += [
                 Candidate(form, build_detector, (config, backend), case) for form, backend in forms

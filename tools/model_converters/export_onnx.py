@@ -2,14 +2,17 @@
 
 The graph takes a normalised image `image`, 1x3xHxW with H and W of 65 or more, and gives the
 backbone's maps `stage1`, `stage2`, ... . It is checked against PyTorch in ONNX Runtime at two
-sizes before the program ends. Needs the packages of the extra `onnx`.
+sizes before the program ends. With --size, and for Swin's pyramids (Swin-ACmix, DWNet) only so, it
+takes images of one size. Needs the packages of the extra `onnx`.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from mmdet.models.backbones import SwinTransformer
 
 from acmix_mm.command_line import (
     add_config_arguments,
@@ -17,6 +20,7 @@ from acmix_mm.command_line import (
     load_checkpoint,
     load_config,
     relative_error,
+    set_backend,
 )
 from acmix_mm.ops.export import decompositions
 
@@ -33,25 +37,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint that fits the config, deployed or not')
     parser.add_argument('out', type=Path, metavar='OUT.onnx', help='file to write; must not exist')
-    return parser.parse_args(argv)
+    parser.add_argument(
+        '--size', nargs=2, type=int, metavar=('H', 'W'),
+        help='export for images of this size alone, in pixels; quicker (default: for any size)',
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.size and min(args.size) < 1:
+        parser.error(f'argument --size: must be 1 or more, got {args.size[0]} {args.size[1]}')
+    return args
 
 
-def export(backbone: torch.nn.Module, out: Path) -> list[str]:
-    """Write the backbone as an ONNX file with dynamic height and width; returns output names."""
-    image = torch.randn(1, 3, *TRACE_SIZE)
-    size = {dim: torch.export.Dim(name, min=MIN_SIZE) for dim, name in ((2, 'H'), (3, 'W'))}
-    program = torch.export.export(backbone, (image,), dynamic_shapes=(size,))
+def export(backbone: torch.nn.Module, size: list[int] | None, out: Path) -> list[str]:
+    """Write the backbone as an ONNX file, for one size or for all; returns output names."""
+    image = torch.randn(1, 3, *(size or TRACE_SIZE))
+    any_size = {dim: torch.export.Dim(name, min=MIN_SIZE) for dim, name in ((2, 'H'), (3, 'W'))}
+    dynamic = None if size else (any_size,)
+    program = torch.export.export(backbone, (image,), dynamic_shapes=dynamic)
     table = {**torch.export.default_decompositions(), **decompositions()}
     program = program.run_decompositions(table)
     names = [f'stage{i + 1}' for i in backbone.out_indices]
-    torch.onnx.export(
-        program, (), str(out), input_names=['image'], output_names=names, external_data=False,
-        verbose=False,
-    )  # fmt: skip
+    # Unoptimised: that would take most of the time, and runtimes do it when they load the file.
+    onnx_program = torch.onnx.export(
+        program, input_names=['image'], output_names=names, optimize=False, verbose=False
+    )
+    for node in onnx_program.model.graph:
+        node.metadata_props.clear()  # where in the source it comes from, larger than the weights
+    onnx_program.save(out, external_data=False)
     return names
 
 
-def check(backbone: torch.nn.Module, file: Path, size: tuple[int, int]) -> float:
+def check(backbone: torch.nn.Module, file: Path, size: Sequence[int]) -> float:
     """Largest deviation of ONNX Runtime's outputs, relative to each output's largest value."""
     import onnxruntime
 
@@ -71,14 +86,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.out.exists():
         sys.exit(f'error: {args.out} exists already')
     cfg = load_config(args.config, args.cfg_options)
-    cfg.model.backbone.backend = 'torch'  # the one whose operators have decompositions
     torch.manual_seed(0)
     backbone = build_model(cfg, load_checkpoint(args.checkpoint), args).backbone
+    if isinstance(backbone, SwinTransformer) and not args.size:
+        sys.exit(
+            f'error: {type(backbone).__name__} pads its maps, which the exporter cannot follow for '
+            'all sizes at once; choose one with --size'
+        )
     if hasattr(backbone, 'switch_to_deploy'):
         backbone.switch_to_deploy()
+    set_backend(backbone, 'torch')  # the one whose operators have decompositions
     print('exporting, some minutes for a deep backbone', flush=True)
-    names = export(backbone, args.out)
-    for size in CHECK_SIZES:
+    names = export(backbone, args.size, args.out)
+    for size in [args.size] if args.size else CHECK_SIZES:
         error = check(backbone, args.out, size)
         print(f'largest deviation of ONNX Runtime at {size[0]}x{size[1]}, relative: {error:.1e}')
         if not error <= TOLERANCE:
