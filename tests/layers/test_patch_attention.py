@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -64,3 +66,21 @@ def test_wrong_arguments_of_the_mix():
         PatchACmix(64, 16, 8)
     with pytest.raises(ValueError, match=r"mix must be one of .* got 'both'"):
         PatchACmix(64, 32, 8, mix='both')
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_compiles_as_one_graph(training):
+    module = PatchACmix(32, 32, 8).double().train(training)
+    reference = copy.deepcopy(module)
+    compiled = torch.compile(module, fullgraph=True, backend='aot_eager')
+    x = torch.randn(2, 32, 9, 12, dtype=torch.float64)
+    with torch.set_grad_enabled(training):
+        out, expected = compiled(x), reference(x)
+    torch.testing.assert_close(out, expected)
+    if training:
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        for ours, theirs in zip(module.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+        for ours, theirs in zip(module.buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs)
