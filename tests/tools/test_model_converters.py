@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from acmix_mm.backbones import ACmixResNet
+from acmix_mm.backbones import SAN, ACmixResNet
 
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 CHANNELS = [32, 64, 128, 256]
@@ -103,26 +103,29 @@ def test_onnx(trained, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ('name', 'options'),
+    ('name', 'options', 'size'),
     [
-        ('acmix-san10', {'depth': 10}),
-        ('acmix-swin-t', {'depths': [1, 1, 1, 1]}),
-        ('dwnet-t', {'arch.depths': [1, 1, 1, 1], 'dynamic': 'inhomogeneous'}),
+        ('acmix-san10', {'depth': 10}, None),
+        ('acmix-swin-t', {'depths': [1, 1, 1, 1]}, (50, 70)),
+        ('dwnet-t', {'arch.depths': [1, 1, 1, 1], 'dynamic': 'inhomogeneous'}, (50, 70)),
     ],
 )
-def test_onnx_for_one_size(name, options, tmp_path):
+def test_onnx_of_other_families(name, options, size, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
+    monkeypatch.setattr(SAN, 'arch_settings', {10: (1, 1, 1, 1, 1)})  # small graphs export soon
+    monkeypatch.setattr(SAN, 'kernel_sizes', (3, 3, 3, 3, 3))
     config = f'configs/demo/retinanet_{name}_fpn_scene-digits.py'
     options = {f'model.backbone.{key}': value for key, value in options.items()}
     files = [str(tmp_path / 'trained.pth'), str(tmp_path / 'backbone.onnx')]
     model = build(config, options, files[0])
     arguments = [config, *files, '--cfg-options', *(f'{k}={v}' for k, v in options.items())]
-    if name != 'acmix-san10':
+    if size:
         with pytest.raises(SystemExit, match=r'pads its maps.*choose one with --size'):
             export_onnx.main(arguments)
-    export_onnx.main([*arguments, '--size', '50', '70'])
+        arguments += ['--size', *map(str, size)]
+    export_onnx.main(arguments)
     session = onnxruntime.InferenceSession(files[1], providers=['CPUExecutionProvider'])
-    x = torch.randn(1, 3, 50, 70)
+    x = torch.randn(1, 3, *(size or (71, 130)))
     with torch.no_grad():
         expected = model.backbone(x)
     outputs = session.run(None, {'image': x.numpy()})
