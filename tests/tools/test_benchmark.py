@@ -222,6 +222,20 @@ def test_unfold_forms(monkeypatch):
         assert len(calls) == number
 
 
+def test_forms_follow_what_a_model_has(tmp_path):
+    """Backends and deployment where there are such layers; what cannot be built fails by itself."""
+    broken = tmp_path / 'broken.py'
+    broken.write_text("model = dict(backbone=dict(type='ACmixResNet', depth=51))")
+    options = f'--shapes 1x3x64x64 --models r50 san10 acmix-san10 {broken} --modes forward'
+    arguments = ['backbone', *options.split(), '--backends', 'auto', 'torch']
+    candidates = next(benchmark.suite_backbone(benchmark.parse_args(arguments)))
+    deployed = ['acmix-san10 deployed', 'acmix-san10 deployed (torch)']
+    names = ['r50', 'san10', 'san10 (torch)', 'acmix-san10', 'acmix-san10 (torch)', *deployed]
+    assert [c.name for c in candidates] == [*names, 'broken']
+    with pytest.raises(ValueError, match='51'):
+        candidates[-1].build(*candidates[-1].arguments, candidates[-1].case)
+
+
 def row(candidate: str, times: list[float], peak: int | None, **more) -> dict:
     case = {'shape': [1, 2], 'mode': 'train', 'dtype': 'float32'}
     return {'candidate': candidate, **case, 'times': times, 'peak': peak, **more}

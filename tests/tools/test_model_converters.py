@@ -87,19 +87,24 @@ def test_x_volution(tmp_path):
     torch.testing.assert_close(deployed.eval().backbone(x), model.backbone(x), rtol=1e-3, atol=1e-3)
 
 
+@torch.no_grad()
+def check_onnx(backbone, file, size):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
+    x = torch.randn(1, 3, *size)
+    outputs = session.run(['stage1', 'stage2', 'stage3', 'stage4'], {'image': x.numpy()})
+    for ours, theirs in zip(map(torch.from_numpy, outputs), backbone(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+
+
 def test_onnx(trained, tmp_path, capsys):
-    onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
+    pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
     file = tmp_path / 'backbone.onnx'
     arguments = [CONFIG, str(trained[1]), str(file), '--cfg-options', *NARROW]
     export_onnx.main(arguments)
     assert capsys.readouterr().out.endswith(f'ONNX model: {file}\n')
-    session = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider'])
-    x = torch.randn(1, 3, 70, 131)  # of a size that the program did not look at
-    with torch.no_grad():
-        expected = trained[0].backbone(x)
-    outputs = session.run(['stage1', 'stage2', 'stage3', 'stage4'], {'image': x.numpy()})
-    for ours, theirs in zip(map(torch.from_numpy, outputs), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    check_onnx(trained[0].backbone, file, (70, 131))  # a size that the program did not look at
 
 
 @pytest.mark.parametrize(
@@ -111,7 +116,7 @@ def test_onnx(trained, tmp_path, capsys):
     ],
 )
 def test_onnx_of_other_families(name, options, size, tmp_path, monkeypatch):
-    onnxruntime = pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
+    pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
     monkeypatch.setattr(SAN, 'arch_settings', {10: (1, 1, 1, 1, 1)})  # small graphs export soon
     monkeypatch.setattr(SAN, 'kernel_sizes', (3, 3, 3, 3, 3))
     config = f'configs/demo/retinanet_{name}_fpn_scene-digits.py'
@@ -124,13 +129,7 @@ def test_onnx_of_other_families(name, options, size, tmp_path, monkeypatch):
             export_onnx.main(arguments)
         arguments += ['--size', *map(str, size)]
     export_onnx.main(arguments)
-    session = onnxruntime.InferenceSession(files[1], providers=['CPUExecutionProvider'])
-    x = torch.randn(1, 3, *(size or (71, 130)))
-    with torch.no_grad():
-        expected = model.backbone(x)
-    outputs = session.run(None, {'image': x.numpy()})
-    for ours, theirs in zip(map(torch.from_numpy, outputs), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    check_onnx(model.backbone, files[1], size or (71, 130))
 
 
 def test_wrong_arguments(trained, deployed, tmp_path):

@@ -4,6 +4,7 @@ A builder is called with the arguments of its candidate and a :class:`Case`, in 
 measures time and again, in a fresh one, to measure memory.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -355,12 +356,21 @@ def model_name(model: str) -> str:
     return model if model in BACKBONES else Path(model).stem
 
 
-def takes_backend(model: nn.Module) -> bool:
-    return any(hasattr(module, 'backend') for module in model.modules())
+@functools.cache
+def abilities(config_of: Callable[[str], dict], model: str) -> tuple[bool, bool]:
+    """Whether layers of a model take a backend, and whether some have a form for inference.
 
-
-def deployable(model: nn.Module) -> bool:
-    return any(isinstance(module, DEPLOYABLE) for module in model.modules())
+    ``config_of`` is :func:`backbone_config` or :func:`detector_config`.
+    """
+    try:
+        built = build_model(config_of(model))
+    except Exception:  # as a candidate it fails again, and is reported
+        return False, False
+    modules = list(built.modules())
+    return (
+        any(hasattr(module, 'backend') for module in modules),
+        any(isinstance(module, DEPLOYABLE) for module in modules),
+    )
 
 
 def build_backbone(model: str, backend: str | None, form: str, case: Case) -> Step:

@@ -42,7 +42,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,18 +54,16 @@ from _candidates import (
     UNFOLD_BACKBONES,
     Case,
     Step,
+    abilities,
     attention_cost,
     backbone_config,
     build_attention,
     build_backbone,
     build_detector,
-    build_model,
     build_operator,
-    deployable,
     detector_config,
     model_name,
     operator_cost,
-    takes_backend,
 )
 from _report import plot, report, report_scaling, shape_name
 from mmengine.config import Config
@@ -178,13 +176,13 @@ def backbone_candidates(
     model: str, case: Case, args: argparse.Namespace, notes: dict | None = None
 ) -> Iterator[Candidate]:
     name, notes, config = model_name(model), notes or {}, backbone_config(model)
-    backbone = build_model(config)
+    takes_backend, deployable = abilities(backbone_config, model)
 
-    def backends(name: str) -> list[tuple[str, str | None]]:
-        return backend_forms(name, args) if takes_backend(backbone) else [(name, None)]
+    def backends(name: str) -> Iterable[tuple[str, str | None]]:
+        return backend_forms(name, args) if takes_backend else [(name, None)]
 
     forms = [(n, backend, 'plain') for n, backend in backends(name)]
-    if not case.train and deployable(backbone):
+    if not case.train and deployable:
         forms += [(n, backend, 'deployed') for n, backend in backends(f'{name} deployed')]
     if args.unfold and config['type'] in UNFOLD_BACKBONES:
         forms.append((f'{name} unfolded', None, 'unfolded'))
@@ -198,7 +196,7 @@ def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
         for config in args.configs:
             name = Path(config).stem
             forms = [(name, None)]
-            if takes_backend(build_model(detector_config(config))):
+            if abilities(detector_config, config)[0]:
                 forms = backend_forms(name, args)
             candidates += [
                 Candidate(form, build_detector, (config, backend), case) for form, backend in forms
