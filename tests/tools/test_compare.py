@@ -192,7 +192,12 @@ def test_failures_stop_no_other_run(tmp_path, monkeypatch, capfd):
         runs[0]: 'exit code 1: it said nothing',
         runs[2]: 'exit code 1: MemoryError: too large',
     }
-    assert compare.train_all(runs[1:2], ['m', 'n'], 1, 1) == {runs[1]: 'no n among m'}
+    assert compare.train_all(runs[1:2], ['m', 'n'], 1, 1) == {
+        runs[1]: 'no n: the evaluation gave m'
+    }
+    (runs[1].folder / 'metrics.json').write_text('{}')
+    message = 'no m: the evaluation gave no results, as where nothing is predicted'
+    assert compare.train_all(runs[1:2], ['m'], 1, 1) == {runs[1]: message}
 
 
 def test_no_process_is_left_behind(tmp_path, monkeypatch):

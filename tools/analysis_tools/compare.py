@@ -310,7 +310,8 @@ def failure(run: Run, code: int) -> str:
 def missing(run: Run, metrics: list[str]) -> str | None:
     produced = run.metrics()
     names = [metric for metric in metrics if metric not in produced]
-    return f'no {", ".join(names)} among {", ".join(produced)}' if names else None
+    given = ', '.join(produced) or 'no results, as where nothing is predicted'
+    return f'no {", ".join(names)}: the evaluation gave {given}' if names else None
 
 
 def duration(seconds: float) -> str:
