@@ -1,15 +1,24 @@
-"""ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022) for OpenMMLab.
+"""ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022).
 
-Importing the package registers its backbones and layers in ``mmengine.registry.MODELS``; configs do
-so with ``custom_imports = dict(imports=['acmix_mm'])``.
+``acmix_mm.ops`` and ``acmix_mm.layers`` need torch alone. Where OpenMMLab is installed, importing
+the package registers its backbones and layers in ``mmengine.registry.MODELS``; configs do so with
+``custom_imports = dict(imports=['acmix_mm'])``.
 """
 
-from ._requirements import check_requirements, make_checkpoints_loadable
+import importlib
+
+from . import layers, ops
+from .models import deploy, set_backend
+from .openmmlab import connect
 from .version import __version__
 
-check_requirements()
-make_checkpoints_loadable()
+__all__ = ['__version__', 'backbones', 'deploy', 'layers', 'ops', 'set_backend']
 
-from . import backbones, layers, ops  # noqa: E402
+connect()
 
-__all__ = ['__version__', 'backbones', 'layers', 'ops']
+
+def __getattr__(name: str):
+    """``acmix_mm.backbones``, imported when it is asked for: it needs mmdet."""
+    if name == 'backbones':
+        return importlib.import_module('.backbones', __name__)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -15,6 +15,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from mmengine.utils import import_modules_from_strings
 
+from .openmmlab import make_checkpoints_loadable
+
 WORK_DIRS = 'work_dirs'
 
 
@@ -57,6 +59,7 @@ def load_config(file: str, options: dict | None = None) -> Config:
     """The config file with ``--cfg-options``; exits with a message if it does not exist."""
     if not Path(file).is_file():
         sys.exit(f'error: config {file} does not exist')
+    make_checkpoints_loadable()
     cfg = Config.fromfile(file)
     if options:
         cfg.merge_from_dict(options)
@@ -92,6 +95,7 @@ def keep_freed_memory() -> None:
 
 def load_checkpoint(path: str) -> dict:
     """Read a checkpoint into CPU memory; exits with a message if it cannot be read."""
+    make_checkpoints_loadable()
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
     except FileNotFoundError:
@@ -131,13 +135,6 @@ def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torc
     load_state_dict(model, checkpoint.get('state_dict', checkpoint))
     model.eval()
     return model
-
-
-def set_backend(model: torch.nn.Module, backend: str) -> None:
-    """Have all layers of a model that take a backend work by this one, see ``acmix_mm.ops``."""
-    for module in model.modules():
-        if hasattr(module, 'backend'):
-            module.backend = backend
 
 
 def relative_error(outputs: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:

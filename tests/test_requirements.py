@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from acmix_mm._requirements import REQUIREMENTS, check_requirements, make_checkpoints_loadable
+from acmix_mm.openmmlab import REQUIREMENTS, check_requirements, make_checkpoints_loadable
 
 
 def import_with(tmp_path, files: dict[str, str]) -> str:

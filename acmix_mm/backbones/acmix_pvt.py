@@ -4,14 +4,12 @@ import math
 
 import torch.nn.functional as F
 from mmdet.models.backbones.pvt import PVTEncoderLayer, PyramidVisionTransformer
-from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..layers import SpatialReductionACmix
 from .mixed_transformer import MixedTransformer
 
 
-@MODELS.register_module()
 class ACmixPyramidVisionTransformer(MixedTransformer, PyramidVisionTransformer):
     """PVT-ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022).
 

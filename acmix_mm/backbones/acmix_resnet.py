@@ -5,13 +5,11 @@ from functools import partial
 from typing import ClassVar
 
 from mmdet.models.backbones.resnet import Bottleneck
-from mmengine.registry import MODELS
 
 from ..layers import ACmix
 from .operator_resnet import OperatorResNet
 
 
-@MODELS.register_module()
 class ACmixResNet(OperatorResNet):
     """ResNet-ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022).
 

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from mmdet.models.backbones.swin import ShiftWindowMSA, SwinTransformer
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
 from torch import Tensor
 
 from ..layers import WindowACmix
@@ -65,7 +64,6 @@ def shift_mask(height: int, width: int, window_size: int, shift: int, like: Tens
     return torch.zeros(apart.shape, device=like.device, dtype=like.dtype).masked_fill(apart, -100.0)
 
 
-@MODELS.register_module()
 class ACmixSwinTransformer(MixedTransformer, SwinTransformer):
     """Swin-ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022).
 

@@ -8,10 +8,10 @@ from mmcv.cnn import build_norm_layer
 from mmdet.models.backbones.swin import SwinBlock, SwinTransformer
 from mmdet.models.layers import nchw_to_nlc, nlc_to_nchw
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers import DepthwiseBlock
+from .base import TrainReturnsModule
 
 
 class DWNetBlock(BaseModule):
@@ -20,15 +20,15 @@ class DWNetBlock(BaseModule):
     Args:
         block (SwinBlock): mmdet's block, whose perceptron and drop path this one takes over.
         operator (DepthwiseBlock): In place of norm and window attention.
-        norm_cfg (dict): Of the norm before the perceptron.
+        norm (nn.Module): Before the perceptron.
     """
 
-    def __init__(self, block: SwinBlock, operator: DepthwiseBlock, norm_cfg: dict):
+    def __init__(self, block: SwinBlock, operator: DepthwiseBlock, norm: nn.Module):
         super().__init__()
         self.with_cp = block.with_cp
         self.attn2conv = operator
         self.drop_path = block.attn.drop
-        self.bn = build_norm_layer(norm_cfg, block.ffn.embed_dims)[1]
+        self.bn = norm
         self.ffn = block.ffn
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
@@ -45,8 +45,7 @@ class DWNetBlock(BaseModule):
         return self.ffn(nchw_to_nlc(self.bn(maps)), identity=nchw_to_nlc(maps))
 
 
-@MODELS.register_module()
-class DWNet(SwinTransformer):
+class DWNet(TrainReturnsModule, SwinTransformer):
     """Swin's pyramid with (dynamic) depth-wise convolution in place of window attention.
 
     "On the Connection between Local Attention and Dynamic Depth-wise Convolution", ICLR 2022,
@@ -126,12 +125,16 @@ class DWNet(SwinTransformer):
             init_cfg=init_cfg,
         )
         norm_cfg = norm_cfg or {'type': 'BN'}
+
+        def norm_layer(channels: int) -> nn.Module:
+            return build_norm_layer(norm_cfg, channels)[1]
+
         for channels, stage in zip(self.num_features, self.stages, strict=True):
             for i, block in enumerate(stage.blocks):
-                operator = DepthwiseBlock(channels, kernel_size, dynamic, norm_cfg)
-                stage.blocks[i] = DWNetBlock(block, operator, norm_cfg)
+                operator = DepthwiseBlock(channels, kernel_size, dynamic, norm_layer)
+                stage.blocks[i] = DWNetBlock(block, operator, norm_layer(channels))
         for i in self.out_indices:
-            setattr(self, f'norm{i}', build_norm_layer(norm_cfg, self.num_features[i])[1])
+            setattr(self, f'norm{i}', norm_layer(self.num_features[i]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the stages in ``out_indices``."""

@@ -4,9 +4,11 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 from ..layers import MixedOperator
+from ..models import deploy
+from .base import TrainReturnsModule
 
 
-class MixedTransformer:
+class MixedTransformer(TrainReturnsModule):
     """Start from a plain network's weights, and the form for inference; before mmdet's class.
 
     Args:
@@ -98,9 +100,6 @@ class MixedTransformer:
     def switch_to_deploy(self) -> None:
         """Fold what can be folded for inference, in place; a second call does nothing.
 
-        See :meth:`acmix_mm.layers.MixedOperator.switch_to_deploy`. Outputs stay the same within
-        rounding.
+        See :func:`acmix_mm.deploy`.
         """
-        for module in self.modules():
-            if isinstance(module, MixedOperator):
-                module.switch_to_deploy()
+        deploy(self)

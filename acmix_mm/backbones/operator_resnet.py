@@ -7,21 +7,16 @@ from mmcv.cnn.utils.fuse_conv_bn import fuse_conv_bn
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from ..models import deploy
+from .base import TrainReturnsModule
+
 
 class OperatorBlock:
-    """What the two blocks share: folding of the operators, each with the batch norm after it."""
+    """What the two blocks share: which norm follows which operator, see acmix_mm.deploy."""
 
-    def switch_to_deploy(self) -> None:
-        """Fold the operators for inference, in place; a second call does nothing."""
-        for i in (1, 2):
-            operator, norm = getattr(self, f'conv{i}'), getattr(self, f'norm{i}')
-            if not hasattr(operator, 'switch_to_deploy'):
-                continue
-            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
-                operator.switch_to_deploy(norm)
-                setattr(self, getattr(self, f'norm{i}_name'), nn.Identity())
-            else:
-                operator.switch_to_deploy()
+    @property
+    def operator_norms(self) -> dict[str, str]:
+        return {'conv1': self.norm1_name, 'conv2': self.norm2_name}
 
 
 class OperatorBasicBlock(OperatorBlock, BasicBlock):
@@ -58,7 +53,7 @@ class OperatorBottleneck(OperatorBlock, Bottleneck):
         )
 
 
-class OperatorResNet(ResNet):
+class OperatorResNet(TrainReturnsModule, ResNet):
     """mmdet's ResNet with another operator for the 3x3 convolutions of chosen stages.
 
     Subclasses set ``arch_settings``, name the argument by which users choose stages, and are
@@ -113,13 +108,12 @@ class OperatorResNet(ResNet):
     def switch_to_deploy(self) -> None:
         """Fold what can be folded for inference, in place; a second call does nothing.
 
-        Operators with the batch norms after them, see
-        :meth:`acmix_mm.layers.MixedOperator.switch_to_deploy`, and convolutions with theirs. The
-        outputs of the backbone in evaluation mode stay the same within rounding.
+        See :func:`acmix_mm.deploy`; also convolutions with the batch norms after them.
         """
-        for block in self.modules():
-            if isinstance(block, OperatorBlock):
-                block.switch_to_deploy()
+        deploy(self)
+
+    def fuse_convolutions(self) -> None:
+        """Fold batch norms into the convolutions before them."""
         # Other types, such as ConvWS, change their weights in forward: no norm fits into those.
         if (self.conv_cfg or {'type': 'Conv2d'})['type'] in ('Conv', 'Conv2d'):
             fuse_conv_bn(self)

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from mmengine.model import BaseModule
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..layers import PatchACmix, PatchAttention
+from ..models import deploy
 from ..ops import norm_relu_conv
 
 
@@ -38,6 +38,8 @@ class SANBlock(nn.Module):
         self.conv = nn.Conv2d(channels // 4, channels, 1)
         self.with_cp = with_cp
 
+    operator_norms: ClassVar = {'sam': 'bn2'}  # for acmix_mm.deploy
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.with_cp and x.requires_grad:
@@ -49,7 +51,6 @@ class SANBlock(nn.Module):
         return x + norm_relu_conv(out, self.bn2, self.conv.weight, self.conv.bias)
 
 
-@MODELS.register_module()
 class SAN(BaseModule):
     """Self-attention network with patchwise attention, of 10, 15 or 19 blocks.
 
@@ -165,7 +166,6 @@ class SAN(BaseModule):
             module.requires_grad_(False)
 
 
-@MODELS.register_module()
 class ACmixSAN(SAN):
     """SAN-ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022).
 
@@ -209,10 +209,6 @@ class ACmixSAN(SAN):
     def switch_to_deploy(self) -> None:
         """Fold what can be folded for inference, in place; a second call does nothing.
 
-        See :meth:`acmix_mm.layers.MixedOperator.switch_to_deploy`. Outputs stay the same within
-        rounding.
+        See :func:`acmix_mm.deploy`.
         """
-        for block in self.modules():
-            if isinstance(block, SANBlock) and not block.sam.deployed:
-                block.sam.switch_to_deploy(block.bn2)
-                block.bn2 = nn.Identity()
+        deploy(self)

@@ -5,14 +5,12 @@ from functools import partial
 from typing import ClassVar
 
 from mmdet.models.backbones.resnet import Bottleneck, ResNet
-from mmengine.registry import MODELS
 
 from ..layers import XVolution
 from ..layers.x_volution import NEIGHBOURS
 from .operator_resnet import OperatorResNet
 
 
-@MODELS.register_module()
 class XVolutionResNet(OperatorResNet):
     """ResNet with X-volution (arXiv 2106.02253, section 4) for 3x3 convolutions.
 

@@ -2,15 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import check_positive, fused_acmix, local_attention, select_backend
+from ..ops import fused_acmix
+from ..ops.checks import check_positive
+from ..ops.fused_acmix import attention_path
 from .conv_arguments import check_divisible, set_conv_attributes
 from .mixed_operator import MixedOperator
 
 
-@MODELS.register_module()
 class ACmix(MixedOperator):
     r"""Mix of neighbourhood attention and convolution over shared projections.
 
@@ -29,7 +29,7 @@ class ACmix(MixedOperator):
     the softmax, and so does the bias of ``conv_p``: the position encoding is
     :math:`k_j - W_p (x_j, y_j)` before plain attention. ``conv_p.bias`` therefore has no effect and
     does not exist here; loading drops it. ``fc`` and the shift convolution are folded, see
-    :func:`acmix_mm.ops.shift_conv`.
+    :class:`~acmix_mm.layers.mixing_weights.MixingWeights`.
 
     Where it deviates from the release: any H, W >= 1 works at any stride, output sizes are
     ceil(H / stride) and ceil(W / stride), and dilation applies to both paths.
@@ -54,6 +54,8 @@ class ACmix(MixedOperator):
     Raises:
         ValueError: If an argument is not as described; the message names it.
     """
+
+    deployed_names = ('weight', 'weight_bias', 'slopes', *MixedOperator.deployed_names)
 
     def __init__(
         self,
@@ -106,32 +108,19 @@ class ACmix(MixedOperator):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
-        stride, dilation = self.stride[0], self.dilation[0]
+        geometry = (self.attn_kernel_size, self.stride[0], self.dilation[0])
         weight, bias, slopes = self.projection_weights().values()
-        if self._fuses(x):
-            *_, kernel, scale = self.mixing_weights()
+        mixing = self.mixing_weights()
+        if self.with_attention and self.with_convolution and mixing.fc is None:
             return fused_acmix(
-                x, weight, bias, slopes, kernel, self.bias, scale,
-                self.num_heads, self.attn_kernel_size, stride, dilation,
+                x, weight, bias, slopes, mixing.kernel, mixing.bias, mixing.scale,
+                self.num_heads, *geometry, backend=self.backend,
             )  # fmt: skip
         maps = F.conv2d(x, weight, bias).unflatten(1, (self.head_dim, 3, self.num_heads))
         attention = None
         if self.with_attention:
-            query, key, value = maps.permute(2, 0, 3, 1, 4, 5)
-            attention = local_attention(
-                query[..., ::stride, ::stride],
-                key - position_encoding(slopes, key),
-                value,
-                self.attn_kernel_size,
-                stride,
-                dilation,
-                backend=self.backend,
-            ).flatten(1, 2)
-        return self.mix_paths(maps.flatten(2, 3), attention)
-
-    def _fuses(self, x: Tensor) -> bool:
-        both_paths = self.with_attention and self.with_convolution
-        return both_paths and self._folds and select_backend(self.backend, x) == 'native'
+            attention = attention_path(maps, slopes, *geometry, self.backend)
+        return mixing.mix(maps.flatten(2, 3), attention, self.backend)
 
     def projection_weights(self) -> dict[str, Tensor | None]:
         """Weights of Stage I: one 1x1 convolution to query, key and value, and the position slopes.
@@ -165,25 +154,8 @@ class ACmix(MixedOperator):
             f'{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, '
             f'stride={self.stride}, dilation={self.dilation}, groups={self.groups}, '
             f'num_heads={self.num_heads}, attn_kernel_size={self.attn_kernel_size}, '
-            f'mix={self.mix!r}'
+            f'{super().extra_repr()}'
         )
-
-
-def position_encoding(slopes: Tensor, key: Tensor) -> Tensor:
-    """(d, H, W): ``conv_p`` of the coordinates (x, y), linspace(-1, 1) over width and height.
-
-    In the dtype and on the device of ``key`` (B, N, d, H, W).
-    """
-    height, width = key.shape[-2:]
-    slope_x, slope_y = slopes[:, :, None, None].unbind(1)
-    x, y = (_coordinates(size, slopes) for size in (width, height))
-    return (slope_x * x + slope_y * y[:, None]).to(key.dtype)
-
-
-def _coordinates(size: int, like: Tensor) -> Tensor:
-    """linspace(-1, 1) over ``size`` pixels, which may be a symbol of torch.export."""
-    pixels = torch.arange(size, device=like.device, dtype=like.dtype)
-    return pixels * 2 / pixels[-1].clamp(min=1) - 1
 
 
 def _drop_position_bias(module, state_dict, prefix, *args) -> None:

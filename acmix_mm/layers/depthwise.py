@@ -1,10 +1,12 @@
 """Depth-wise convolution between 1x1 convolutions, static or dynamic: the operator of DWNet."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
-from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
-from ..ops import check_positive, local_aggregation
+from ..ops import local_aggregation
+from ..ops.checks import check_positive
 
 REDUCTION = 4  # channels over hidden channels of the networks that predict kernels
 SHARE_CHANNELS = 32  # channels that one inhomogeneous kernel serves
@@ -24,16 +26,22 @@ class HomogeneousDepthwiseConv(nn.Module):
     Args:
         channels (int): Input and output channels C, at least 4.
         kernel_size (int): Side of the kernel, odd. Default: 7.
-        norm_cfg (dict | None): Of the norm. Default: None, for dict(type='BN').
+        norm_layer (Callable[[int], nn.Module]): Makes the norm of so many channels. Default:
+            ``nn.BatchNorm2d``.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 7, norm_cfg: dict | None = None):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ):
         super().__init__()
         self.kernel_size = kernel_size
         hidden = channels // REDUCTION
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.conv1 = nn.Conv2d(channels, hidden, 1, bias=False)
-        self.bn = build_norm_layer(norm_cfg or {'type': 'BN'}, hidden)[1]
+        self.bn = norm_layer(hidden)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(hidden, channels * kernel_size**2, 1)
         self.bias = nn.Parameter(self.conv2.bias.new_zeros(channels))
@@ -41,6 +49,8 @@ class HomogeneousDepthwiseConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         kernel = self.conv2(self.relu(self.bn(self.conv1(self.pool(x)))))
+        if not len(x):  # a convolution cannot have no groups
+            return x + kernel.sum() + self.bias.view(-1, 1, 1)
         # A kernel for each image and channel: all images side by side as groups of one convolution.
         kernel = kernel.reshape(-1, 1, self.kernel_size, self.kernel_size)
         out = F.conv2d(
@@ -51,6 +61,9 @@ class HomogeneousDepthwiseConv(nn.Module):
             groups=kernel.size(0),
         )
         return out.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f'{len(self.bias)}, kernel_size={self.kernel_size}'
 
 
 class InhomogeneousDepthwiseConv(nn.Module):
@@ -66,13 +79,19 @@ class InhomogeneousDepthwiseConv(nn.Module):
     Args:
         channels (int): Input and output channels C, a multiple of 32.
         kernel_size (int): Side of the kernel, odd. Default: 7.
-        norm_cfg (dict | None): Of the norm. Default: None, for dict(type='BN').
+        norm_layer (Callable[[int], nn.Module]): Makes the norm of so many channels. Default:
+            ``nn.BatchNorm2d``.
 
     Raises:
         ValueError: If channels is not a multiple of 32.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 7, norm_cfg: dict | None = None):
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ):
         super().__init__()
         if channels % SHARE_CHANNELS:
             raise ValueError(f'channels must be a multiple of {SHARE_CHANNELS}, got {channels}')
@@ -80,7 +99,7 @@ class InhomogeneousDepthwiseConv(nn.Module):
         hidden = channels // REDUCTION
         self.conv1 = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
-            build_norm_layer(norm_cfg or {'type': 'BN'}, hidden)[1],
+            norm_layer(hidden),
             nn.ReLU(inplace=True),
         )
         groups = channels // SHARE_CHANNELS
@@ -90,10 +109,13 @@ class InhomogeneousDepthwiseConv(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         weight = self.conv2(self.conv1(x)).to(x.dtype)
         # Groups count as images: adjacent channels share, where local_aggregation interleaves.
-        weight = weight.reshape(-1, 1, self.kernel_size**2, *x.shape[-2:])
-        value = x.reshape(-1, SHARE_CHANNELS, *x.shape[-2:])
+        weight = weight.unflatten(1, (-1, 1, self.kernel_size**2)).flatten(0, 1)
+        value = x.unflatten(1, (-1, SHARE_CHANNELS)).flatten(0, 1)
         out = local_aggregation(value, weight, self.kernel_size, padding_mode='zeros')
         return out.view(x.shape)
+
+    def extra_repr(self) -> str:
+        return f'kernel_size={self.kernel_size}'
 
 
 DYNAMIC = {'homogeneous': HomogeneousDepthwiseConv, 'inhomogeneous': InhomogeneousDepthwiseConv}
@@ -111,7 +133,8 @@ class DepthwiseBlock(nn.Module):
         dynamic (str | None): None for a static kernel, 'homogeneous' for one predicted from the
             whole image, 'inhomogeneous' for one predicted at each position, where C must be a
             multiple of 32. Default: None.
-        norm_cfg (dict | None): Of the norms. Default: None, for dict(type='BN').
+        norm_layer (Callable[[int], nn.Module]): Makes the norms, of so many channels. Default:
+            ``nn.BatchNorm2d``.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -122,7 +145,7 @@ class DepthwiseBlock(nn.Module):
         channels: int,
         kernel_size: int = 7,
         dynamic: str | None = None,
-        norm_cfg: dict | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
         check_positive('kernel_size', kernel_size, odd=True)
@@ -131,18 +154,17 @@ class DepthwiseBlock(nn.Module):
         check_positive('channels', channels)
         if dynamic and channels < REDUCTION:
             raise ValueError(f'channels must be at least {REDUCTION}, got {channels}')
-        norm_cfg = norm_cfg or {'type': 'BN'}
         self.conv0 = nn.Conv2d(channels, channels, 1, bias=False)
-        self.bn0 = build_norm_layer(norm_cfg, channels)[1]
+        self.bn0 = norm_layer(channels)
         if dynamic:
-            self.conv = DYNAMIC[dynamic](channels, kernel_size, norm_cfg)
+            self.conv = DYNAMIC[dynamic](channels, kernel_size, norm_layer)
         else:
             self.conv = nn.Conv2d(
                 channels, channels, kernel_size, padding=kernel_size // 2, groups=channels
             )
-        self.bn = build_norm_layer(norm_cfg, channels)[1]
+        self.bn = norm_layer(channels)
         self.conv2 = nn.Conv2d(channels, channels, 1, bias=False)
-        self.bn2 = build_norm_layer(norm_cfg, channels)[1]
+        self.bn2 = norm_layer(channels)
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,47 +1,26 @@
 """What all operators that mix attention and convolution share."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..ops import (
-    bias_map,
-    check_backend,
-    check_positive,
-    fold_shift_conv,
-    folding_pays,
-    group_conv,
-    shift_conv,
-    shift_kernel,
-)
+from ..ops.checks import check_positive
+from ..ops.dispatch import check_backend
+from .deployable import Deployable
+from .mixing_weights import TENSORS, MixingWeights, folding_pays, shift_kernel
 
 MIX_MODES = ('learned', 'complementary', 'sum', 'attention', 'conv')
 
 
-def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and shift, (C,) each, that a batch norm multiplies and adds in evaluation mode.
-
-    Raises:
-        ValueError: If norm is no batch norm with running statistics.
-    """
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
-        raise ValueError(
-            f'norm must be a batch norm with running statistics, got {type(norm).__name__}'
-        )
-    factor = (norm.running_var + norm.eps).rsqrt()
-    factor = factor if norm.weight is None else factor * norm.weight
-    shift = -norm.running_mean * factor
-    return factor, shift if norm.bias is None else shift + norm.bias
-
-
-class MixedOperator(BaseModule):
+class MixedOperator(Deployable):
     """Convolution path and combination of the two paths (ACmix, CVPR 2022, section 4).
 
     The output is ``rate1 * attention + rate2 * convolution``. Subclasses project the input to
-    query, key and value, compute the attention path, and call :meth:`mix_paths`. For inference,
-    :meth:`switch_to_deploy` folds what can be folded; subclasses give it the weights of their
-    projection by :meth:`projection_weights`.
+    query, key and value, compute the attention path, and combine the two by
+    :meth:`mixing_weights`. For inference, :meth:`switch_to_deploy` folds what can be folded;
+    subclasses give it the weights of their projection by :meth:`projection_weights`.
 
     Parameters are held outside ``nn.Conv2d`` modules on purpose: the generic initialisation of the
     model around the operator, which matches layers by class name, would overwrite the shift
@@ -64,6 +43,8 @@ class MixedOperator(BaseModule):
             Default: None.
     """
 
+    deployed_names = ('fc_bias', 'kernel', 'scale')
+
     def __init__(
         self,
         out_channels: int,
@@ -85,8 +66,7 @@ class MixedOperator(BaseModule):
         self.mix = mix
         self.backend = backend
         self.head_dim = head_dim
-        self.deployed = False
-        self._geometry = (stride, dilation)
+        self._geometry = {'groups': head_dim, 'stride': stride, 'dilation': dilation}
         self._folds = folding_pays(num_maps, out_channels, head_dim, kernel_size, stride)
         if self.with_convolution:
             positions = kernel_size**2
@@ -113,105 +93,32 @@ class MixedOperator(BaseModule):
     def with_convolution(self) -> bool:
         return self.mix != 'attention'
 
-    def mixing_weights(self) -> tuple[Tensor | None, ...]:
-        """Weights of Stage II, with what can be multiplied beforehand.
-
-        Returns:
-            tuple[Tensor | None, ...]: ``fc`` (k * k, M) and its bias (k * k,), or None and the
-            bias's kernel (C, 1, k, k) where it is folded into the next; kernel (C, M or k * k, k,
-            k) of the grouped convolution; scale (1,) or (C,) of the attention path. What belongs
-            to a path that is not there is None, and so is the bias that ``fc`` does not have.
-        """
+    def mixing_weights(self) -> MixingWeights:
+        """Weights of Stage II, with what can be multiplied beforehand."""
         if self.deployed:
-            return self.fc, self.fc_bias, self.kernel, self.scale
-        scale = fc = fc_bias = kernel = None
-        if self.with_attention:
-            scale = getattr(self, 'rate1', None)
-            if scale is None:
-                scale = next(self.parameters()).new_ones(1)
-        if self.with_convolution:
-            # A bias is one more column, for a map of ones.
-            fc, kernel = self.fc['weight'].flatten(1), self.dep_conv['weight']
-            if 'bias' in self.fc:
-                fc = torch.cat([fc, self.fc['bias'][:, None]], 1)
-            # The path is linear, so its rate goes into the smallest of its factors.
-            if self.mix == 'learned':
-                fc = fc * self.rate2
-            elif self.mix == 'complementary':
-                fc = fc * (1 - self.rate1)
-            if 'bias' in self.fc:
-                fc, fc_bias = fc[:, :-1], fc[:, -1]
-            if self._folds:
-                if fc_bias is not None:
-                    fc_bias = fold_shift_conv(fc_bias[:, None], kernel, self.head_dim)
-                fc, kernel = None, fold_shift_conv(fc, kernel, self.head_dim)
-        return fc, fc_bias, kernel, scale
+            return MixingWeights(
+                **{name: getattr(self, name) for name in TENSORS}, **self._geometry
+            )
+        rate1, rate2 = getattr(self, 'rate1', None), getattr(self, 'rate2', None)
+        if self.mix == 'complementary':
+            rate2 = 1 - rate1
+        elif self.mix == 'sum':
+            rate1 = self.fc['weight'].new_ones(1)
+        options = {'scale': rate1, 'bias': self.bias, **self._geometry}
+        if not self.with_convolution:
+            return MixingWeights(None, **options)
+        fc, fc_bias = self.fc['weight'].flatten(1), self.fc.get('bias')
+        weights = MixingWeights(self.dep_conv['weight'], fc, fc_bias, **options)
+        if rate2 is not None:
+            weights = weights.times(rate2)
+        return weights.folded() if self._folds else weights
 
     def projection_weights(self) -> dict[str, Tensor | None]:
         """What takes the place of a subclass's parameter dicts in the form for inference."""
         return {}
 
-    def mix_paths(self, maps: Tensor, attention: Tensor | None) -> Tensor:
-        """Output from the projected maps and the attention path's result.
-
-        Args:
-            maps (Tensor): Shape (B, d, M, H, W).
-            attention (Tensor | None): Shape (B, C, ceil(H / stride), ceil(W / stride)); None where
-                there is only the convolution path.
-
-        Returns:
-            Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)).
-        """
-        fc, fc_bias, kernel, scale = self.mixing_weights()
-        if scale is not None:
-            scale = scale.to(attention.dtype).view(-1, 1, 1)
-        if kernel is None:
-            out = attention * scale if self.deployed else attention  # undeployed it is 1
-            return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
-        convolution = self.convolve(maps, fc, fc_bias, kernel)
-        return convolution if scale is None else torch.addcmul(convolution, attention, scale)
-
-    def convolve(
-        self, maps: Tensor, fc: Tensor | None, fc_bias: Tensor | None, kernel: Tensor
-    ) -> Tensor:
-        """The convolution path, (B, C, ceil(H / stride), ceil(W / stride)), and the output's bias.
-
-        Args:
-            maps (Tensor): Shape (B, d, M, H, W).
-            fc (Tensor | None): The first three of :meth:`mixing_weights`.
-            fc_bias (Tensor | None): See above.
-            kernel (Tensor): See above.
-        """
-        options = {'bias': self.bias, 'backend': self.backend}
-        if fc is not None:
-            return shift_conv(maps, fc, kernel, *self._geometry, **options, fc_bias=fc_bias)
-        out = group_conv(maps, kernel, *self._geometry, **options)
-        if fc_bias is None:
-            return out
-        return out + bias_map(fc_bias, maps.shape[3:], *self._geometry).to(out.dtype)
-
-    @torch.no_grad()
-    def switch_to_deploy(self, norm: nn.Module | None = None) -> None:
-        """Fold everything that can be, for inference, in place; a second call does nothing.
-
-        ``fc`` goes into the grouped convolution where that has no more multiplications, rates and
-        a batch norm that follows the operator into weights, scale and bias. Results stay within
-        rounding. The state dict's names change, so load checkpoints before (or deployed ones
-        after).
-
-        Args:
-            norm (nn.Module | None): A batch norm that is applied to the output, to be folded; the
-                caller takes it out of the model. Default: None.
-
-        Raises:
-            ValueError: If norm is no batch norm with running statistics, or the operator is
-                deployed already, so that norm cannot be folded.
-        """
-        if norm is not None and self.deployed:
-            raise ValueError('norm must be None for an operator that is deployed already')
-        if self.deployed:
-            return
-        weights = {**self.projection_weights(), **self._stage2_weights(norm)}
+    def fold(self, norm: nn.Module | None) -> None:
+        weights = {**self.projection_weights(), **self._stage2_weights(norm).tensors()}
         folded = [n for n, m in self.named_children() if isinstance(m, nn.ParameterDict)]
         for name in [*folded, *(n for n in ('rate1', 'rate2') if n in self._parameters)]:
             delattr(self, name)
@@ -219,20 +126,16 @@ class MixedOperator(BaseModule):
             if weight is not None:
                 weight = nn.Parameter(weight.detach().clone())
             self.register_parameter(name, weight)
-        self.requires_grad_(False)
-        self.deployed = True
 
-    def _stage2_weights(self, norm: nn.Module | None) -> dict[str, Tensor | None]:
-        fc, fc_bias, kernel, scale = self.mixing_weights()
-        bias = self.bias
-        if norm is not None:
-            factor, shift = batch_norm_affine(norm)
-            bias = shift if bias is None else bias * factor + shift
-            kernel = None if kernel is None else kernel * factor.view(-1, 1, 1, 1)
-            if fc is None and fc_bias is not None:
-                fc_bias = fc_bias * factor.view(-1, 1, 1, 1)
-            scale = None if scale is None else scale * factor
-        return {'fc': fc, 'fc_bias': fc_bias, 'kernel': kernel, 'scale': scale, 'bias': bias}
+    def _stage2_weights(self, norm: nn.Module | None) -> MixingWeights:
+        """Weights of the form for inference, where the attention path always has a scale."""
+        weights = self.mixing_weights()
+        if self.with_attention and weights.scale is None:
+            weights = replace(weights, scale=next(self.parameters()).new_ones(1))
+        return weights if norm is None else weights.followed_by(norm)
+
+    def extra_repr(self) -> str:
+        return f'mix={self.mix!r}, backend={self.backend!r}, deployed={self.deployed}'
 
 
 class ProjectedMixedOperator(MixedOperator):
@@ -321,24 +224,27 @@ class ProjectedMixedOperator(MixedOperator):
         Returns:
             Tensor: Shape (B, H, W, C).
         """
-        fc, fc_bias, kernel, scale = self.mixing_weights()
+        weights = self.mixing_weights()
         if attention is not None:
             weight, bias = self.output_projection.weight, self.output_projection.bias
-            if scale is not None:
-                weight = weight * scale[:, None]
-                bias = None if bias is None else bias * scale
+            if weights.scale is not None:
+                weight = weight * weights.scale[:, None]
+                bias = None if bias is None else bias * weights.scale
             attention = self.proj_drop(F.linear(attention, weight, bias))
-        if kernel is None:
+        if weights.kernel is None:
             return attention
-        convolution = self.convolve(maps.flatten(2, 3), fc, fc_bias, kernel).permute(0, 2, 3, 1)
+        convolution = weights.convolve(maps.flatten(2, 3), self.backend).permute(0, 2, 3, 1)
         return convolution if attention is None else attention + convolution
 
-    def _stage2_weights(self, norm: nn.Module | None) -> dict[str, Tensor | None]:
+    def _stage2_weights(self, norm: nn.Module | None) -> MixingWeights:
         if norm is not None:
             raise ValueError('norm must be None for an operator with an output projection')
-        weights = super()._stage2_weights(norm)
-        if weights['scale'] is not None:
+        weights = self.mixing_weights()
+        if weights.scale is not None:
             projection = self.output_projection
             for parameter in projection.parameters():
-                parameter.mul_(weights['scale'].view(-1, *(1,) * (parameter.ndim - 1)))
-        return {**weights, 'scale': None}
+                parameter.mul_(weights.scale.view(-1, *(1,) * (parameter.ndim - 1)))
+        return replace(weights, scale=None)
+
+    def extra_repr(self) -> str:
+        return f'{self.embed_dims}, num_heads={self.num_heads}, {super().extra_repr()}'

@@ -6,13 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import (
-    check_backend,
-    check_positive,
-    local_aggregation,
-    norm_relu_conv,
-    patch_weights,
-)
+from ..ops import local_aggregation, norm_relu_conv, patch_weights
+from ..ops.checks import check_positive
+from ..ops.dispatch import check_backend
 from .mixed_operator import MixedOperator
 
 SHARE_CHANNELS = 8  # value channels that one weight serves
@@ -175,7 +171,7 @@ class PatchACmix(MixedOperator):
         if self.with_attention:
             query, key, value = maps[:, :, 0], maps[:, :, 1], maps[:, :, 2:].transpose(1, 2)
             attention = attend(self.conv_w, query, key, value, self.attn_kernel_size, self.backend)
-        return self.mix_paths(maps, attention)
+        return self.mixing_weights().mix(maps, attention, self.backend)
 
     @staticmethod
     def _by_position(channels: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """ACmix with spatial-reduction attention, the operator of PVT-ACmix."""
 
 import torch.nn.functional as F
-from mmdet.models.backbones.pvt import SpatialReductionAttention
 from torch import Tensor, nn
 
 from .mixed_operator import ProjectedMixedOperator
@@ -19,9 +18,9 @@ class SpatialReductionACmix(ProjectedMixedOperator):
     attention path alone.
 
     Args:
-        attention (SpatialReductionAttention): The plain operator of mmdet's PVT, whose parts this
-            one takes over: with plain weights, rate1 = 1 and rate2 = 0 the two are equal, on maps
-            that the plain one takes.
+        attention (nn.Module): The plain operator, mmdet's ``SpatialReductionAttention`` of PVT or
+            a module with its attributes, whose parts this one takes over: with plain weights,
+            rate1 = 1 and rate2 = 0 the two are equal, on maps that the plain one takes.
         kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         mix (str): See :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
@@ -32,7 +31,7 @@ class SpatialReductionACmix(ProjectedMixedOperator):
 
     def __init__(
         self,
-        attention: SpatialReductionAttention,
+        attention: nn.Module,
         kernel_size: int = 3,
         mix: str = 'learned',
         backend: str | None = None,
@@ -89,6 +88,9 @@ class SpatialReductionACmix(ProjectedMixedOperator):
             attention = attention.transpose(1, 2).reshape(image.shape)
         out = self.mix_paths(maps, attention).flatten(1, 2)
         return identity + self.dropout_layer(out)
+
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, sr_ratio={self.sr_ratio}'
 
     def _reduce(self, image: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, tokens, C)."""

@@ -1,7 +1,6 @@
 """ACmix with window attention, the operator of Swin-ACmix."""
 
 import torch.nn.functional as F
-from mmdet.models.backbones.swin import WindowMSA
 from torch import Tensor, nn
 
 from .mixed_operator import ProjectedMixedOperator
@@ -21,8 +20,9 @@ class WindowACmix(ProjectedMixedOperator):
     ``position * N + head``.
 
     Args:
-        attention (WindowMSA): The plain operator of mmdet's Swin, whose parts this one takes over:
-            with plain weights, rate1 = 1 and rate2 = 0 the two are equal.
+        attention (nn.Module): The plain operator, mmdet's ``WindowMSA`` of Swin or a module with
+            its attributes, whose parts this one takes over: with plain weights, rate1 = 1 and
+            rate2 = 0 the two are equal.
         kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         mix (str): See :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
@@ -33,7 +33,7 @@ class WindowACmix(ProjectedMixedOperator):
 
     def __init__(
         self,
-        attention: WindowMSA,
+        attention: nn.Module,
         kernel_size: int = 3,
         mix: str = 'learned',
         backend: str | None = None,
@@ -75,6 +75,9 @@ class WindowACmix(ProjectedMixedOperator):
                 attention = attention.roll((unshift, unshift), (1, 2))
         return self.mix_paths(maps, attention)
 
+    def extra_repr(self) -> str:
+        return f'{super().extra_repr()}, window_size={self.window_size}'
+
     def _attend(self, maps: Tensor, mask: Tensor | None) -> Tensor:
         """(B, d, 3, N, H, W) -> (B, H, W, C), before the output projection."""
         batch, head_dim, _, heads, height, width = maps.shape
@@ -103,7 +106,7 @@ class WindowACmix(ProjectedMixedOperator):
             scale=self.scale_factor,
         )
         out = out.reshape(batch, *grid, heads, rows, cols, head_dim)
-        return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, -1)
+        return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, self.embed_dims)
 
     def _position_bias(self) -> Tensor:
         """(N, Wh * Ww, Wh * Ww)."""

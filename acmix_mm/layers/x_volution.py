@@ -4,22 +4,21 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import build_norm_layer
-from mmengine.model import BaseModule
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ..ops import check_backend, check_positive, local_attention
+from ..ops import local_attention
+from ..ops.checks import check_positive
+from ..ops.dispatch import check_backend
 from ..ops.reflection import reflect
-from .conv_arguments import check_divisible, set_conv_attributes
-from .mixed_operator import batch_norm_affine
+from .conv_arguments import build_batch_norm, check_divisible, set_conv_attributes
+from .deployable import Deployable
+from .mixing_weights import batch_norm_affine
 
 ATTENTIONS = ('pixel_shift', 'local')
 NEIGHBOURS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))
 
 
-@MODELS.register_module()
-class XVolution(BaseModule):
+class XVolution(Deployable):
     r"""X-volution ("On the unification of convolution and self-attention", arXiv 2106.02253).
 
     Drop-in for a same-padded ``nn.Conv2d``, also by ``conv_cfg=dict(type='XVolution')`` or, in
@@ -92,11 +91,15 @@ class XVolution(BaseModule):
         num_heads (int): Of 'local': attention heads, a divisor of ``out_channels``. Default: 4.
         attn_kernel_size (int): Of 'local': side of the neighbourhood, odd. Default: 7.
         backend (str | None): Of :func:`acmix_mm.ops.local_attention`. Default: None.
-        norm_cfg (dict | None): Of the two batch norms. Default: None, for ``dict(type='BN')``.
+        norm_cfg (dict | None): Of the two batch norms, as OpenMMLab writes it: ``type`` 'BN' or
+            'SyncBN', arguments of the class, and ``requires_grad``. Default: None, for
+            ``dict(type='BN')``.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
     """
+
+    deployed_names = ('conv.bias',)
 
     def __init__(
         self,
@@ -124,7 +127,6 @@ class XVolution(BaseModule):
         if attention not in ATTENTIONS:
             raise ValueError(f'attention must be one of {ATTENTIONS}, got {attention!r}')
         super().__init__()
-        self.deployed = False
         shape = (in_channels, out_channels, self.stride[0], self.dilation[0], groups)
         self.conv = nn.Conv2d(
             in_channels,
@@ -136,12 +138,12 @@ class XVolution(BaseModule):
             groups,
             bias=False,
         )
-        self.conv_norm = _build_batch_norm(norm_cfg, out_channels)
+        self.conv_norm = build_batch_norm(norm_cfg, out_channels)
         if attention == 'pixel_shift':
             self.attn = PixelShiftAttention(*shape, directions, shift, num_steps)
         else:
             self.attn = LocalAttention(*shape, num_heads, attn_kernel_size, backend)
-        self.attn_norm = _build_batch_norm(norm_cfg, out_channels)
+        self.attn_norm = build_batch_norm(norm_cfg, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -174,26 +176,10 @@ class XVolution(BaseModule):
         static[..., start:stop:dilation, start:stop:dilation] = weight
         return static + dynamic, bias
 
-    @torch.no_grad()
-    def switch_to_deploy(self, norm: nn.Module | None = None) -> None:
-        """Merge the branches for inference, in place; a second call does nothing.
+    def extra_repr(self) -> str:
+        return f'deployed={self.deployed}'
 
-        Batch norms go into static and content-dependent weights and one bias. Results stay within
-        rounding. The state dict's names change, so load checkpoints before (or deployed ones
-        after).
-
-        Args:
-            norm (nn.Module | None): A batch norm that is applied to the output, to be folded; the
-                caller takes it out of the model. Default: None.
-
-        Raises:
-            ValueError: If norm is no batch norm with running statistics, or the layer is deployed
-                already, so that norm cannot be folded.
-        """
-        if norm is not None and self.deployed:
-            raise ValueError('norm must be None for an operator that is deployed already')
-        if self.deployed:
-            return
+    def fold(self, norm: nn.Module | None) -> None:
         weight, factor, bias = self._folded()
         if norm is not None:
             norm_factor, norm_shift = batch_norm_affine(norm)
@@ -203,8 +189,6 @@ class XVolution(BaseModule):
         self.conv.bias = nn.Parameter(bias)
         self.attn.weight.mul_(factor.view(-1, 1, 1, 1))
         self.conv_norm, self.attn_norm = nn.Identity(), nn.Identity()
-        self.requires_grad_(False)
-        self.deployed = True
 
     def _folded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Static weights, factor (C,) of the attention branch and bias (C,), norms folded."""
@@ -373,12 +357,5 @@ class LocalAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f'num_heads={self.num_heads}, kernel_size={self.kernel_size}, '
-            f'stride={self.stride}, dilation={self.dilation}'
+            f'stride={self.stride}, dilation={self.dilation}, backend={self.backend!r}'
         )
-
-
-def _build_batch_norm(norm_cfg: dict | None, channels: int) -> nn.Module:
-    norm = build_norm_layer(norm_cfg or {'type': 'BN'}, channels)[1]
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        raise ValueError(f'norm_cfg must be of a batch norm, which can be folded, got {norm_cfg}')
-    return norm

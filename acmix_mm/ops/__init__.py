@@ -1,35 +1,23 @@
-"""Functions on tensors; they need torch only."""
+"""Functions on tensors; they need torch only.
 
-from .checks import check_positive
+The operators check their arguments and dispatch to backends, see :func:`available_backends`.
+Everything else in this folder is internal.
+"""
+
+from .dispatch import available_backends
 from .fused_acmix import fused_acmix
+from .group_conv import group_conv
 from .local_aggregation import local_aggregation
 from .local_attention import local_attention
 from .norm_relu_conv import norm_relu_conv
 from .patch_weights import patch_weights
-from .selection import available_backends, check_backend, select_backend
-from .shift_conv import (
-    bias_map,
-    fold_shift_conv,
-    folding_pays,
-    group_conv,
-    shift_conv,
-    shift_kernel,
-)
 
 __all__ = [
     'available_backends',
-    'bias_map',
-    'check_backend',
-    'check_positive',
-    'fold_shift_conv',
-    'folding_pays',
     'fused_acmix',
     'group_conv',
     'local_aggregation',
     'local_attention',
     'norm_relu_conv',
     'patch_weights',
-    'select_backend',
-    'shift_conv',
-    'shift_kernel',
 ]

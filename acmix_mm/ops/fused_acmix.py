@@ -1,17 +1,24 @@
-"""Both stages of ACmix as one operator of the native backend.
+"""Both stages of ACmix as one operator.
 
-What the operators one by one cannot have: neither ``key - position`` nor the attention's result
-exist as maps of their own, the gradients of both paths meet in one map without concatenations, and
-training saves the input instead of query, key and value, which are projected anew in the backward
-pass.
+The native backend has a kernel for it, with what the operators one by one cannot have: neither
+``key - position`` nor the attention's result exist as maps of their own, the gradients of both
+paths meet in one map without concatenations, and training saves the input instead of query, key and
+value, which are projected anew in the backward pass.
 """
+
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import native_backend
-from .selection import autocast_tensors
+from ._autograd import refuse_second_order
+from .backends import native_backend, triton_backend
+from .checks import check_geometry, check_positive, strided_size
+from .dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
+from .group_conv import group_conv
+from .local_attention import local_attention
 
 
 def fused_acmix(
@@ -26,8 +33,9 @@ def fused_acmix(
     attn_kernel_size: int = 7,
     stride: int = 1,
     dilation: int = 1,
+    backend: str | None = None,
 ) -> Tensor:
-    """``scale * attention + convolution`` of ACmix (CVPR 2022, section 4); CPU, native backend.
+    """``scale * attention + convolution`` of ACmix (CVPR 2022, section 4).
 
     See :class:`acmix_mm.layers.ACmix` for what is computed. For N heads of dimension d:
 
@@ -42,19 +50,61 @@ def fused_acmix(
         kernel_bias (Tensor | None): Shape (N * d,), of the same.
         scale (Tensor): Shape (1,) or (N * d,), on the attention path.
         num_heads (int): N.
-        attn_kernel_size (int): Default: 7.
-        stride (int): Default: 1.
-        dilation (int): Default: 1.
+        attn_kernel_size (int): Side of the attention's neighbourhood, odd. Default: 7.
+        stride (int): Stride of both paths. Default: 1.
+        dilation (int): Dilation of both paths. Default: 1.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; without a kernel of its
+            own, a backend computes the operator by its attention and convolution. Default: None.
 
     Returns:
         Tensor: Shape (B, N * d, ceil(H / stride), ceil(W / stride)).
 
     Raises:
+        ValueError: If an argument is not as described or not for ``backend``; the message names it.
         RuntimeError: If a shape or dtype is not as described.
     """
-    x, weight, bias, kernel, kernel_bias = autocast_tensors(x, weight, bias, kernel, kernel_bias)
+    check_geometry(attn_kernel_size, stride, dilation)
+    check_positive('num_heads', num_heads)
+    tensors = (*autocast_tensors(x, weight, bias), slopes)
+    tensors += (*autocast_tensors(kernel, kernel_bias), scale)
     geometry = (num_heads, attn_kernel_size, stride, dilation)
-    return _forward(x, weight, bias, slopes, kernel, kernel_bias, scale, *geometry)[0]
+    return dispatch('fused_acmix', backend, *tensors, *geometry)
+
+
+def attention_path(
+    maps: Tensor,
+    slopes: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    backend: str | None,
+) -> Tensor:
+    """Attention of projected maps (B, d, 3, N, H, W), keys less the position encoding.
+
+    Returns:
+        Tensor: Shape (B, N * d, ceil(H / stride), ceil(W / stride)).
+    """
+    query, key, value = _split(maps, stride)
+    key = key - position_encoding(slopes, key)
+    geometry = (kernel_size, stride, dilation)
+    return local_attention(query, key, value, *geometry, backend=backend).flatten(1, 2)
+
+
+def position_encoding(slopes: Tensor, key: Tensor) -> Tensor:
+    """(d, H, W): ``conv_p`` of the coordinates (x, y), linspace(-1, 1) over width and height.
+
+    In the dtype and on the device of ``key`` (B, N, d, H, W).
+    """
+    height, width = key.shape[-2:]
+    slope_x, slope_y = slopes[:, :, None, None].unbind(1)
+    x, y = (_coordinates(size, slopes) for size in (width, height))
+    return (slope_x * x + slope_y * y[:, None]).to(key.dtype)
+
+
+def _coordinates(size: int, like: Tensor) -> Tensor:
+    """linspace(-1, 1) over ``size`` pixels, which may be a symbol of torch.export."""
+    pixels = torch.arange(size, device=like.device, dtype=like.dtype)
+    return pixels * 2 / pixels[-1].clamp(min=1) - 1
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
@@ -65,6 +115,29 @@ def _split(maps: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, d, 3, N, H, W) -> query, key and value (B, N, d, H, W), query subsampled."""
     query, key, value = maps.permute(2, 0, 3, 1, 4, 5)
     return query[..., ::stride, ::stride], key, value
+
+
+def _by_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slopes: Tensor,
+    kernel: Tensor,
+    kernel_bias: Tensor | None,
+    scale: Tensor,
+    num_heads: int,
+    attn_kernel_size: int,
+    stride: int,
+    dilation: int,
+    *,
+    backend: str,
+) -> Tensor:
+    """The operator of a backend's attention and convolution."""
+    maps = _project(x, weight, bias, num_heads)
+    geometry = (stride, dilation)
+    attention = attention_path(maps, slopes, attn_kernel_size, *geometry, backend)
+    convolution = group_conv(maps.flatten(2, 3), kernel, *geometry, kernel_bias, backend)
+    return torch.addcmul(convolution, attention, scale.to(attention.dtype).view(-1, 1, 1))
 
 
 def _heads(maps: Tensor, num_heads: int) -> Tensor:
@@ -85,13 +158,13 @@ def _forward(
     stride: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor]:
-    maps = _project(x, weight, bias, num_heads)
+    with torch.autocast('cpu', enabled=False):
+        maps = _project(x, weight, bias, num_heads)
     out = native_backend.group_conv(
         maps.flatten(1, 3), kernel, kernel_bias, stride, dilation, maps.size(1)
     )
-    target = _heads(out, num_heads)
     lse = native_backend.local_attention_add_(
-        target,
+        _heads(out, num_heads),
         *_split(maps, stride),
         slopes,
         scale.expand(out.size(1)).view(num_heads, -1),
@@ -108,7 +181,7 @@ def _(
     x, weight, bias, slopes, kernel, kernel_bias, scale, num_heads, attn_kernel_size, stride,
     dilation,
 ):  # fmt: skip
-    size = [(n + stride - 1) // stride for n in x.shape[-2:]]
+    size = strided_size(x, stride)
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (
         x.new_empty((x.size(0), kernel.size(0), *size)),
@@ -130,76 +203,118 @@ def _backward(
     attn_kernel_size: int,
     stride: int,
     dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad = grad.contiguous()
-    maps = _project(x, weight, bias, num_heads)
-    head_dim = maps.size(1)
-    grad_maps, grad_kernel = native_backend.group_conv_backward(
-        grad, maps.flatten(1, 3), kernel, stride, dilation, head_dim
-    )
-    grad_maps = grad_maps.view(maps.shape)
-    query, key, value = _split(maps, stride)
-    targets = _split(grad_maps, stride)
-    sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    # The kernel adds to rows of adjacent columns, and sums keys and values in sum_dtype.
-    direct = (stride == 1, x.dtype == sum_dtype, x.dtype == sum_dtype)
-    dtypes = (x.dtype, sum_dtype, sum_dtype)
-    sums = [
-        t if d else torch.zeros(t.shape, dtype=dtype)
-        for t, d, dtype in zip(targets, direct, dtypes, strict=True)
-    ]
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of those of x, weight, bias, slopes, kernel and scale that ``needs`` names."""
+    of_x, of_weight, of_bias, of_slopes, of_kernel, of_scale = needs
+    of_maps = of_x or of_weight or of_bias
     one_scale = scale.numel() == 1
-    grad_attention = grad if one_scale else grad * scale.to(grad.dtype).view(-1, 1, 1)
-    grad_slopes, grad_scale = native_backend.local_attention_backward_add_(
-        *sums,
-        _heads(grad_attention, num_heads),
-        query,
-        key,
-        value,
-        slopes,
-        scale.item() if one_scale else 1.0,
-        lse,
-        attn_kernel_size,
-        stride,
-        dilation,
-        head_dim**-0.5,
-    )
-    for target, total, d in zip(targets, sums, direct, strict=True):
-        if not d:
-            target.add_(total)
-    if not one_scale:
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    gradients: list[Tensor | None] = [None] * 6
+    grad = grad.contiguous()
+    with torch.autocast('cpu', enabled=False):
+        maps = _project(x, weight, bias, num_heads)
+    head_dim = maps.size(1)
+    attention = (attn_kernel_size, stride, dilation, head_dim**-0.5)
+    query, key, value = _split(maps, stride)
+    if of_kernel:
+        gradients[4] = torch.ops.acmix_mm.group_conv_native_grad_weight(
+            grad, maps.flatten(1, 3), kernel.size(-1), stride, dilation, head_dim
+        )
+    if of_maps or of_slopes or (of_scale and one_scale):
+        if of_maps:
+            grad_maps = torch.ops.acmix_mm.group_conv_native_grad_input(
+                grad, kernel, *x.shape[2:], stride, dilation, head_dim
+            ).view(maps.shape)
+        else:
+            grad_maps = torch.zeros_like(maps, memory_format=torch.contiguous_format)
+        targets = _split(grad_maps, stride)
+        # The kernel adds to rows of adjacent columns, and sums keys and values in sum_dtype.
+        direct = (stride == 1, x.dtype == sum_dtype, x.dtype == sum_dtype)
+        dtypes = (x.dtype, sum_dtype, sum_dtype)
+        sums = [
+            t if d else torch.zeros(t.shape, dtype=dtype)
+            for t, d, dtype in zip(targets, direct, dtypes, strict=True)
+        ]
+        scaled = grad if one_scale else grad * scale.to(grad.dtype).view(-1, 1, 1)
+        gradients[3], gradients[5] = native_backend.local_attention_backward_add_(
+            *sums,
+            _heads(scaled, num_heads),
+            query,
+            key,
+            value,
+            slopes,
+            scale.item() if one_scale else 1.0,
+            lse,
+            *attention,
+        )
+        for target, total, d in zip(targets, sums, direct, strict=True):
+            if not d:
+                target.add_(total)
+    if of_maps:
+        gradients[:3] = torch.ops.aten.convolution_backward(
+            grad_maps.flatten(1, 3), x, weight, [weight.size(0)], [1, 1], [0, 0], [1, 1], False,
+            [0, 0], 1, [of_x, of_weight, of_bias],
+        )  # fmt: skip
+    if of_scale and not one_scale:
         # Rare (a deployed layer that is trained on): take the attention's result once more.
-        attention = torch.zeros_like(grad)
+        result = torch.zeros_like(grad)
         ones = torch.ones_like(scale).view(num_heads, -1)
         native_backend.local_attention_add_(
-            _heads(attention, num_heads), query, key, value, slopes, ones,
-            attn_kernel_size, stride, dilation, head_dim**-0.5,
-        )  # fmt: skip
-        grad_scale = (attention * grad).sum((0, 2, 3), dtype=sum_dtype)
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad_maps.flatten(1, 3), x, weight, [weight.size(0)], [1, 1], [0, 0], [1, 1], False,
-        [0, 0], 1, [True, True, True],
-    )  # fmt: skip
-    grad_slopes, grad_scale = grad_slopes.to(slopes.dtype), grad_scale.to(scale.dtype)
-    return grad_x, grad_weight, grad_bias, grad_slopes, grad_kernel, grad_scale
+            _heads(result, num_heads), query, key, value, slopes, ones, *attention
+        )
+        gradients[5] = (result.to(sum_dtype) * grad.to(sum_dtype)).sum((0, 2, 3))
+    inputs = (x, weight, bias, slopes, kernel, scale)
+    # Contiguous, as the fake kernel says: of a channels-last x PyTorch's convolution gives
+    # channels-last gradients.
+    return [
+        gradient.to(tensor.dtype).contiguous()
+        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
+        if needed
+    ]
 
 
 @_backward.register_fake
-def _(grad, lse, x, weight, bias, slopes, kernel, scale, *geometry):
-    return tuple(t.new_empty(t.shape) for t in (x, weight, bias, slopes, kernel, scale))
+def _(grad, lse, x, weight, bias, slopes, kernel, scale, *geometry_and_needs):
+    inputs, needs = (x, weight, bias, slopes, kernel, scale), geometry_and_needs[-1]
+    return [t.new_empty(t.shape) for t, needed in zip(inputs, needs, strict=True) if needed]
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, slopes, kernel, kernel_bias, scale, *geometry = inputs
+    x, weight, bias, slopes, kernel, _, scale, *geometry = inputs
     ctx.save_for_backward(output[1], x, weight, bias, slopes, kernel, scale)
-    ctx.with_bias = kernel_bias is not None
     ctx.geometry = geometry
 
 
 def _autograd_backward(ctx, grad, grad_lse):
-    gradients = _backward(grad, *ctx.saved_tensors, *ctx.geometry)
-    grad_bias = grad.sum((0, 2, 3)) if ctx.with_bias else None
+    needs = list(ctx.needs_input_grad[:7])
+    of_kernel_bias = needs.pop(5)
+    gradients = [None] * 6
+    if any(needs):
+        computed = iter(_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs))
+        gradients = [next(computed) if needed else None for needed in needs]
+    grad_bias = grad.sum((0, 2, 3)) if of_kernel_bias else None
     return *gradients[:5], grad_bias, gradients[5], None, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_order('acmix_mm::fused_acmix_backward', 'fused_acmix', 'native')
+
+
+def _native(*args) -> Tensor:
+    return _forward(*args)[0]
+
+
+def _native_refuses(x: Tensor, *args) -> str | None:
+    return native_backend.refuses(x)
+
+
+def _triton_refuses(x: Tensor, weight: Tensor, bias, slopes: Tensor, *args) -> str | None:
+    return triton_backend.refuses(x, head_dim=slopes.size(0))
+
+
+OPERATORS['fused_acmix'] = {
+    'torch': Implementation(partial(_by_parts, backend='torch')),
+    'native': Implementation(_native, _native_refuses),
+    'triton': Implementation(partial(_by_parts, backend='triton'), _triton_refuses),
+}

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_positive
+from ._autograd import refuse_second_order
+from .checks import check_geometry, strided_size
 from .reflection import reflect_pad
 
 
@@ -38,17 +39,15 @@ def local_aggregation(
     Raises:
         ValueError: If an argument is not as described; the message names it.
     """
-    check_positive('kernel_size', kernel_size, odd=True)
-    check_positive('stride', stride)
-    check_positive('dilation', dilation)
+    check_geometry(kernel_size, stride, dilation)
     if padding_mode not in ('reflect', 'zeros'):
         raise ValueError(f"padding_mode must be 'reflect' or 'zeros', got {padding_mode!r}")
     if value.dim() != 4 or min(value.shape[1:]) < 1:
         raise ValueError(
             f'value must have shape (B, C, H, W) with C, H, W >= 1, got {tuple(value.shape)}'
         )
-    batch, channels, height, width = value.shape
-    size = ((height + stride - 1) // stride, (width + stride - 1) // stride)
+    batch, channels = value.shape[:2]
+    size = strided_size(value, stride)
     if weight.dim() != 5 or (weight.size(0), *weight.shape[2:]) != (batch, kernel_size**2, *size):
         raise ValueError(
             f'weight must have shape ({batch}, G, {kernel_size**2}, {size[0]}, {size[1]}) for '
@@ -105,22 +104,37 @@ def _(padded, weight, kernel_size, stride, dilation):
 
 @torch.library.custom_op('acmix_mm::local_aggregation_backward', mutates_args=())
 def _backward(
-    grad: Tensor, padded: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    padded: Tensor,
+    weight: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    of_padded: bool,
+    of_weight: bool,
+) -> list[Tensor]:
+    """Gradients of those of padded and weight that are asked for."""
     geometry = (kernel_size, stride, dilation)
     grad = grad.unflatten(1, (-1, weight.size(1)))
-    sums = torch.zeros_like(padded, dtype=torch.promote_types(weight.dtype, torch.float32))
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    values = _windows(padded, weight, *geometry)
-    for j, target in enumerate(_windows(sums, weight, *geometry)):
-        grad_weight[:, :, j] = (grad * values[j]).sum(1)
-        target.addcmul_(grad, weight[:, None, :, j])
-    return sums.to(padded.dtype), grad_weight
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+    gradients = []
+    if of_padded:
+        sums = torch.zeros(padded.shape, dtype=sum_dtype, device=padded.device)
+        for j, target in enumerate(_windows(sums, weight, *geometry)):
+            target.addcmul_(grad, weight[:, None, :, j])
+        gradients.append(sums.to(padded.dtype))
+    if of_weight:
+        grad_weight = weight.new_empty(weight.shape)
+        for j, window in enumerate(_windows(padded, weight, *geometry)):
+            grad_weight[:, :, j] = (grad * window).sum(1)
+        gradients.append(grad_weight)
+    return gradients
 
 
 @_backward.register_fake
-def _(grad, padded, weight, kernel_size, stride, dilation):
-    return torch.empty_like(padded), torch.empty_like(weight)
+def _(grad, padded, weight, kernel_size, stride, dilation, of_padded, of_weight):
+    needed = ((padded, of_padded), (weight, of_weight))
+    return [tensor.new_empty(tensor.shape) for tensor, asked in needed if asked]
 
 
 def _setup_context(ctx, inputs, output):
@@ -129,7 +143,10 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad):
-    return *_backward(grad, *ctx.saved_tensors, *ctx.geometry), None, None, None
+    needs = ctx.needs_input_grad[:2]
+    computed = iter(_backward(grad, *ctx.saved_tensors, *ctx.geometry, *needs))
+    return *(next(computed) if needed else None for needed in needs), None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_order('acmix_mm::local_aggregation_backward', 'local_aggregation', 'torch')

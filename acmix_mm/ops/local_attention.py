@@ -5,13 +5,13 @@ import math
 from torch import Tensor
 
 from .backends import native_backend, torch_backend, triton_backend
-from .checks import check_positive
-from .selection import autocast_tensors, select_backend
+from .checks import check_geometry, strided_size
+from .dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 
-_BACKENDS = {
-    'torch': torch_backend.local_attention,
-    'native': native_backend.local_attention,
-    'triton': triton_backend.local_attention,
+OPERATORS['local_attention'] = {
+    'torch': Implementation(torch_backend.local_attention),
+    'native': Implementation(native_backend.local_attention, native_backend.refuses),
+    'triton': Implementation(triton_backend.local_attention, triton_backend.refuses),
 }
 
 
@@ -43,10 +43,11 @@ def local_attention(
         stride (int): Keys between the neighbourhoods of adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
         scale (float | None): Factor on the logits. Default: None, for ``d ** -0.5``.
-        backend (str | None): One of :func:`available_backends`. The choice changes results by
-            rounding only. Default: None, for what the environment variable ``ACMIX_MM_BACKEND``
-            names, or else 'triton' on a GPU and 'native' on the CPU, where available and able to
-            take the tensors, and 'torch' elsewhere.
+        backend (str | None): 'torch', 'native' or 'triton', see :func:`available_backends`. A
+            demand: where that backend cannot compute the call, it fails. The choice changes
+            results by rounding only. Default: None, for what the environment variable
+            ``ACMIX_MM_BACKEND`` names, a preference, and then 'triton' on a GPU and 'native' on
+            the CPU; 'torch' for what those do not take.
 
     Returns:
         Tensor: Shape and dtype of ``query``; under autocast, of the autocast dtype (inputs are
@@ -58,9 +59,7 @@ def local_attention(
         ValueError: If shapes, dtypes or devices do not fit together or are not for ``backend``, or
             another argument is not as described; the message names it.
     """
-    check_positive('kernel_size', kernel_size, odd=True)
-    check_positive('stride', stride)
-    check_positive('dilation', dilation)
+    check_geometry(kernel_size, stride, dilation)
     _check_tensors(query, key, value, stride)
     if scale is None:
         scale = query.size(2) ** -0.5
@@ -73,8 +72,8 @@ def local_attention(
             'query, key and value must have one dtype, got '
             f'{query.dtype}, {key.dtype}, {value.dtype}'
         )
-    function = _BACKENDS[select_backend(backend, query, triton_backend.supports(query))]
-    return function(query, key, value, kernel_size, stride, dilation, float(scale))
+    geometry = (kernel_size, stride, dilation, float(scale))
+    return dispatch('local_attention', backend, query, key, value, *geometry)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> None:
@@ -92,9 +91,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> No
         raise ValueError(
             f'value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}'
         )
-    height, width = key.shape[-2:]
-    # ceil(H / stride), in the form of slices: torch.export cannot prove -(-H // stride) equal.
-    expected = (*key.shape[:3], *((size + stride - 1) // stride for size in (height, width)))
+    expected = (*key.shape[:3], *strided_size(key, stride))
     if tuple(query.shape) != expected:
         raise ValueError(
             f'query must have shape {expected} for key of shape {tuple(key.shape)} and stride '

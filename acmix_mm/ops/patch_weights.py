@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .backends import native_backend
-from .checks import check_positive
+from .checks import check_geometry, strided_size
+from .dispatch import OPERATORS, Implementation, select
 from .norm_relu_conv import fixed_statistics, normalised_conv, update_statistics
 from .reflection import reflect_pad
-from .selection import select_backend
 
 
 def patch_weights(
@@ -52,11 +52,9 @@ def patch_weights(
     Raises:
         ValueError: If an argument is not as described; the message names it.
     """
-    check_positive('kernel_size', kernel_size, odd=True)
-    check_positive('stride', stride)
-    check_positive('dilation', dilation)
-    batch, channels, height, width = key.shape
-    expected = (batch, channels, (height + stride - 1) // stride, (width + stride - 1) // stride)
+    check_geometry(kernel_size, stride, dilation)
+    channels = key.size(1)
+    expected = (*key.shape[:2], *strided_size(key, stride))
     if tuple(query.shape) != expected:
         raise ValueError(
             f'query must have shape {expected} for key of shape {tuple(key.shape)} and stride '
@@ -118,7 +116,7 @@ def _has_kernel(query: Tensor, key: Tensor, weight: Tensor, backend: str | None)
     same = query.dtype == key.dtype == weight.dtype in (torch.float32, torch.float64)
     autocast = torch.is_autocast_enabled(key.device.type)
     return (
-        select_backend(backend, key) == 'native'
+        select('patch_weights', backend, key) == 'native'
         and same
         and not autocast
         and not torch.is_grad_enabled()
@@ -142,3 +140,10 @@ def _patch_row(
         for left in range(0, kernel_size * dilation, dilation)
     ]
     return normalised_conv(torch.stack(patch, 2).flatten(1, 2), *arguments)
+
+
+# Stand-ins until the rows and the kernel have one signature.
+OPERATORS['patch_weights'] = {
+    'torch': Implementation(patch_weights),
+    'native': Implementation(native_backend.patch_weights, native_backend.refuses),
+}

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from acmix_mm.backbones import ACmixPyramidVisionTransformer
 from acmix_mm.layers import SpatialReductionACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
-from acmix_mm.ops import shift_kernel
+from acmix_mm.layers.mixing_weights import shift_kernel
 
 SMALL = {'embed_dims': 8, 'num_layers': [1, 2, 1, 1], 'mlp_ratios': [2, 2, 2, 2]}
 LAYERS = {'t': [2, 2, 2, 2], 's': [3, 4, 6, 3]}

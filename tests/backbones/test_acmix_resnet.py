@@ -7,7 +7,7 @@ from torch import nn
 from acmix_mm.backbones import ACmixResNet
 from acmix_mm.backbones.operator_resnet import OperatorBottleneck
 from acmix_mm.layers import ACmix
-from acmix_mm.ops import shift_kernel
+from acmix_mm.layers.mixing_weights import shift_kernel
 
 
 def small(**arguments) -> ACmixResNet:

@@ -14,7 +14,7 @@ from acmix_mm.backbones import ACmixSwinTransformer
 from acmix_mm.backbones.acmix_swin import ShiftWindowACmix, shift_mask
 from acmix_mm.layers import WindowACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
-from acmix_mm.ops import shift_kernel
+from acmix_mm.layers.mixing_weights import shift_kernel
 
 SMALL = {'embed_dims': 12, 'depths': (2, 1, 2, 1), 'num_heads': (3, 3, 6, 12), 'mlp_ratio': 2}
 DEPTHS = {'t': (2, 2, 6, 2), 's': (2, 2, 18, 2)}

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from acmix_mm.layers import ACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
-from acmix_mm.ops import available_backends, shift_kernel
+from acmix_mm.layers.mixing_weights import shift_kernel
+from acmix_mm.ops import available_backends
 
 
 def load_published(module, tensors, prefix='state/'):

@@ -7,7 +7,7 @@ from torch import nn
 
 from acmix_mm.layers import WindowACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
-from acmix_mm.ops import shift_kernel
+from acmix_mm.layers.mixing_weights import shift_kernel
 
 
 def build(embed_dims=12, num_heads=3, window_size=(3, 3), qkv_bias=True, **arguments):

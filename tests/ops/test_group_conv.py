@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from acmix_mm.ops.backends import native_backend
 
-pytestmark = pytest.mark.skipif(not native_backend.AVAILABLE, reason='native kernels not built')
+pytestmark = pytest.mark.skipif(
+    native_backend.MISSING is not None, reason='native kernels not built'
+)
 
 # (B, C, H, W) with other strides than a contiguous tensor's.
 LAYOUTS = {

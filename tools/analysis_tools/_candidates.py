@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from acmix_mm.command_line import set_backend
-from acmix_mm.layers import ACmix, MixedOperator, PatchACmix, XVolution
-from acmix_mm.layers.acmix import position_encoding
+from acmix_mm import deploy, set_backend
+from acmix_mm.layers import ACmix, PatchACmix
+from acmix_mm.layers.deployable import Deployable
 from acmix_mm.ops import local_attention
+from acmix_mm.ops.fused_acmix import position_encoding
 from acmix_mm.ops.reflection import reflect_pad
 
 KERNEL_SIZE = 7  # of the neighbourhoods
-DEPLOYABLE = (MixedOperator, XVolution)  # layers with a form for inference
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Backbones by name, with the defaults of their classes; a new family comes in by a line.
@@ -172,7 +172,7 @@ class UnfoldPatchACmix(PatchACmix):
         values = unfold(value.unflatten(1, (-1, weights.size(2))), kernel_size)
         attention = (weights * values).sum(3).view_as(value)
         maps = torch.cat([query, key, value], 1).unflatten(1, (6, -1)).transpose(1, 2)
-        return self.mix_paths(maps, attention)
+        return self.mixing_weights().mix(maps, attention, self.backend)
 
 
 UNFOLDED = {ACmix: UnfoldACmix, PatchACmix: UnfoldPatchACmix}
@@ -197,7 +197,7 @@ def build_operator(name: str, backend: str | None, case: Case) -> Step:
         layer = ACmix(channels, channels, backend=backend)
     layer.to(case.device, DTYPES[case.dtype]).train(case.train)
     if name == 'acmix deployed':
-        deploy(layer)
+        deploy(layer.eval())
     x, grad = random_maps(2, case)
     return tensor_step(layer, [x], grad, case, layer)
 
@@ -369,7 +369,7 @@ def abilities(config_of: Callable[[str], dict], model: str) -> tuple[bool, bool]
     modules = list(built.modules())
     return (
         any(hasattr(module, 'backend') for module in modules),
-        any(isinstance(module, DEPLOYABLE) for module in modules),
+        any(isinstance(module, Deployable) for module in modules),
     )
 
 
@@ -387,7 +387,7 @@ def build_backbone(model: str, backend: str | None, form: str, case: Case) -> St
             module.frozen_stages = -1
     backbone.requires_grad_().to(case.device).train(case.train)
     if form == 'deployed':
-        deploy(backbone)
+        deploy(backbone.eval())
     elif form == 'unfolded':
         unfold_operators(backbone)
     images = random_maps(1, Case(case.shape, case.train, 'float32', case.device))[0]
@@ -536,14 +536,6 @@ def build_model(config: dict, backend: str | None = None) -> nn.Module:
     if backend is not None:
         set_backend(model, backend)
     return model
-
-
-def deploy(model: nn.Module) -> None:
-    """Bring all layers of ours into the form for inference, in place."""
-    model.eval()
-    for module in list(model.modules()):
-        if isinstance(module, DEPLOYABLE):
-            module.switch_to_deploy()
 
 
 def without_checkpoints(config):

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from mmdet.models.backbones import SwinTransformer
 
+from acmix_mm import deploy, set_backend
 from acmix_mm.command_line import (
     add_config_arguments,
     build_model,
     load_checkpoint,
     load_config,
     relative_error,
-    set_backend,
 )
 from acmix_mm.ops.export import decompositions
 
@@ -93,8 +93,7 @@ def main(argv: list[str] | None = None) -> None:
             f'error: {type(backbone).__name__} pads its maps, which the exporter cannot follow for '
             'all sizes at once; choose one with --size'
         )
-    if hasattr(backbone, 'switch_to_deploy'):
-        backbone.switch_to_deploy()
+    deploy(backbone)
     set_backend(backbone, 'torch')  # the one whose operators have decompositions
     print('exporting, some minutes for a deep backbone', flush=True)
     names = export(backbone, args.size, args.out)

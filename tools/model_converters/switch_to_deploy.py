@@ -1,4 +1,4 @@
-"""Fold a trained checkpoint's backbone for inference (see switch_to_deploy of the backbones).
+"""Fold a trained checkpoint's backbone for inference (see acmix_mm.deploy).
 
 Writes OUT.pth, weights and meta data without optimiser state, and beside it the config that goes
 with it, OUT.py, for tools/test.py, tools/predict.py and this folder's export_onnx.py.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from acmix_mm import deploy
 from acmix_mm.command_line import (
     add_config_arguments,
     build_model,
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(0))
     expected = model.backbone(image)
     modules = len(list(model.backbone.modules()))
-    model.backbone.switch_to_deploy()
+    deploy(model.backbone)
     error = relative_error(model.backbone(image), expected)
     if not error <= TOLERANCE:
         sys.exit(f'error: the folded backbone deviates by {error:.1e}, relative; nothing written')

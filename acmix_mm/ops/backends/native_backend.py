@@ -3,42 +3,60 @@
 Neighbourhood attention, a grouped convolution for few channels a group, and, for inference, the
 weights of patchwise attention.
 
-The library is compiled from ``csrc`` when the package is installed; without a compiler it is absent
-and the PyTorch backend serves. Kernels for AVX-512, AVX2 and baseline processors are chosen at run
-time; ``ATEN_CPU_CAPABILITY`` limits the choice as it does for PyTorch's own.
+The library is compiled from ``csrc`` when the package is installed; where that failed,
+:data:`MISSING` says why and the PyTorch backend serves. Kernels for AVX-512, AVX2 and baseline
+processors are chosen at run time; ``ATEN_CPU_CAPABILITY`` limits the choice as it does for
+PyTorch's own.
 """
 
 import importlib.util
-import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .._autograd import refuse_second_order
 
-def _load() -> bool:
-    """Load the compiled library, which registers the operators; False where there is none."""
+REASON_FILE = Path(__file__).parents[1] / 'native_build.txt'  # written by setup.py
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _load() -> str | None:
+    """Load the compiled library, which registers the operators; or say why there is none."""
+    again = (
+        'install acmix_mm anew beside this torch, with a C++ compiler: '
+        'pip install --no-build-isolation --force-reinstall --no-deps acmix-mm'
+    )
     spec = importlib.util.find_spec('acmix_mm.ops._native')
     if spec is None:
-        return False
+        reason = 'they were not built'
+        if REASON_FILE.is_file():
+            reason = f'their build failed ({REASON_FILE.read_text().strip()})'
+        return f'{reason}; {again}'
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        warnings.warn(
-            f'{spec.origin} does not load ({error}); install acmix_mm anew beside this torch to '
-            'have the native backend',
-            stacklevel=2,
-        )
-        return False
-    return True
+        return f'{spec.origin} does not load ({error}); {again}'
+    return None
 
 
-AVAILABLE = _load()
+MISSING = _load()
 
-if AVAILABLE:
-    _forward = torch.ops.acmix_mm.local_attention_native_forward
-    _backward = torch.ops.acmix_mm.local_attention_native_backward
 
-    @torch.library.register_fake('acmix_mm::local_attention_native_forward')
+def refuses(tensor: Tensor, *args) -> str | None:
+    """What the operators need of their first tensor, where it is otherwise."""
+    if tensor.device.type != 'cpu':
+        return f'tensors on the CPU, got {tensor.device}'
+    if tensor.dtype not in DTYPES:
+        return f'float64, float32, bfloat16 or float16, got {tensor.dtype}'
+    return None
+
+
+def _register_local_attention() -> None:
+    forward = 'acmix_mm::local_attention_native_forward'
+    backward = 'acmix_mm::local_attention_native_backward'
+
+    @torch.library.register_fake(forward)
     def _(query, key, value, kernel_size, stride, dilation, scale):
         dtype = torch.promote_types(query.dtype, torch.float32)
         return (
@@ -46,54 +64,119 @@ if AVAILABLE:
             query.new_empty((*query.shape[:2], *query.shape[3:]), dtype=dtype),
         )
 
-    @torch.library.register_fake('acmix_mm::local_attention_native_backward')
+    @torch.library.register_fake(backward)
     def _(grad, query, key, value, lse, kernel_size, stride, dilation, scale):
         return tuple(t.new_empty(t.shape) for t in (query, key, value))
 
-    def _setup_context(ctx, inputs, output):
+    def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], output[1])
         ctx.geometry = inputs[3:]
 
-    def _autograd_backward(ctx, grad, grad_lse):
-        return *_backward(grad, *ctx.saved_tensors, *ctx.geometry), None, None, None, None
+    def differentiate(ctx, grad, grad_lse):
+        gradients = torch.ops.acmix_mm.local_attention_native_backward(
+            grad, *ctx.saved_tensors, *ctx.geometry
+        )
+        return *gradients, None, None, None, None
 
-    torch.library.register_autograd(
-        'acmix_mm::local_attention_native_forward', _autograd_backward, setup_context=_setup_context
-    )
+    torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
+    refuse_second_order(backward, 'local_attention', 'native')
 
-    _group_conv = torch.ops.acmix_mm.group_conv_native
-    _group_conv_backward = torch.ops.acmix_mm.group_conv_native_backward
+
+def _register_group_conv() -> None:
+    """The convolution and its two gradients, of which each is linear in both of its tensors.
+
+    So all derivatives, of any order, are made of these three.
+    """
+    ops = torch.ops.acmix_mm
 
     @torch.library.register_fake('acmix_mm::group_conv_native')
     def _(input, weight, bias, stride, dilation, groups):
         size = ((length - 1) // stride + 1 for length in input.shape[2:])
         return input.new_empty((input.size(0), weight.size(0), *size))
 
-    @torch.library.register_fake('acmix_mm::group_conv_native_backward')
-    def _(grad, input, weight, stride, dilation, groups):
-        return input.new_empty(input.shape), weight.new_empty(weight.shape)
+    @torch.library.register_fake('acmix_mm::group_conv_native_grad_input')
+    def _(grad, weight, height, width, stride, dilation, groups):
+        return grad.new_empty((grad.size(0), weight.size(1) * groups, height, width))
 
-    def _setup_group_conv(ctx, inputs, output):
+    @torch.library.register_fake('acmix_mm::group_conv_native_grad_weight')
+    def _(grad, input, kernel_size, stride, dilation, groups):
+        shape = (grad.size(1), input.size(1) // groups, kernel_size, kernel_size)
+        return grad.new_empty(shape)
+
+    def setup_forward(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2])
         ctx.geometry = inputs[3:]
 
-    def _autograd_group_conv(ctx, grad):
-        grad_input = grad_weight = grad_bias = None
-        if any(ctx.needs_input_grad[:2]):
-            grad_input, grad_weight = _group_conv_backward(grad, *ctx.saved_tensors, *ctx.geometry)
-        if ctx.needs_input_grad[2]:
-            grad_bias = grad.sum((0, 2, 3))
-        return grad_input, grad_weight, grad_bias, None, None, None
+    def forward(ctx, grad):
+        input, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+        return (
+            ops.group_conv_native_grad_input(grad, weight, *input.shape[2:], *ctx.geometry)
+            if of_input
+            else None,
+            ops.group_conv_native_grad_weight(grad, input, weight.size(-1), *ctx.geometry)
+            if of_weight
+            else None,
+            grad.sum((0, 2, 3)) if of_bias else None,
+            *(None,) * 3,
+        )
 
-    torch.library.register_autograd(
-        'acmix_mm::group_conv_native', _autograd_group_conv, setup_context=_setup_group_conv
-    )
+    def setup_grad_input(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.geometry = inputs[4:]
 
+    def grad_input(ctx, grad_grad_input):
+        grad, weight = ctx.saved_tensors
+        of_grad, of_weight = ctx.needs_input_grad[:2]
+        return (
+            ops.group_conv_native(grad_grad_input, weight, None, *ctx.geometry)
+            if of_grad
+            else None,
+            ops.group_conv_native_grad_weight(grad, grad_grad_input, weight.size(-1), *ctx.geometry)
+            if of_weight
+            else None,
+            *(None,) * 5,
+        )
+
+    def setup_grad_weight(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.geometry = inputs[3:]
+
+    def grad_weight(ctx, grad_grad_weight):
+        grad, input = ctx.saved_tensors
+        of_grad, of_input = ctx.needs_input_grad[:2]
+        return (
+            ops.group_conv_native(input, grad_grad_weight, None, *ctx.geometry)
+            if of_grad
+            else None,
+            ops.group_conv_native_grad_input(
+                grad, grad_grad_weight, *input.shape[2:], *ctx.geometry
+            )
+            if of_input
+            else None,
+            *(None,) * 4,
+        )
+
+    for name, function, setup_context in (
+        ('group_conv_native', forward, setup_forward),
+        ('group_conv_native_grad_input', grad_input, setup_grad_input),
+        ('group_conv_native_grad_weight', grad_weight, setup_grad_weight),
+    ):
+        torch.library.register_autograd(f'acmix_mm::{name}', function, setup_context=setup_context)
+
+
+def _register_patch_weights() -> None:
     @torch.library.register_fake('acmix_mm::patch_weights_native')
     def _(padded, scale, shift, weight, kernel_size, stride, dilation):
         reach = (kernel_size - 1) * dilation
         size = ((length - reach - 1) // stride + 1 for length in padded.shape[2:])
         return padded.new_empty((padded.size(0), weight.size(1), *size))
+
+
+if MISSING is None:
+    _register_local_attention()
+    _register_group_conv()
+    _register_patch_weights()
 
 
 def local_attention(
@@ -111,7 +194,9 @@ def local_attention(
     packed rows a thread; for half precision, the backward pass also sums the gradients of key and
     value in float32.
     """
-    return _forward(query, key, value, kernel_size, stride, dilation, scale)[0]
+    return torch.ops.acmix_mm.local_attention_native_forward(
+        query, key, value, kernel_size, stride, dilation, scale
+    )[0]
 
 
 def local_attention_add_(
@@ -174,14 +259,7 @@ def group_conv(
     precision are float32. Memory beyond inputs and results: some packed rows a thread, and for the
     gradient of the weight at most 64 partial sums.
     """
-    return _group_conv(input, weight, bias, stride, dilation, groups)
-
-
-def group_conv_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, stride: int, dilation: int, groups: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`group_conv` with respect to input, contiguous, and weight."""
-    return _group_conv_backward(grad, input, weight, stride, dilation, groups)
+    return torch.ops.acmix_mm.group_conv_native(input, weight, bias, stride, dilation, groups)
 
 
 def patch_weights(

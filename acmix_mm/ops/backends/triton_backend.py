@@ -31,24 +31,34 @@ REQUIREMENT = (
 
 # Asked before importing Triton, which takes a while, and for nothing without a GPU.
 INTERPRETED = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
-AVAILABLE = importlib.util.find_spec('triton') is not None and (
-    INTERPRETED or torch.cuda.is_available()
-)
+if importlib.util.find_spec('triton') is None:
+    MISSING = 'Triton is not installed'
+elif not INTERPRETED and not torch.cuda.is_available():
+    MISSING = 'there is no GPU'
+else:
+    MISSING = None
 
 
-def supports(query: Tensor) -> bool:
-    """Whether the backend takes a query (and keys and values) like this: see REQUIREMENT."""
-    if not AVAILABLE or query.dtype not in DTYPES or query.size(2) > MAX_HEAD_DIM:
-        return False
-    if INTERPRETED:
-        return True
-    if query.device.type != 'cuda':
-        return False
-    # Below 8.0 Triton cannot generate code. AMD's numbers are all above.
-    return torch.cuda.get_device_properties(query.device).major >= 8
+def refuses(tensor: Tensor, *args, head_dim: int | None = None) -> str | None:
+    """What the backend needs of a query, where it is otherwise: see REQUIREMENT.
+
+    Args:
+        tensor (Tensor): The query, or another tensor of its dtype and device.
+        *args: Not looked at.
+        head_dim (int | None): Default: None, for that of a query, (B, N, d, Hq, Wq).
+    """
+    head_dim = tensor.size(2) if head_dim is None else head_dim
+    takes = tensor.dtype in DTYPES and head_dim <= MAX_HEAD_DIM
+    if takes and not INTERPRETED:
+        # Below 8.0 Triton cannot generate code. AMD's numbers are all above.
+        device = tensor.device
+        takes = device.type == 'cuda' and torch.cuda.get_device_properties(device).major >= 8
+    if takes:
+        return None
+    return f'{REQUIREMENT}, got a head dimension of {head_dim}, {tensor.dtype} and {tensor.device}'
 
 
-if AVAILABLE:
+if MISSING is None:
     import triton
 
     from . import triton_kernels as kernels

@@ -9,8 +9,8 @@
 
 #include <algorithm>
 #include <optional>
-#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "group_conv_plan.h"
 #include "native.h"
@@ -48,28 +48,44 @@ Kernels<S, T> kernels() {
   }
 }
 
-ConvShape check_inputs(const at::Tensor& input, const at::Tensor& weight, int64_t stride,
-                       int64_t dilation, int64_t groups) {
+// Checks sizes and geometry; the tensors themselves are checked against the shape by check_tensor.
+ConvShape conv_shape(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                     at::IntArrayRef weight, int64_t stride, int64_t dilation, int64_t groups) {
   TORCH_CHECK(stride > 0 && dilation > 0 && groups > 0,
               "stride, dilation and groups must be positive");
-  TORCH_CHECK(input.dim() == 4 && weight.dim() == 4,
-              "input and weight must have 4 dimensions, got shapes ", input.sizes(), " and ",
-              weight.sizes());
-  for (int64_t dim = 1; dim < 4; ++dim) {
-    TORCH_CHECK(input.size(dim) > 0, "input must have C, H, W >= 1, got shape ", input.sizes());
-  }
-  const int64_t kernel = weight.size(3);
-  TORCH_CHECK(kernel % 2 == 1 && weight.size(0) > 0 && weight.size(0) % groups == 0,
+  TORCH_CHECK(channels > 0 && height > 0 && width > 0,
+              "input must have C, H, W >= 1, got shape ",
+              at::IntArrayRef({batch, channels, height, width}));
+  TORCH_CHECK(channels % groups == 0, "input must have a multiple of ", groups,
+              " channels, got ", channels);
+  TORCH_CHECK(weight.size() == 4 && weight[3] > 0 && weight[3] % 2 == 1 && weight[0] > 0 &&
+                  weight[0] % groups == 0,
               "weight must have an odd kernel and some multiple of ", groups,
-              " output channels, got shape ", weight.sizes());
-  TORCH_CHECK(input.size(1) % groups == 0, "input must have a multiple of ", groups,
-              " channels, got shape ", input.sizes());
-  check_same(input, "input", input.sizes(), input.scalar_type());
-  check_same(weight, "weight", {weight.size(0), input.size(1) / groups, kernel, kernel},
-             input.scalar_type());
-  return {input.size(0), groups,        input.size(1) / groups, weight.size(0) / groups,
-          input.size(2), input.size(3), kernel,                 stride,
-          dilation};
+              " output channels, got shape ", weight);
+  return {batch,  groups, channels / groups, weight[0] / groups, height,
+          width,  weight[3], stride,         dilation};
+}
+
+ConvShape conv_shape(const at::Tensor& input, at::IntArrayRef weight, int64_t stride,
+                     int64_t dilation, int64_t groups) {
+  TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions, got shape ", input.sizes());
+  return conv_shape(input.size(0), input.size(1), input.size(2), input.size(3), weight, stride,
+                    dilation, groups);
+}
+
+void check_input(const at::Tensor& input, const ConvShape& shape, at::ScalarType dtype) {
+  check_same(input, "input",
+             {shape.batch, shape.groups * shape.inputs, shape.height, shape.width}, dtype);
+}
+
+void check_weight(const at::Tensor& weight, const ConvShape& shape, at::ScalarType dtype) {
+  check_same(weight, "weight",
+             {shape.groups * shape.outputs, shape.inputs, shape.kernel, shape.kernel}, dtype);
+}
+
+std::vector<int64_t> output_sizes(const ConvShape& shape) {
+  return {shape.batch, shape.groups * shape.outputs, (shape.height - 1) / shape.stride + 1,
+          (shape.width - 1) / shape.stride + 1};
 }
 
 template <typename S, typename T>
@@ -110,16 +126,16 @@ void run_differentiate_weight(const ConvShape& shape, const at::Tensor& grad,
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias, int64_t stride, int64_t dilation,
                    int64_t groups) {
-  const ConvShape shape = check_inputs(input, weight, stride, dilation, groups);
+  const ConvShape shape = conv_shape(input, weight.sizes(), stride, dilation, groups);
   const auto dtype = input.scalar_type();
+  check_input(input, shape, dtype);
+  check_weight(weight, shape, dtype);
   Map bias_map{};
   if (bias.has_value()) {
     check_same(*bias, "bias", {weight.size(0)}, dtype);
     bias_map = as_map(*bias);
   }
-  at::Tensor output = at::empty({shape.batch, weight.size(0), (shape.height - 1) / stride + 1,
-                                 (shape.width - 1) / stride + 1},
-                                input.options());
+  at::Tensor output = at::empty(output_sizes(shape), input.options());
   if (shape.batch == 0) {
     return output;
   }
@@ -137,33 +153,55 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
   return output;
 }
 
-std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad, const at::Tensor& input,
-                                            const at::Tensor& weight, int64_t stride,
-                                            int64_t dilation, int64_t groups) {
-  const ConvShape shape = check_inputs(input, weight, stride, dilation, groups);
-  const auto dtype = input.scalar_type();
-  check_same(grad, "grad",
-             {shape.batch, weight.size(0), (shape.height - 1) / stride + 1,
-              (shape.width - 1) / stride + 1},
-             dtype);
-  at::Tensor grad_input = at::empty(input.sizes(), input.options());
+at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& weight, int64_t height,
+                      int64_t width, int64_t stride, int64_t dilation, int64_t groups) {
+  TORCH_CHECK(grad.dim() == 4 && weight.dim() == 4,
+              "grad and weight must have 4 dimensions, got shapes ", grad.sizes(), " and ",
+              weight.sizes());
+  const ConvShape shape = conv_shape(grad.size(0), groups * weight.size(1), height, width,
+                                     weight.sizes(), stride, dilation, groups);
+  const auto dtype = grad.scalar_type();
+  check_weight(weight, shape, dtype);
+  check_same(grad, "grad", output_sizes(shape), dtype);
+  at::Tensor out =
+      at::empty({shape.batch, groups * shape.inputs, height, width}, grad.options());
   if (shape.batch == 0) {
-    return {grad_input, at::zeros(weight.sizes(), weight.options())};
+    return out;
   }
-  at::Tensor grad_weight = at::empty(weight.sizes(), weight.options());
   const ConvArgs args{as_map(grad),
                       as_map(weight),
                       {},
-                      grad_input.mutable_data_ptr(),
+                      out.mutable_data_ptr(),
                       shape.outputs * weight.stride(0),
                       weight.stride(1),
                       weight.stride(0)};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
     using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     run_convolve<scalar_t, compute_t>(shape, true, args);
-    run_differentiate_weight<scalar_t, compute_t>(shape, grad, input, grad_weight);
   });
-  return {grad_input, grad_weight};
+  return out;
+}
+
+at::Tensor grad_weight(const at::Tensor& grad, const at::Tensor& input, int64_t kernel_size,
+                       int64_t stride, int64_t dilation, int64_t groups) {
+  TORCH_CHECK(grad.dim() == 4 && input.dim() == 4,
+              "grad and input must have 4 dimensions, got shapes ", grad.sizes(), " and ",
+              input.sizes());
+  TORCH_CHECK(groups > 0, "stride, dilation and groups must be positive");
+  const std::vector<int64_t> sizes{grad.size(1), input.size(1) / groups, kernel_size, kernel_size};
+  const ConvShape shape = conv_shape(input, sizes, stride, dilation, groups);
+  const auto dtype = input.scalar_type();
+  check_input(input, shape, dtype);
+  check_same(grad, "grad", output_sizes(shape), dtype);
+  if (shape.batch == 0) {
+    return at::zeros(sizes, input.options());
+  }
+  at::Tensor out = at::empty(sizes, input.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
+    using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    run_differentiate_weight<scalar_t, compute_t>(shape, grad, input, out);
+  });
+  return out;
 }
 
 }  // namespace
@@ -173,13 +211,17 @@ TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
       "group_conv_native(Tensor input, Tensor weight, Tensor? bias, int stride, int dilation, "
       "int groups) -> Tensor");
   m.def(
-      "group_conv_native_backward(Tensor grad, Tensor input, Tensor weight, int stride, "
-      "int dilation, int groups) -> (Tensor, Tensor)");
+      "group_conv_native_grad_input(Tensor grad, Tensor weight, SymInt height, SymInt width, "
+      "int stride, int dilation, int groups) -> Tensor");
+  m.def(
+      "group_conv_native_grad_weight(Tensor grad, Tensor input, int kernel_size, int stride, "
+      "int dilation, int groups) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(acmix_mm, CPU, m) {
   m.impl("group_conv_native", &forward);
-  m.impl("group_conv_native_backward", &backward);
+  m.impl("group_conv_native_grad_input", &grad_input);
+  m.impl("group_conv_native_grad_weight", &grad_weight);
 }
 
 }  // namespace acmix_mm

@@ -1,14 +1,89 @@
-"""Checks the OpenMMLab packages when acmix_mm is imported, and mends one known fault.
+"""All that is done to OpenMMLab, none of which is needed by ``acmix_mm.ops`` and ``.layers``.
 
-Two families provide them under the same import names: OneDL (``onedl-*``, maintained, tested) and
-the original OpenMMLab packages. Versions are those that were tried.
+Requirements, registration, known faults mended. Two families provide the packages under the same
+import names: OneDL (``onedl-*``, maintained, tested) and the original OpenMMLab packages. Versions
+are those that were tried.
 """
 
 import copyreg
 import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from packaging.version import Version
+BACKBONES = (
+    'ACmixPyramidVisionTransformer',
+    'ACmixResNet',
+    'ACmixSAN',
+    'ACmixSwinTransformer',
+    'DWNet',
+    'SAN',
+    'XVolutionResNet',
+)
+
+
+class _Watch(importlib.abc.MetaPathFinder):
+    """Calls a function once, when a module has been imported."""
+
+    def __init__(self, module: str, action: Callable[[], None]):
+        self.module = module
+        self.action = action
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module) -> None:
+                execute(module)
+                self.action()
+
+            spec.loader.exec_module = execute_and_act
+        return spec
+
+
+def connect() -> None:
+    """Have mmengine know the package's models: now if it is loaded, else as soon as it is.
+
+    So importing ``acmix_mm`` loads nothing of OpenMMLab. What is registered for a backbone imports
+    it when it is built, see :func:`check_requirements` for what that needs.
+    """
+    if 'mmengine.registry' in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _Watch('mmengine.registry', register))
+
+
+def register() -> None:
+    """Register layers and backbones in mmengine's root registry of models, and counters of FLOPs.
+
+    The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
+    in the place of the functions that import them.
+    """
+    from mmengine.registry import MODELS
+
+    from .layers import ACmix, XVolution
+
+    backbones = sys.modules.get('acmix_mm.backbones')
+    entries = {'ACmix': ACmix, 'XVolution': XVolution}
+    entries |= {name: getattr(backbones, name, None) or _backbone(name) for name in BACKBONES}
+    for name, entry in entries.items():
+        taken = MODELS.module_dict.get(name)
+        ours = taken is not None and taken.__module__.startswith('acmix_mm.')
+        MODELS.register_module(name=name, module=entry, force=ours)
+
+
+def _backbone(name: str) -> Callable:
+    def build(*args, **kwargs):
+        return getattr(importlib.import_module('acmix_mm.backbones'), name)(*args, **kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    return build
 
 
 @dataclass(frozen=True)
@@ -41,12 +116,14 @@ REQUIREMENTS = (
 
 
 def check_requirements() -> None:
-    """Import what the package needs.
+    """Import what the backbones need.
 
     Raises:
         ImportError: If one is missing, too old or does not load; the message names it, what was
             found, and the command that installs it.
     """
+    from packaging.version import Version
+
     for requirement in REQUIREMENTS:
         name = requirement.module
         advice = f'Install it with:\n    {requirement.install}'
@@ -70,6 +147,9 @@ def check_requirements() -> None:
 
 def make_checkpoints_loadable() -> None:
     """Make checkpoints of mmengine's Runner load with torch's safe loader (``weights_only``).
+
+    The programs in tools/ call it before they load or write any; importing ``acmix_mm`` does not
+    change what torch takes for safe.
 
     They hold the log's history as ``HistoryBuffer``, which torch >= 2.6 refuses, so that resuming
     with the original mmengine fails and OneDL's falls back to the unsafe loader. Here the class is

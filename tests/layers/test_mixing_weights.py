@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from acmix_mm.ops import shift_conv, shift_kernel
+from acmix_mm.layers.mixing_weights import MixingWeights, folding_pays, shift_kernel
 
 
 def two_steps(maps, fc, dep, stride, dilation, fc_bias):
@@ -16,22 +16,28 @@ def two_steps(maps, fc, dep, stride, dilation, fc_bias):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    heads=st.sampled_from([1, 2, 4, 5, 8, 16]),  # few: folded; many: two steps
+    heads=st.sampled_from([1, 2, 4, 5, 8]),
     positions=st.integers(1, 4),
     size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     kernel_size=st.sampled_from([1, 3, 5]),
     stride=st.integers(1, 3),
     dilation=st.integers(1, 2),
     with_bias=st.booleans(),
+    folds=st.booleans(),
 )
-def test_equals_its_two_steps(heads, positions, size, kernel_size, stride, dilation, with_bias):
+def test_equals_its_two_steps(
+    heads, positions, size, kernel_size, stride, dilation, with_bias, folds
+):
     maps = torch.randn(2, positions, 3 * heads, *size, dtype=torch.float64, requires_grad=True)
     fc = torch.randn(kernel_size**2, 3 * heads, dtype=torch.float64, requires_grad=True)
     shape = (positions * heads, kernel_size**2, kernel_size, kernel_size)
     dep = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(kernel_size**2, dtype=torch.float64) * with_bias
     bias.requires_grad_()
-    out = shift_conv(maps, fc, dep, stride, dilation, fc_bias=bias if with_bias else None)
+    geometry = {'groups': positions, 'stride': stride, 'dilation': dilation}
+    weights = MixingWeights(dep, fc, bias if with_bias else None, **geometry)
+    weights = weights.folded() if folds else weights
+    out = weights.convolve(maps)
     expected = two_steps(maps, fc, dep, stride, dilation, bias)
     assert out.shape[-2:] == (-(-size[0] // stride), -(-size[1] // stride))
     torch.testing.assert_close(out, expected)
@@ -56,3 +62,10 @@ def test_shift_kernel_sums_shifted_maps(kernel_size):
         for j in range(kernel_size)
     )
     torch.testing.assert_close(out, expected.repeat_interleave(3, dim=1))
+
+
+def test_folding_pays_for_few_heads():
+    """Multiplications a pixel, from section 4.2 at 64 channels: 27 C N against 27 C + 81 C."""
+    for heads, pays in ((1, True), (4, True), (8, False), (32, False)):
+        assert (27 * 64 * heads <= (27 * heads * (64 // heads)) + 81 * 64) == pays
+        assert folding_pays(3 * heads, 64, 64 // heads, 3) == pays
