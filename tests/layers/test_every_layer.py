@@ -1,0 +1,171 @@
+"""What holds for every layer: meta tensors, empty batches, autocast, layouts, forms, names."""
+
+import pytest
+import torch
+from torch import nn
+
+import acmix_mm
+from acmix_mm.layers import ACmix, DepthwiseBlock, PatchACmix, PatchAttention, XVolution
+
+SIZE = (7, 14)
+
+
+def window_acmix() -> nn.Module:
+    swin = pytest.importorskip('mmdet.models.backbones.swin')
+    return acmix_mm.layers.WindowACmix(swin.WindowMSA(16, 4, (7, 7)))
+
+
+def spatial_reduction_acmix() -> nn.Module:
+    pvt = pytest.importorskip('mmdet.models.backbones.pvt')
+    attention = pvt.SpatialReductionAttention(16, 4, sr_ratio=2)
+    return acmix_mm.layers.SpatialReductionACmix(attention)
+
+
+LAYERS = {
+    'ACmix': lambda: ACmix(16, 16),
+    'ACmix of 8 heads': lambda: ACmix(16, 16, num_heads=8, stride=2),
+    'ACmix, attention only': lambda: ACmix(16, 16, mix='attention'),
+    'ACmix, convolution only': lambda: ACmix(16, 16, mix='conv', bias=True),
+    'PatchAttention': lambda: PatchAttention(16, 16, 4, 3),
+    'PatchACmix': lambda: PatchACmix(16, 16, 4, 3),
+    'XVolution': lambda: XVolution(16, 16),
+    'XVolution, local attention': lambda: XVolution(16, 16, stride=2, attention='local'),
+    'WindowACmix': window_acmix,
+    'SpatialReductionACmix': spatial_reduction_acmix,
+    'DepthwiseBlock': lambda: DepthwiseBlock(32),
+    'DepthwiseBlock, homogeneous': lambda: DepthwiseBlock(32, dynamic='homogeneous'),
+    'DepthwiseBlock, inhomogeneous': lambda: DepthwiseBlock(32, dynamic='inhomogeneous'),
+}
+every_layer = pytest.mark.parametrize('name', LAYERS)
+
+
+def arguments(name: str, layer: nn.Module, batch: int = 2, **options) -> tuple:
+    """Of the layer's forward; the first needs gradients."""
+    channels = 32 if name.startswith('Depthwise') else 16
+    shapes = {
+        'WindowACmix': (batch, *SIZE, channels),
+        'SpatialReductionACmix': (batch, SIZE[0] * SIZE[1], channels),
+    }
+    shape = shapes.get(name, (batch, channels, *SIZE))
+    x = torch.randn(shape, requires_grad=True, **options)
+    return (x, SIZE) if name == 'SpatialReductionACmix' else (x,)
+
+
+@every_layer
+def test_meta_tensors(name):
+    """Shapes without numbers, forward and backward, as tools that count and plan ask for them."""
+    layer = LAYERS[name]()
+    expected = layer(*arguments(name, layer))
+    layer.to('meta')
+    x, *rest = arguments(name, layer, device='meta')
+    out = layer(x, *rest)
+    assert out.is_meta
+    assert out.shape == expected.shape
+    out.sum().backward()
+    assert x.grad.is_meta
+    assert all(p.grad.shape == p.shape for p in layer.parameters())
+
+
+@every_layer
+def test_built_on_meta(name):
+    with torch.device('meta'):
+        layer = LAYERS[name]()
+        out = layer(*arguments(name, layer))
+    assert out.is_meta
+    assert all(p.is_meta for p in layer.parameters())
+
+
+@every_layer
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('deployed', [True, False])
+def test_empty_batch(name, training, deployed):
+    """As nn.Conv2d: an empty result of the right shape, gradients of zeros. A head without RoIs."""
+    layer = LAYERS[name]().eval()
+    if deployed:
+        acmix_mm.deploy(layer)
+        layer.requires_grad_()
+    layer.train(training)
+    expected = layer(*arguments(name, layer))
+    x, *rest = arguments(name, layer, batch=0)
+    out = layer(x, *rest)
+    assert out.shape == (0, *expected.shape[1:])
+    gradients = torch.autograd.grad(out.sum(), (x, *layer.parameters()))
+    for gradient, tensor in zip(gradients, (x, *layer.parameters()), strict=True):
+        assert gradient.shape == tensor.shape
+        assert not gradient.any()
+
+
+@every_layer
+@pytest.mark.parametrize('forward_in_autocast', [True, False])
+def test_backward_under_another_autocast(name, forward_in_autocast):
+    """Autocast around the backward pass only, or around the forward pass only, rounds at most."""
+    layer = LAYERS[name]()
+    x, *rest = arguments(name, layer)
+    leaves = (x, *layer.parameters())
+    results = []
+    for backward_in_autocast in (forward_in_autocast, not forward_in_autocast):
+        with torch.autocast('cpu', torch.bfloat16, enabled=forward_in_autocast):
+            out = layer(x, *rest)
+        with torch.autocast('cpu', torch.bfloat16, enabled=backward_in_autocast):
+            results.append(torch.autograd.grad(out.float().square().sum(), leaves))
+    for gradient, expected in zip(*results, strict=True):
+        tolerance = 2**-5 * expected.abs().max().item()
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=tolerance)
+    assert all(g.dtype == torch.float32 for g in results[1])
+
+
+@every_layer
+def test_channels_last_changes_nothing(name):
+    layer = LAYERS[name]().double()
+    x, *rest = arguments(name, layer, dtype=torch.float64)
+    if x.dim() != 4:
+        pytest.skip('tokens have one layout')
+    last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    leaves = tuple(layer.parameters())
+    results = []
+    for tensor in (x, last):
+        out = layer(tensor, *rest)
+        results.append((out, *torch.autograd.grad(out.square().sum(), (tensor, *leaves))))
+    torch.testing.assert_close(*results)
+
+
+@every_layer
+def test_printed_form(name):
+    layer = LAYERS[name]().eval()
+    text = repr(layer)
+    assert all(f'{key}=' in text for key in ('backend', 'deployed') if hasattr(layer, key))
+    if hasattr(layer, 'deployed'):
+        assert 'deployed=False' in text
+        assert 'deployed=True' in repr(acmix_mm.deploy(layer))
+
+
+@every_layer
+def test_form_of_a_state_dict(name):
+    """Each form loads its own only; the other is refused with what to do, also by non-strict."""
+    trained, deployed = LAYERS[name]().eval(), acmix_mm.deploy(LAYERS[name]().eval())
+    forms = [trained.state_dict(), deployed.state_dict()]
+    for layer, state_dict in zip((trained, deployed), forms, strict=True):
+        layer.load_state_dict(state_dict)
+    if forms[0].keys() == forms[1].keys():
+        return
+    with pytest.raises(ValueError, match=r"form for training, with '.*acmix_mm\.deploy\(model\)"):
+        deployed.load_state_dict(forms[0], strict=False)
+    with pytest.raises(ValueError, match=r"form for inference, with '.*deploy=True"):
+        trained.load_state_dict(forms[1], strict=False)
+
+
+def test_backend_of_a_model():
+    model = nn.Sequential(ACmix(8, 8), nn.ReLU(), XVolution(8, 8, attention='local'))
+    model[1].backend = 'of somebody else'
+    assert acmix_mm.set_backend(model, 'torch') is model
+    assert (model[0].backend, model[2].attn.backend) == ('torch', 'torch')
+    assert model[1].backend == 'of somebody else'
+    acmix_mm.set_backend(model, None)
+    assert model[0].backend is None
+    with pytest.raises(ValueError, match=r"backend must be None or one of .* got 'fast'"):
+        acmix_mm.set_backend(model, 'fast')
+
+
+def test_a_backend_of_another_machine_is_accepted_when_built():
+    for backend in ('torch', 'native', 'triton'):
+        assert ACmix(8, 8, backend=backend).backend == backend

@@ -1,0 +1,196 @@
+"""What holds for every operator and backend: layouts, second-order gradients, needed ones only."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from acmix_mm.layers import ACmix
+from acmix_mm.ops import (
+    available_backends,
+    fused_acmix,
+    group_conv,
+    local_aggregation,
+    local_attention,
+    norm_relu_conv,
+    patch_weights,
+)
+from acmix_mm.ops.backends import native_backend, triton_backend
+
+BACKENDS = available_backends()
+HEADS, DIM, SIZE = 2, 2, (5, 6)
+
+
+def device_of(backend: str) -> str:
+    return 'cuda' if backend == 'triton' and not triton_backend.INTERPRETED else 'cpu'
+
+
+def random(*shape: int, dtype=torch.float64, device='cpu') -> Tensor:
+    return torch.randn(shape, dtype=dtype).to(device).requires_grad_()
+
+
+def operator(name: str, backend: str, dtype=torch.float64) -> tuple[Callable, tuple[Tensor, ...]]:
+    """A public operator as a function of tensors, and the tensors."""
+    channels = HEADS * DIM
+    options = {'dtype': dtype, 'device': device_of(backend)}
+    if name == 'local_attention':
+        maps = [random(1, HEADS, DIM, *SIZE, **options) for _ in range(3)]
+        return lambda q, k, v: local_attention(q, k, v, 3, backend=backend), maps
+    if name == 'group_conv':
+        maps = random(1, DIM, 3, *SIZE, **options)
+        weight, bias = random(channels, 3, 3, 3, **options), random(channels, **options)
+        return lambda m, w, b: group_conv(m, w, 2, 1, b, backend=backend), (maps, weight, bias)
+    if name == 'fused_acmix':
+        shapes = (
+            (1, 3, *SIZE), (3 * channels, 3, 1, 1), (3 * channels,), (DIM, 2),
+            (channels, 3 * HEADS, 3, 3), (channels,), (1,),
+        )  # fmt: skip
+        tensors = [random(*shape, **options) for shape in shapes]
+        return lambda *t: fused_acmix(*t, HEADS, 3, backend=backend), tensors
+    if name == 'local_aggregation':
+        tensors = random(1, 4, *SIZE, **options), random(1, 2, 9, *SIZE, **options)
+        return lambda v, w: local_aggregation(v, w, 3), tensors
+    if name == 'norm_relu_conv':
+        norm = nn.BatchNorm2d(4).to(**options)
+        tensors = random(2, 4, *SIZE, **options), random(3, 4, 1, 1, **options)
+        return lambda x, w: norm_relu_conv(x, norm, w), tensors
+    norm = nn.BatchNorm2d(20).to(**options)
+    query, key = (random(2, 2, *SIZE, **options) for _ in range(2))
+    weight = random(3, 20, 1, 1, **options)
+    return lambda q, k, w: patch_weights(q, k, w, norm, 3, backend=backend), (query, key, weight)
+
+
+# Whose gradients may be differentiated again; the others refuse.
+TWICE = {('group_conv', backend) for backend in BACKENDS}
+TWICE |= {(name, backend) for name in ('norm_relu_conv', 'patch_weights') for backend in BACKENDS}
+OPERATORS = [
+    *(
+        (name, backend)
+        for name in ('local_attention', 'group_conv', 'fused_acmix', 'patch_weights')
+        for backend in BACKENDS
+    ),
+    ('local_aggregation', 'torch'),
+    ('norm_relu_conv', 'torch'),
+]
+every_operator = pytest.mark.parametrize(('name', 'backend'), OPERATORS)
+
+
+def dtype_of(name: str, backend: str) -> torch.dtype:
+    attends = name in ('local_attention', 'fused_acmix')
+    return torch.float32 if backend == 'triton' and attends else torch.float64
+
+
+@every_operator
+def test_second_order_gradients(name, backend):
+    """Right, by finite differences of the gradients, or refused; never silently something else."""
+    function, tensors = operator(name, backend, dtype_of(name, backend))
+    if (name, backend) in TWICE:
+        assert torch.autograd.gradgradcheck(function, tuple(tensors))
+        return
+    gradients = torch.autograd.grad(function(*tensors).sum(), tensors, create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    with pytest.raises(NotImplementedError, match='has no second-order gradients'):
+        penalty.backward()
+
+
+@every_operator
+def test_only_needed_gradients(name, backend):
+    """Each alone is what it is among all."""
+    function, tensors = operator(name, backend, dtype_of(name, backend))
+    grad = torch.randn_like(function(*tensors))
+    together = torch.autograd.grad(function(*tensors), tensors, grad)
+    for i, expected in enumerate(together):
+        alone = [t.detach().requires_grad_(i == j) for j, t in enumerate(tensors)]
+        (gradient,) = torch.autograd.grad(function(*alone), alone[i], grad)
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_work_that_nobody_needs_is_left(monkeypatch):
+    """By calls of the native kernels: of a deployed layer, what is trained, and nothing else."""
+    if 'native' not in BACKENDS:
+        pytest.skip('native kernels are not built')
+    calls = []
+    for name in ('local_attention_add_', 'local_attention_backward_add_'):
+        kernel = getattr(native_backend, name)
+        monkeypatch.setattr(
+            native_backend, name, lambda *a, n=name, k=kernel: calls.append(n) or k(*a)
+        )
+    x = torch.randn(1, 8, 5, 6, requires_grad=True)
+    layer = ACmix(8, 8, backend='native').eval()
+    layer.switch_to_deploy(nn.BatchNorm2d(8).eval())  # a scale for every channel
+    layer(x).sum().backward()
+    assert calls == ['local_attention_add_', 'local_attention_backward_add_']
+    calls.clear()
+    layer.kernel.requires_grad_()
+    layer(x.detach()).sum().backward()
+    assert calls == ['local_attention_add_']
+    assert layer.kernel.grad.any()
+
+
+def custom_operators(dtype=torch.float32) -> dict[str, tuple]:
+    """Arguments of every custom operator of the package that is there, without gradients."""
+    maps = [torch.randn(2, HEADS, DIM, *SIZE, dtype=dtype) for _ in range(3)]
+    lse = torch.randn(2, HEADS, *SIZE)
+    channels = HEADS * DIM
+    image, out = torch.randn(2, 6, *SIZE), torch.randn(2, channels, *SIZE)
+    weight = torch.randn(channels, 3, 3, 3)
+    acmix = (
+        torch.randn(2, 3, *SIZE), torch.randn(3 * channels, 3, 1, 1), torch.randn(3 * channels),
+        torch.randn(DIM, 2), torch.randn(channels, 3 * HEADS, 3, 3),
+    )  # fmt: skip
+    geometry = (HEADS, 3, 1, 1)
+    scale = torch.randn(1)
+    everything = {
+        'group_conv_native': (image, weight, torch.randn(channels), 1, 1, DIM),
+        'group_conv_native_grad_input': (out, weight, *SIZE, 1, 1, DIM),
+        'group_conv_native_grad_weight': (out, image, 3, 1, 1, DIM),
+        'fused_acmix': (*acmix, torch.randn(channels), scale, *geometry),
+        'fused_acmix_backward': (out, lse, *acmix, scale, *geometry, [True] * 6),
+        'local_aggregation': (torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, *SIZE), 3, 1, 1),
+        'local_aggregation_backward': (
+            torch.randn(2, 4, *SIZE), torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, *SIZE),
+            3, 1, 1, True, True,
+        ),
+        'patch_weights_native': (
+            torch.randn(2, 2, 7, 8), torch.randn(18), torch.randn(18), torch.randn(18, 4), 3, 1, 1,
+        ),
+        'local_attention_native_forward': (*maps, 3, 1, 1, 0.5),
+        'local_attention_native_backward': (maps[0], *maps, lse, 3, 1, 1, 0.5),
+    }  # fmt: skip
+    if 'native' not in BACKENDS:
+        everything = {n: a for n, a in everything.items() if n.startswith('local_aggregation')}
+    return everything
+
+
+def channels_last(tensor):
+    """The same numbers with the second dimension innermost."""
+    if not isinstance(tensor, Tensor) or tensor.dim() < 4:
+        return tensor
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize('layout', ['contiguous', 'channels last'])
+@pytest.mark.parametrize('name', custom_operators())
+def test_opcheck(name, layout):
+    """Schema, autograd registration and fake kernel with the real strides, as Inductor needs."""
+    arguments = custom_operators()[name]
+    if layout == 'channels last':
+        arguments = tuple(map(channels_last, arguments))
+    differentiable = 'backward' not in name and name != 'patch_weights_native'
+    arguments = [
+        a.requires_grad_() if differentiable and isinstance(a, Tensor) else a for a in arguments
+    ]
+    torch.library.opcheck(getattr(torch.ops.acmix_mm, name).default, tuple(arguments))
+
+
+def test_every_custom_operator_is_checked():
+    """Here, or (attention in PyTorch and Triton) beside the backend's other tests."""
+    native = {n for n in native_operators() if not n.endswith('add_')}
+    assert native <= set(custom_operators())
+
+
+def native_operators() -> set[str]:
+    schemas = torch._C._jit_get_all_schemas()
+    names = {s.name.removeprefix('acmix_mm::') for s in schemas if s.name.startswith('acmix_mm::')}
+    return {n for n in names if '_torch' not in n and '_triton' not in n}
