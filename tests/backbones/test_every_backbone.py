@@ -1,0 +1,83 @@
+"""What holds for every backbone: meta tensors, train and eval, Inductor, the registry."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch import nn
+
+import acmix_mm
+from acmix_mm import backbones
+
+# A small one of each family, for images of 64 x 64.
+SMALL = {
+    'ACmixResNet': {'depth': 26, 'base_channels': 16},
+    'SAN': {'depth': 10, 'base_channels': 32},
+    'ACmixSAN': {'depth': 10, 'base_channels': 32},
+    'ACmixPyramidVisionTransformer': {
+        'embed_dims': 16, 'num_layers': [1, 1, 1, 1], 'num_heads': [1, 2, 2, 4],
+        'pretrain_img_size': 64, 'drop_path_rate': 0.0,
+    },
+    'ACmixSwinTransformer': {
+        'embed_dims': 24, 'depths': (2, 2, 1, 1), 'num_heads': (1, 2, 4, 8), 'drop_path_rate': 0.0,
+    },
+    'XVolutionResNet': {'depth': 18, 'base_channels': 16},
+    'DWNet': {
+        'arch': {'embed_dims': 32, 'depths': (1, 1, 1, 1)}, 'dynamic': 'inhomogeneous',
+        'drop_path_rate': 0.0,
+    },
+}  # fmt: skip
+every_backbone = pytest.mark.parametrize('name', SMALL)
+
+
+def build(name: str) -> nn.Module:
+    return getattr(backbones, name)(**SMALL[name])
+
+
+def test_all_are_here():
+    assert set(SMALL) == set(backbones.__all__) == set(acmix_mm.openmmlab.BACKBONES)
+
+
+@every_backbone
+def test_registered(name):
+    assert MODELS.get(name) is getattr(backbones, name)
+
+
+@every_backbone
+def test_train_and_eval_return_the_module(name):
+    model = build(name)
+    assert model.train() is model
+    assert model.training
+    assert model.eval() is model
+    assert not model.training
+
+
+@every_backbone
+def test_meta_tensors(name):
+    model = build(name)
+    image = torch.randn(2, 3, 64, 64)
+    shapes = [out.shape for out in model(image)]
+    outputs = model.to('meta')(image.to('meta'))
+    assert [out.shape for out in outputs] == shapes
+    sum(out.sum() for out in outputs).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.slow
+@every_backbone
+def test_inductor_trains(name):
+    """On a channels-last image, with the gradients of the model as it is."""
+    model = build(name)
+    model.train()
+    compiled = copy.deepcopy(model)
+    image = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for module, forward in ((model, model), (compiled, torch.compile(compiled))):
+        sum(out.square().mean() for out in forward(image)).backward()
+        gradients.append({n: p.grad for n, p in module.named_parameters()})
+    for parameter, expected in gradients[0].items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(
+            gradients[1][parameter], expected, rtol=1e-3, atol=1e-3 * scale + 1e-6
+        )

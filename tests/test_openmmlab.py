@@ -1,0 +1,182 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+
+from acmix_mm.openmmlab import REQUIREMENTS, check_requirements, make_checkpoints_loadable
+
+
+def run(code: str, path: Path | None = None) -> subprocess.CompletedProcess:
+    """Python code in a process of its own, in which modules of the folder ``path`` come first."""
+    if path is not None:
+        code = f'import sys; sys.path.insert(0, {str(path)!r})\n{code}'
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+
+
+def without(path: Path, *packages: str) -> Path:
+    """A folder that hides packages of OpenMMLab."""
+    for name in packages:
+        error = f'raise ModuleNotFoundError("No module named {name!r}", name={name!r})'
+        (path / f'{name}.py').write_text(error)
+    return path
+
+
+def said(tmp_path, files: dict[str, str]) -> str:
+    """What importing the backbones says where modules of these names and contents come first."""
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    result = run('import acmix_mm.backbones', tmp_path)
+    assert result.returncode == 1
+    return '\n'.join(result.stderr.splitlines()[-2:])
+
+
+def test_importing_loads_nothing_of_openmmlab():
+    packages = ('mmengine', 'mmcv', 'mmdet', 'mmseg')
+    code = f"""
+import sys, acmix_mm, acmix_mm.ops, acmix_mm.layers
+acmix_mm.deploy(acmix_mm.layers.ACmix(8, 8))
+loaded = sorted(name for name in sys.modules if name.split('.')[0] in {packages})
+sys.exit(str(loaded) if loaded else 0)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    'imports',
+    [
+        'import acmix_mm\nfrom mmengine.registry import MODELS',
+        'from mmengine.registry import MODELS\nimport acmix_mm',
+        'from acmix_mm.layers import ACmix\nfrom mmdet.registry import MODELS\nimport acmix_mm',
+        'import mmdet.models\nimport acmix_mm.ops\nfrom mmseg.registry import MODELS',
+    ],
+)
+def test_registered_in_any_order(imports):
+    code = f"""
+{imports}
+layer = MODELS.build(dict(type='ACmix', in_channels=8, out_channels=8))
+assert type(layer) is acmix_mm.layers.ACmix, layer
+model = MODELS.build(dict(type='SAN', depth=10, base_channels=32))
+assert type(model) is acmix_mm.backbones.SAN is MODELS.get('SAN'), model
+assert MODELS.get('ACmixResNet') is acmix_mm.backbones.ACmixResNet
+assert MODELS.get('XVolution') is acmix_mm.layers.XVolution
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_openmmlab(tmp_path):
+    """The layers work; a backbone says what it needs."""
+    without(tmp_path, 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
+    code = """
+import torch, acmix_mm
+acmix_mm.layers.ACmix(8, 8)(torch.randn(1, 8, 5, 6)).sum().backward()
+acmix_mm.backbones
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 1
+    assert "needs mmengine, and Python found no module 'mmengine'. Install it" in result.stderr
+
+
+def test_with_mmengine_alone(tmp_path):
+    """Layers are registered, and so are backbones, which say what they need when built."""
+    without(tmp_path, 'mmcv', 'mmdet')
+    code = """
+import acmix_mm
+from mmengine.registry import MODELS
+MODELS.build(dict(type='ACmix', in_channels=8, out_channels=8))
+MODELS.build(dict(type='ACmixResNet', depth=26))
+"""
+    result = run(code, tmp_path)
+    assert result.returncode == 1
+    assert "acmix_mm needs mmcv, and Python found no module 'mmcv'. Install it" in result.stderr
+
+
+def test_names_of_others_are_not_taken():
+    code = """
+from mmengine.registry import MODELS
+MODELS.register_module(name='ACmix', module=type('ACmix', (), {}))
+import acmix_mm
+"""
+    result = run(code)
+    assert result.returncode == 1
+    assert "KeyError: 'ACmix is already registered in model" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ('files', 'message', 'command'),
+    [
+        (
+            {'mmdet.py': "raise ModuleNotFoundError('no', name='mmdet')"},
+            "acmix_mm needs mmdet, and Python found no module 'mmdet'. Install it with:",
+            'pip install onedl-mmdetection==3.5.1',
+        ),
+        (
+            {'mmengine/__init__.py': "__version__ = '0.7.4'"},
+            'acmix_mm needs mmengine >= 0.10.7, and found 0.7.4. Install it with:',
+            'pip install onedl-mmengine==0.10.12',
+        ),
+        (
+            {'mmcv/__init__.py': "__version__ = '2.3.6'"},  # mmcv-lite has no mmcv.ops
+            "acmix_mm needs mmcv.ops, and Python found no module 'mmcv.ops'. Install it with:",
+            'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir onedl-mmcv',
+        ),
+        (
+            {
+                'mmcv/__init__.py': "__version__ = '2.3.6'",
+                'mmcv/ops.py': "raise ImportError('undefined symbol')",
+            },
+            'acmix_mm needs mmcv.ops, which is installed but does not import '
+            '(ImportError: undefined symbol). Install it with:',
+            'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir onedl-mmcv',
+        ),
+    ],
+)
+def test_backbones_say_what_is_missing(tmp_path, files, message, command):
+    text = said(tmp_path, files)
+    assert message in text
+    assert command in text
+
+
+def test_installed_packages_pass():
+    check_requirements()
+
+
+def test_install_commands_are_the_tested_versions(pytestconfig):
+    constraints = (pytestconfig.rootpath / 'constraints.txt').read_text().splitlines()
+    for requirement in REQUIREMENTS:
+        pinned = requirement.install.split()[-1]
+        assert pinned in constraints, requirement
+
+
+def test_importing_does_not_change_what_torch_takes_for_safe():
+    code = """
+import mmdet.models
+from torch.serialization import get_safe_globals
+before = set(map(str, get_safe_globals()))
+import acmix_mm.backbones
+assert set(map(str, get_safe_globals())) == before
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_history_buffers_load_safely(tmp_path):
+    """Resuming: torch's safe loader takes what mmengine's message hub puts in a checkpoint."""
+    make_checkpoints_loadable()  # OneDL's own loading, in other tests, withdraws registrations
+    buffer = HistoryBuffer(log_history=np.arange(3.0), count_history=np.ones(3), max_length=5)
+    hub = {'log_scalars': {'loss': buffer}, 'runtime_info': {'loss': np.float64(2), 'iter': 3}}
+    torch.save({'message_hub': hub}, tmp_path / 'checkpoint.pth')
+    loaded = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)['message_hub']
+    assert loaded['runtime_info'] == hub['runtime_info']
+    loss = loaded['log_scalars']['loss']
+    assert loss.mean() == 1
+    for value in range(4):  # the greatest length came back, too
+        loss.update(value)
+    assert loss.data[0].tolist() == [2, 0, 1, 2, 3]
