@@ -1,5 +1,6 @@
 """Functions on tensors; they need torch only."""
 
+from ._flops import register_flop_formulas
 from .checks import check_positive
 from .fused_acmix import fused_acmix
 from .local_aggregation import local_aggregation
@@ -33,3 +34,5 @@ __all__ = [
     'shift_conv',
     'shift_kernel',
 ]
+
+register_flop_formulas()
