@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 Shape = Sequence[int]
@@ -116,6 +117,7 @@ FORMULAS = {
     'fused_acmix': _fused_acmix,
     'fused_acmix_backward': _fused_acmix_backward,
     'group_conv_native': _group_conv,
+    'group_conv_native_backward': lambda grad, weight, **_: 2 * _group_conv(weight, grad),
     'group_conv_native_grad_input': _group_conv_grad_input,
     'group_conv_native_grad_weight': _group_conv_grad_weight,
     'local_aggregation': _local_aggregation,
@@ -157,14 +159,9 @@ def _by_name(operator: torch._ops.OpOverloadPacket, formula: Callable[..., int])
     names = [argument.name for argument in operator.default._schema.arguments]
 
     def flops(*arguments, out_shape, **named) -> int:
+        values, _ = tree_flatten((arguments, named))
         named.update(zip(names, arguments, strict=False))
-        needs = [
-            value
-            for argument in named.values()
-            for value in (argument if isinstance(argument, (list, tuple)) else [argument])
-            if isinstance(value, bool)
-        ]
-        if needs:
+        if needs := [value for value in values if isinstance(value, bool)]:
             named['needs'] = needs
         return formula(**named, out=out_shape)
 
