@@ -13,6 +13,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+from torch.utils.flop_counter import flop_registry
+
 BACKBONES = (
     'ACmixPyramidVisionTransformer',
     'ACmixResNet',
@@ -48,19 +51,23 @@ class _Watch(importlib.abc.MetaPathFinder):
 
 
 def connect() -> None:
-    """Have mmengine know the package's models: now if it is loaded, else as soon as it is.
+    """Have mmengine know the package's models, and what its operators cost, once it is loaded.
 
     So importing ``acmix_mm`` loads nothing of OpenMMLab. What is registered for a backbone imports
     it when it is built, see :func:`check_requirements` for what that needs.
     """
-    if 'mmengine.registry' in sys.modules:
-        register()
-    else:
-        sys.meta_path.insert(0, _Watch('mmengine.registry', register))
+    for module, action in (
+        ('mmengine.registry', register),
+        ('mmengine.analysis.complexity_analysis', register_flop_formulas),
+    ):
+        if module in sys.modules:
+            action()
+        else:
+            sys.meta_path.insert(0, _Watch(module, action))
 
 
 def register() -> None:
-    """Register layers and backbones in mmengine's root registry of models, and counters of FLOPs.
+    """Register layers and backbones in mmengine's root registry of models.
 
     The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
     in the place of the functions that import them.
@@ -84,6 +91,44 @@ def _backbone(name: str) -> Callable:
 
     build.__name__ = build.__qualname__ = name
     return build
+
+
+def register_flop_formulas() -> None:
+    """Give mmengine's counter, which get_flops.py of mmdet and mmseg calls, PyTorch's formulas.
+
+    Halved: a multiplication with its addition is one FLOP there. Formulas are those of our
+    operators, see :mod:`acmix_mm.ops._flops`, and of products that mmengine leaves out; its own
+    stay, of products and, what PyTorch does not count, of norms, pooling and interpolation.
+    """
+    from mmengine.analysis.complexity_analysis import _DEFAULT_SUPPORTED_FLOP_OPS as handles
+
+    aten = torch.ops.aten
+    tensors = slice(3)  # the arguments that the formula takes
+    attention = _handle(aten._scaled_dot_product_flash_attention, tensors)
+    handles.setdefault('aten::scaled_dot_product_attention', attention)
+    handles.setdefault('aten::baddbmm', _handle(aten.baddbmm, tensors))
+    for operator in flop_registry:
+        if str(operator).startswith('acmix_mm.'):
+            handles.setdefault(operator._qualified_op_name, _handle(operator))
+
+
+def _handle(
+    operator: torch._ops.OpOverloadPacket, arguments: slice = slice(None)
+) -> Callable[[list, list], int]:
+    """The operator's formula for a node of a traced graph."""
+    formula = flop_registry[operator]
+
+    def flops(inputs: list, outputs: list) -> int:
+        shapes = [_shape(value) for value in outputs]
+        out = shapes[0] if len(shapes) == 1 else tuple(shapes)
+        return formula(*map(_shape, inputs[arguments]), out_val=out) // 2
+
+    return flops
+
+
+def _shape(value: torch.Value):
+    """The shape of a tensor, other constants as they are; None for what the graph computes."""
+    return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The operators check their arguments and dispatch to backends, see :func:`availab
 Everything else in this folder is internal.
 """
 
+from ._flops import register_flop_formulas
 from .dispatch import available_backends
 from .fused_acmix import fused_acmix
 from .group_conv import group_conv
@@ -21,3 +22,5 @@ __all__ = [
     'norm_relu_conv',
     'patch_weights',
 ]
+
+register_flop_formulas()

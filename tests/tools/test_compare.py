@@ -304,7 +304,7 @@ def test_costs_of_other_tasks(file, data, request, tmp_path):
 )
 def test_published_flops(name, billions):
     """At 224 pixels; the figures are with a classifier, which is negligible."""
-    model = build_model(dict(BACKBONES[name]), 'torch')
+    model = build_model(dict(BACKBONES[name]))
     model.eval()
     image = torch.zeros(1, 3, 224, 224)
     with torch.no_grad():
@@ -313,7 +313,7 @@ def test_published_flops(name, billions):
 
 def test_flops_of_operators():
     channels, pixels = 32, 12 * 10
-    layer, x = ACmix(channels, channels, backend='torch'), torch.zeros(1, channels, 12, 10)
+    layer, x = ACmix(channels, channels), torch.zeros(1, channels, 12, 10)
     paths = 3 * channels + 2 * 49 + 9 * 12  # projections, logits and sums of 49, folded convolution
     folding = channels * 9 * 9 * 12
     with torch.no_grad():

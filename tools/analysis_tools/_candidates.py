@@ -19,7 +19,6 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint, set_random_seed
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from acmix_mm import deploy, set_backend
@@ -493,7 +492,6 @@ def complexity(config: str, checkpoint: str, device: str) -> dict:
     cfg, model = trained_model(config, checkpoint)
     data = first_samples(cfg, False)
     model.to(device).eval()
-    set_backend(model, 'torch')  # the operators that the counter knows
     parts = {'backbone_parameters': model.backbone, 'parameters': model}
     return {
         **{name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
@@ -505,23 +503,9 @@ def complexity(config: str, checkpoint: str, device: str) -> dict:
 def count_flops(function: Callable[[], object]) -> int:
     """Multiplications of convolutions, matrix products, attention and aggregation.
 
-    One with its addition is one FLOP, as papers on vision models count. Operators of ours must run
-    by their backend 'torch'.
+    One with its addition is one FLOP, as papers on vision models count.
     """
-
-    def attention(query, key, value, kernel_size: int, *geometry, out_shape) -> int:
-        return 4 * kernel_size**2 * math.prod(query)
-
-    def aggregation(padded, weight, kernel_size: int, *geometry, out_shape) -> int:
-        return 2 * kernel_size**2 * math.prod(out_shape)
-
-    formulas = {
-        torch.ops.acmix_mm.local_attention_torch: attention,
-        torch.ops.acmix_mm.local_aggregation: aggregation,
-    }
-    # The counter does not know the kernel for scaled_dot_product_attention on a CPU.
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with sdpa_kernel(SDPBackend.MATH), counter:
+    with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops() // 2  # it counts additions too
 
