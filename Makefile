@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 # Nothing from the environment that make is called in may leak into .venv.
 RUN := env -u PYTHONPATH -u PYTHONHOME PYTHONNOUSERSITE=1
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test test-slow lint clean
 
 help:
 	@echo 'make demo   make a small real data set, train, evaluate, draw predictions (CPU);'
 	@echo '           TASK=detection (default), instance or semantic'
-	@echo 'make test   lint and run the tests'
+	@echo 'make test   lint and run the tests, one process a core'
+	@echo 'make test-slow  run the tests that take long'
 	@echo 'make setup  only create .venv with everything installed'
 	@echo 'make clean  remove .venv and what the demo made'
 
@@ -32,7 +33,10 @@ lint: $(READY)
 	$(RUN) $(BIN)/ruff format --check .
 
 test: lint
-	$(RUN) $(BIN)/python -m pytest
+	$(RUN) $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist worksteal
+
+test-slow: $(READY)
+	$(RUN) $(BIN)/python -m pytest -m slow --durations 0
 
 clean:
 	rm -rf $(VENV) build *.egg-info data/scene_digits work_dirs/demo

@@ -77,6 +77,6 @@ setup(
         # tools/model_converters/export_onnx.py.
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         # PyTorch for CUDA brings Triton along; with the CPU build, the tests interpret its kernels.
-        'dev': ['pytest', 'hypothesis', 'ruff', "triton; platform_system == 'Linux'"],
+        'dev': ['pytest', 'pytest-xdist', 'hypothesis', 'ruff', "triton; platform_system == 'Linux'"],
     },
 )
