@@ -65,7 +65,7 @@ def imports(module: str) -> bool:
 
 
 def fast_compiler(folder: str) -> dict[str, str]:
-    """Settings that make cxx.py the compiler, as a command in ``folder``: its path has no spaces."""
+    """Settings that make cxx.py the compiler, by a command in ``folder``: no spaces in its path."""
     command = Path(folder) / 'c++'
     script = shlex.join([sys.executable, '-I', '-S', str(ROOT / 'tools/dev/cxx.py')])
     command.write_text(f'#!/bin/sh\nexec {script} "$@"\n')
