@@ -17,7 +17,7 @@ help:
 	@echo 'make setup  only create .venv with everything installed'
 	@echo 'make clean  remove .venv and what the demo made'
 
-$(READY): constraints.txt setup.py tools/dev/install.py $(wildcard acmix_mm/ops/csrc/*)
+$(READY): constraints.txt setup.py tools/dev/install.py tools/dev/cxx.py $(wildcard acmix_mm/ops/csrc/*)
 	@$(RUN) $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python >= 3.10 is needed; choose one with make PYTHON=...")'
 	$(RUN) $(PYTHON) -m venv $(VENV)
 	$(RUN) $(BIN)/python tools/dev/install.py
