@@ -4,12 +4,14 @@ import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION: dict[str, str] = {}
 exec((ROOT / 'acmix_mm' / 'version.py').read_text(), VERSION)
 
 SOURCES = 'acmix_mm/ops/csrc'
+REASON_FILE = 'acmix_mm/ops/native_build.txt'  # read by acmix_mm/ops/backends/native_backend.py
 WARNING = """
 acmix_mm: the native CPU kernels were NOT built: {}
 acmix_mm works without them, with slower operators on the CPU. To have them, install with a C++
@@ -17,23 +19,41 @@ compiler, beside the torch to be used: pip install --no-build-isolation ...
 """
 
 
+def note(reason: str | None, folder: str) -> None:
+    """Keep beside the package why its kernels are missing, or nothing where they are not."""
+    file = Path(folder, REASON_FILE)
+    file.unlink(missing_ok=True)
+    if reason is not None:
+        print(WARNING.format(reason), file=sys.stderr)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(reason)
+
+
 def native_kernels() -> dict:
-    """Arguments of setup() that build the native CPU kernels; without torch, a warning and none."""
+    """Arguments of setup() that build the native CPU kernels, or keep why there are none."""
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        print(WARNING.format(error), file=sys.stderr)
-        return {}
+        reason = f'{type(error).__name__}: {error}'
+
+        class WithoutKernels(build_py):
+            def run(self) -> None:
+                super().run()
+                note(reason, '' if self.editable_mode else self.build_lib)
+
+        return {'cmdclass': {'build_py': WithoutKernels}}
 
     class OptionalBuild(BuildExtension):
         """A failed build, for example without a compiler, leaves the package usable."""
 
         def run(self) -> None:
+            reason = None
             try:
                 super().run()
             except Exception as error:
-                print(WARNING.format(error), file=sys.stderr)
+                reason = ' '.join(f'{type(error).__name__}: {error}'.split())
                 self.extensions.clear()
+            note(reason, '' if self.inplace else self.build_lib)
 
     extension = CppExtension(
         'acmix_mm.ops._native',
@@ -55,8 +75,11 @@ setup(
     license='Apache-2.0',
     **native_kernels(),
     packages=find_packages(include=['acmix_mm', 'acmix_mm.*']),
+    package_data={'acmix_mm': ['py.typed']},
     python_requires='>=3.10',
-    install_requires=['torch>=2.4', 'packaging'],
+    # All that acmix_mm.ops and acmix_mm.layers need; backbones and programs need one of the first
+    # two extras.
+    install_requires=['torch>=2.4'],
     extras_require={
         # One of the two families that provide mmcv, mmengine, mmdet and mmseg.
         'onedl': [
@@ -64,12 +87,14 @@ setup(
             'onedl-mmengine>=0.10.12',
             'onedl-mmdetection>=3.5.1',
             'onedl-mmsegmentation>=1.4.2',
+            'packaging',
         ],
         'openmmlab': [
             'mmcv>=2.1.0,<2.2.0',
             'mmengine>=0.10.7',
             'mmdet>=3.3.0',
             'mmsegmentation>=1.2.2',
+            'packaging',
             'ftfy',
             'regex',
         ],
@@ -78,6 +103,12 @@ setup(
         # tools/model_converters/export_onnx.py.
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         # PyTorch for CUDA brings Triton along; with the CPU build, the tests interpret its kernels.
-        'dev': ['pytest', 'pytest-xdist', 'hypothesis', 'ruff', "triton; platform_system == 'Linux'"],
+        'dev': [
+            'pytest',
+            'pytest-xdist',
+            'hypothesis',
+            'ruff',
+            "triton; platform_system == 'Linux'",
+        ],
     },
 )

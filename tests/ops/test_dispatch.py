@@ -125,3 +125,25 @@ def test_missing_kernels_are_told_once(monkeypatch, caplog):
     _tell_missing.cache_clear()
     assert len(caplog.records) == 1
     assert 'run in PyTorch, slower: their build failed (no compiler)' in caplog.text
+
+
+@pytest.mark.parametrize('reason', [None, 'CompileError: no compiler\n'])
+def test_reason_of_the_build_is_kept(monkeypatch, tmp_path, reason):
+    """What setup.py wrote beside the package is what users are told."""
+    file = tmp_path / 'native_build.txt'
+    if reason is not None:
+        file.write_text(reason)
+    monkeypatch.setattr(native_backend, 'REASON_FILE', file)
+    monkeypatch.setattr(native_backend.importlib.util, 'find_spec', lambda name: None)
+    said = native_backend._load()
+    expected = 'not built' if reason is None else r'build failed (CompileError: no compiler);'
+    assert expected in said
+    assert 'pip install --no-build-isolation' in said
+
+
+def test_setup_writes_where_it_is_read(pytestconfig):
+    root = pytestconfig.rootpath
+    assert (
+        f"REASON_FILE = '{native_backend.REASON_FILE.relative_to(root)}'"
+        in (root / 'setup.py').read_text()
+    )
