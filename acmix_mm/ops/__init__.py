@@ -1,5 +1,6 @@
 """Functions on tensors; they need torch only."""
 
+from .batch_norm import batch_norm, is_batch_norm
 from .checks import check_positive
 from .fused_acmix import fused_acmix
 from .local_aggregation import local_aggregation
@@ -18,6 +19,7 @@ from .shift_conv import (
 
 __all__ = [
     'available_backends',
+    'batch_norm',
     'bias_map',
     'check_backend',
     'check_positive',
@@ -25,6 +27,7 @@ __all__ = [
     'folding_pays',
     'fused_acmix',
     'group_conv',
+    'is_batch_norm',
     'local_aggregation',
     'local_attention',
     'norm_relu_conv',
