@@ -31,7 +31,7 @@ def _check_norm_cfg(norm_cfg: dict) -> None:
             norm = registry.get(norm)
     kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)
     if not (inspect.isclass(norm) and issubclass(norm, kinds) and is_batch_norm(norm)):
-        raise ValueError(f"norm_cfg must be a dict with type 'BN' or 'SyncBN', got {norm_cfg}")
+        raise ValueError(f"norm_cfg must be a dict with type 'BN' or 'SyncBN', got {norm_cfg!r}")
 
 
 class SANBlock(nn.Module):

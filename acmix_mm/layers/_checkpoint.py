@@ -30,7 +30,7 @@ def checkpoint_module(module: nn.Module, function: Callable, *args):
 
 
 class _KeptStatistics:
-    """Context in which batch norms in training mode leave their running statistics as they are.
+    """Context in which batch norms write to copies of their running statistics.
 
     A class, as a backward pass with ``retain_graph`` enters it again.
     """
@@ -39,15 +39,12 @@ class _KeptStatistics:
         self.module = module
 
     def __enter__(self) -> None:
-        # In training mode a batch norm does not read its running statistics.
-        self.norms = [
-            m
-            for m in self.module.modules()
-            if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
-        ]
-        for norm in self.norms:
-            norm.track_running_stats = False
+        norms = (m for m in self.module.modules() if isinstance(m, _BatchNorm) and m.training)
+        # Copies, not None: what is computed anew has to save as many tensors as before.
+        self.buffers = [(norm, dict(norm.named_buffers(recurse=False))) for norm in norms]
+        for norm, buffers in self.buffers:
+            norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items()})
 
     def __exit__(self, *error) -> None:
-        for norm in self.norms:
-            norm.track_running_stats = True
+        for norm, buffers in self.buffers:
+            norm._buffers.update(buffers)
