@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch.utils.checkpoint
 from mmcv.cnn import build_norm_layer
 from mmdet.models.backbones.swin import SwinBlock, SwinTransformer
 from mmdet.models.layers import nchw_to_nlc, nlc_to_nchw
@@ -11,6 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..layers import DepthwiseBlock
+from ..layers._checkpoint import checkpoint_module
 from .base import TrainReturnsModule
 
 
@@ -34,9 +34,7 @@ class DWNetBlock(BaseModule):
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H * W, C) -> (B, H * W, C)."""
         if self.with_cp and x.requires_grad:
-            return torch.utils.checkpoint.checkpoint(
-                self._forward, x, hw_shape, use_reentrant=False
-            )
+            return checkpoint_module(self, self._forward, x, hw_shape)
         return self._forward(x, hw_shape)
 
     def _forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:

@@ -1,17 +1,19 @@
 """SAN, self-attention networks, and SAN-ACmix."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-import torch.utils.checkpoint
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..layers import PatchACmix, PatchAttention
+from ..layers._checkpoint import checkpoint_module
+from ..layers.norms import build_batch_norm
 from ..models import deploy
 from ..ops import norm_relu_conv
+from ..ops.batch_norm import batch_norm
 
 
 def _halve(x: Tensor) -> Tensor:
@@ -28,13 +30,21 @@ class SANBlock(nn.Module):
         channels (int): Input and output channels C.
         attention (nn.Module): C to C / 4 channels.
         with_cp (bool): Compute the block anew in the backward pass, to save memory.
+        norm_layer (Callable[[int], nn.Module]): Makes a batch norm of so many channels.
+            Default: nn.BatchNorm2d.
     """
 
-    def __init__(self, channels: int, attention: nn.Module, with_cp: bool):
+    def __init__(
+        self,
+        channels: int,
+        attention: nn.Module,
+        with_cp: bool,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ):
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = norm_layer(channels)
         self.sam = attention
-        self.bn2 = nn.BatchNorm2d(channels // 4)
+        self.bn2 = norm_layer(channels // 4)
         self.conv = nn.Conv2d(channels // 4, channels, 1)
         self.with_cp = with_cp
 
@@ -43,7 +53,7 @@ class SANBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         if self.with_cp and x.requires_grad:
-            return torch.utils.checkpoint.checkpoint(self._forward, x, use_reentrant=False)
+            return checkpoint_module(self, self._forward, x)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -70,6 +80,8 @@ class SAN(BaseModule):
         frozen_stages (int): Without gradient, norms in evaluation mode: -1 nothing, 0 the stem and
             the stage at stride 2, 1 to 4 also as many of the last four stages. Default: -1.
         norm_eval (bool): Batch norms keep their statistics in training. Default: True.
+        norm_cfg (dict | None): Of all norms: ``type`` 'BN' or 'SyncBN', and their arguments, as
+            OpenMMLab writes it. Default: None, for dict(type='BN').
         with_cp (bool): Compute blocks anew in the backward pass, to save memory. Default: False.
         backend (str | None): Of :func:`acmix_mm.ops.patch_weights`, and in ACmixSAN of
             :func:`acmix_mm.ops.group_conv`. Default: None.
@@ -96,6 +108,7 @@ class SAN(BaseModule):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = True,
+        norm_cfg: dict | None = None,
         with_cp: bool = False,
         backend: str | None = None,
         init_cfg: dict | list[dict] | None = None,
@@ -114,33 +127,47 @@ class SAN(BaseModule):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.norm_cfg = norm_cfg
         self.relu = nn.ReLU(inplace=True)
+        widths = [base_channels * m for m in self.multipliers]
+        # Before the convolutions: mmcv's fuse_conv_bn takes a norm to follow the one before it.
+        for i, channels in enumerate(widths):
+            setattr(self, f'bn{i}', self.make_norm(channels))
         self.conv_in = nn.Conv2d(in_channels, base_channels, 1, bias=False)
-        self.bn_in = nn.BatchNorm2d(base_channels)
+        self.bn_in = self.make_norm(base_channels)
         before = base_channels
-        for i, blocks in enumerate(self.arch_settings[depth]):
-            channels = base_channels * self.multipliers[i]
+        for i, channels in enumerate(widths):
             setattr(self, f'conv{i}', nn.Conv2d(before, channels, 1, bias=False))
-            setattr(self, f'bn{i}', nn.BatchNorm2d(channels))
-            layer = [
-                SANBlock(channels, self.make_attention(channels, self.kernel_sizes[i]), with_cp)
-                for _ in range(blocks)
-            ]
+            layer = []
+            for _ in range(self.arch_settings[depth][i]):
+                attention = self.make_attention(channels, self.kernel_sizes[i])
+                layer.append(SANBlock(channels, attention, with_cp, self.make_norm))
             setattr(self, f'layer{i}', nn.Sequential(*layer))
             before = channels
         self._freeze()
 
+    def make_norm(self, channels: int) -> nn.Module:
+        """A norm of that many channels."""
+        return build_batch_norm(self.norm_cfg, channels)
+
     def make_attention(self, channels: int, kernel_size: int) -> nn.Module:
         """The operator of a block of that many channels."""
-        return PatchAttention(channels, channels // 4, channels // 16, kernel_size, self.backend)
+        return PatchAttention(
+            channels,
+            channels // 4,
+            channels // 16,
+            kernel_size,
+            backend=self.backend,
+            norm_layer=self.make_norm,
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the stages in ``out_indices``."""
-        x = self.relu(self.bn_in(self.conv_in(x)))
+        x = self.relu(batch_norm(self.conv_in(x), self.bn_in))
         outputs = []
         for i in range(5):
             conv, norm, layer = (getattr(self, f'{name}{i}') for name in ('conv', 'bn', 'layer'))
-            x = self.relu(norm(layer(conv(_halve(x)))))
+            x = self.relu(batch_norm(layer(conv(_halve(x))), norm))
             if i - 1 in self.out_indices:
                 outputs.append(x)
         return tuple(outputs)
@@ -203,6 +230,7 @@ class ACmixSAN(SAN):
             channels // 16,
             kernel_size,
             backend=self.backend,
+            norm_layer=self.make_norm,
             **self._acmix,
         )
 

@@ -1,4 +1,4 @@
-"""Arguments and attributes of nn.Conv2d, for layers that stand in for one, and their norms."""
+"""Arguments and attributes of nn.Conv2d, for layers that stand in for one."""
 
 from torch import nn
 
@@ -78,28 +78,3 @@ def _square(name: str, value: int | tuple[int, int]) -> int:
             raise ValueError(f'{name} must be an integer or a pair of equal integers, got {value}')
         value = value[0]
     return value
-
-
-BATCH_NORMS = {'BN': nn.BatchNorm2d, 'BN2d': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
-
-
-def build_batch_norm(norm_cfg: dict | None, channels: int) -> nn.Module:
-    """A batch norm from its config, as mmcv's ``build_norm_layer`` makes it, with torch alone.
-
-    Args:
-        norm_cfg (dict | None): ``type`` (one of :data:`BATCH_NORMS`), ``requires_grad`` of the
-            parameters (default: True), and arguments of the class. None is ``dict(type='BN')``.
-        channels (int): Channels.
-
-    Raises:
-        ValueError: If it is of no batch norm, which alone can be folded.
-    """
-    options = dict(norm_cfg or {'type': 'BN'})
-    norm_type, requires_grad = options.pop('type', None), options.pop('requires_grad', True)
-    if norm_type not in BATCH_NORMS:
-        raise ValueError(
-            f'norm_cfg must be of a batch norm, of type {", ".join(BATCH_NORMS)}, got {norm_cfg}'
-        )
-    norm = BATCH_NORMS[norm_type](channels, **options)
-    norm.requires_grad_(requires_grad)
-    return norm

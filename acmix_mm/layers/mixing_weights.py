@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import group_conv
+from .norms import batch_norm_affine
 
 
 def shift_kernel(out_channels: int, groups: int, kernel_size: int) -> Tensor:
@@ -39,22 +40,6 @@ def folding_pays(
     folded = positions * num_maps * out_channels
     two_steps = positions * num_maps * groups * stride**2 + positions**2 * out_channels
     return folded <= two_steps
-
-
-def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and shift, (C,) each, that a batch norm multiplies and adds in evaluation mode.
-
-    Raises:
-        ValueError: If norm is no batch norm with running statistics.
-    """
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
-        raise ValueError(
-            f'norm must be a batch norm with running statistics, got {type(norm).__name__}'
-        )
-    factor = (norm.running_var + norm.eps).rsqrt()
-    factor = factor if norm.weight is None else factor * norm.weight
-    shift = -norm.running_mean * factor
-    return factor, shift if norm.bias is None else shift + norm.bias
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class PatchAttention(nn.Module):
         qk_channels (int): Channels of query and key each. SAN takes C / 16.
         kernel_size (int): Side of the neighbourhood, odd. Default: 7.
         backend (str | None): Of :func:`acmix_mm.ops.patch_weights`. Default: None.
+        norm_layer (Callable[[int], nn.Module]): Makes a norm of so many channels: nn.BatchNorm2d,
+            nn.SyncBatchNorm or a subclass that keeps their forward. Default: nn.BatchNorm2d.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -40,6 +42,7 @@ class PatchAttention(nn.Module):
         qk_channels: int,
         kernel_size: int = 7,
         backend: str | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
         check_positive('kernel_size', kernel_size, odd=True)
@@ -56,10 +59,10 @@ class PatchAttention(nn.Module):
         patch = qk_channels * (1 + kernel_size**2)
         groups = out_channels // SHARE_CHANNELS
         self.conv_w = nn.Sequential(
-            nn.BatchNorm2d(patch),
+            norm_layer(patch),
             nn.ReLU(),
             nn.Conv2d(patch, groups, 1, bias=False),
-            nn.BatchNorm2d(groups),
+            norm_layer(groups),
             nn.ReLU(),
             nn.Conv2d(groups, kernel_size**2 * groups, 1),
         )
@@ -70,6 +73,13 @@ class PatchAttention(nn.Module):
         maps = project(x, projections, norm)
         query, key, value = maps.split([conv.out_channels for conv in projections], 1)
         return attend(self.conv_w, query, key, value, self.kernel_size, self.backend)
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.conv1.in_channels}, {self.conv3.out_channels}, '
+            f'qk_channels={self.conv1.out_channels}, kernel_size={self.kernel_size}, '
+            f'backend={self.backend!r}'
+        )
 
 
 def project(
@@ -104,6 +114,8 @@ def attend(
     """
     patch_norm, _, mix, norm, _, expand = conv_w
     weights = patch_weights(query, key, mix.weight, patch_norm, kernel_size, backend=backend)
+    if mix.bias is not None:  # of a norm that has been folded into it
+        weights = weights + mix.bias.to(weights.dtype).view(-1, 1, 1)
 
     def aggregate(weights: Tensor, value: Tensor) -> Tensor:
         weights = weights.unflatten(1, (-1, kernel_size**2)).to(value.dtype)
@@ -129,6 +141,8 @@ class PatchACmix(MixedOperator):
         mix (str): See :class:`MixedOperator`. Default: 'learned'.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv` and
             :func:`acmix_mm.ops.patch_weights`. Default: None.
+        norm_layer (Callable[[int], nn.Module]): See :class:`PatchAttention`.
+            Default: nn.BatchNorm2d.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -143,6 +157,7 @@ class PatchACmix(MixedOperator):
         kernel_size: int = 3,
         mix: str = 'learned',
         backend: str | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         if out_channels != 4 * qk_channels:
             raise ValueError(
@@ -156,7 +171,10 @@ class PatchACmix(MixedOperator):
             mix=mix,
             backend=backend,
         )
-        attention = PatchAttention(in_channels, out_channels, qk_channels, attn_kernel_size)
+        attention = PatchAttention(
+            in_channels, out_channels, qk_channels, attn_kernel_size, norm_layer=norm_layer
+        )
+        self.kernel_size = kernel_size
         self.attn_kernel_size = attn_kernel_size
         # Its parts under its names, so that weights of the plain network load.
         self.conv1, self.conv2, self.conv3 = attention.conv1, attention.conv2, attention.conv3
@@ -172,6 +190,14 @@ class PatchACmix(MixedOperator):
             query, key, value = maps[:, :, 0], maps[:, :, 1], maps[:, :, 2:].transpose(1, 2)
             attention = attend(self.conv_w, query, key, value, self.attn_kernel_size, self.backend)
         return self.mixing_weights().mix(maps, attention, self.backend)
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.conv1.in_channels}, {self.conv3.out_channels}, '
+            f'qk_channels={self.conv1.out_channels}, attn_kernel_size={self.attn_kernel_size}, '
+            f'kernel_size={self.kernel_size}, mix={self.mix!r}, backend={self.backend!r}, '
+            f'deployed={self.deployed}'
+        )
 
     @staticmethod
     def _by_position(channels: Tensor) -> Tensor:

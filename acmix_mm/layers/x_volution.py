@@ -10,9 +10,9 @@ from ..ops import local_attention
 from ..ops.checks import check_positive
 from ..ops.dispatch import check_backend
 from ..ops.reflection import reflect
-from .conv_arguments import build_batch_norm, check_divisible, set_conv_attributes
+from .conv_arguments import check_divisible, set_conv_attributes
 from .deployable import Deployable
-from .mixing_weights import batch_norm_affine
+from .norms import batch_norm_affine, build_batch_norm
 
 ATTENTIONS = ('pixel_shift', 'local')
 NEIGHBOURS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))

@@ -2,10 +2,17 @@
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from .batch_norm import (
+    is_batch_norm,
+    local_statistics,
+    normalise,
+    prepare_statistics,
+    recomputed,
+    update_statistics,
+)
 
 
 def norm_relu_conv(
@@ -23,9 +30,10 @@ def norm_relu_conv(
 
     Args:
         x (Tensor): Shape (B, I, H, W).
-        norm (nn.Module): ``nn.BatchNorm2d`` of I channels; in training mode its running statistics
-            are brought up to date once, as its own forward would. Any other module is called, and
-            its output kept.
+        norm (nn.Module): ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` of I channels, or a subclass
+            that keeps their forward; in training mode its running statistics are brought up to
+            date once, as its own forward would. Synchronised statistics work on the CPU, too. Any
+            other module is called, and its output kept.
         weight (Tensor): Shape (O, I, 1, 1).
         bias (Tensor | None): Shape (O,). Default: None.
         then (Callable[..., Tensor] | None): What follows, computed anew as well. Called with the
@@ -34,69 +42,32 @@ def norm_relu_conv(
 
     Returns:
         Tensor: Shape (B, O, H, W), or what ``then`` returns.
+
+    Raises:
+        ValueError: For a batch with one value a channel, from whose statistics ``norm`` is to take
+            its own, as nn.BatchNorm2d has it.
     """
-    if type(norm) is not nn.BatchNorm2d:
+    if not is_batch_norm(norm):
         out = F.conv2d(F.relu(norm(x)), weight, bias)
         return out if then is None else then(out, *args)
 
-    def chain(x: Tensor, weight: Tensor, bias: Tensor | None, *args) -> tuple[Tensor, ...]:
-        out, *statistics = normalised_conv(
-            x, weight, bias, norm.weight, norm.bias, *fixed_statistics(norm), norm.eps
-        )
-        return out if then is None else then(out, *args), *statistics
+    norm._check_input_dim(x)
+    statistics = prepare_statistics(norm, x[:, 0].numel(), lambda: recomputed(local_statistics, x))
+    normalisation = (norm.weight, norm.bias, norm.eps, *statistics)
+    parts = len(normalisation)
 
-    if torch.is_grad_enabled():
-        out, *statistics = checkpoint(chain, x, weight, bias, *args, use_reentrant=False)
-    else:
-        out, *statistics = chain(x, weight, bias, *args)
-    update_statistics(norm, *statistics, x[:, 0].numel())
+    def chain(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> tuple[Tensor | None, ...]:
+        out, *batch = normalised_conv(x, weight, bias, *rest[:parts])
+        return out if then is None else then(out, *rest[parts:]), *batch
+
+    out, *batch = recomputed(chain, x, weight, bias, *normalisation, *args)
+    update_statistics(norm, *batch)
     return out
 
 
 def normalised_conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm, ReLU, convolution; also mean and inverse deviation of ``x``.
-
-    ``mean`` and ``variance`` are fixed statistics, or None for those of the batch. The two returned
-    are without gradient, and empty if statistics are fixed.
-    """
-    x, mean, invstd = torch.native_batch_norm(
-        x, scale, shift, mean, variance, mean is None, 0.0, eps
-    )
-    return F.conv2d(x.relu_(), weight, bias), mean.detach(), invstd.detach()
-
-
-def fixed_statistics(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-    """Mean and variance that nn.BatchNorm2d would apply, None for those of the batch."""
-    if norm.training or norm.running_mean is None:
-        return None, None
-    return norm.running_mean, norm.running_var
-
-
-@torch.no_grad()
-def update_statistics(norm: nn.BatchNorm2d, mean: Tensor, invstd: Tensor, count: int) -> None:
-    """Bring running statistics up to date in training mode, as nn.BatchNorm2d's forward does.
-
-    Args:
-        norm (nn.BatchNorm2d): The norm.
-        mean (Tensor): Of the batch, shape (C,).
-        invstd (Tensor): 1 / sqrt(variance + eps) of the batch, shape (C,).
-        count (int): Values of a channel.
-    """
-    if not (norm.training and norm.track_running_stats):
-        return
-    norm.num_batches_tracked.add_(1)
-    factor = norm.momentum
-    if factor is None:  # cumulative average
-        factor = 1 / norm.num_batches_tracked.item()
-    variance = (invstd.pow(-2) - norm.eps) * (count / max(count - 1, 1))  # unbiased
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-    norm.running_var.lerp_(variance.to(norm.running_var.dtype), factor)
+    x: Tensor, weight: Tensor, bias: Tensor | None, *normalisation
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """:func:`normalise` of ``x`` with the arguments ``normalisation``, ReLU and convolution."""
+    out, *batch = normalise(x, *normalisation)
+    return F.conv2d(out.relu_(), weight, bias), *batch

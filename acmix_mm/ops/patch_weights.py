@@ -1,16 +1,22 @@
 """Attention weights from the concatenation of a query and the patch of keys around it (SAN)."""
 
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .backends import native_backend
+from .batch_norm import (
+    is_batch_norm,
+    local_statistics,
+    prepare_statistics,
+    recomputed,
+    update_statistics,
+)
 from .checks import check_geometry, strided_size
-from .dispatch import OPERATORS, Implementation, select
-from .norm_relu_conv import fixed_statistics, normalised_conv, update_statistics
+from .dispatch import OPERATORS, Implementation, dispatch
+from .norm_relu_conv import normalised_conv
 from .reflection import reflect_pad
 
 
@@ -38,8 +44,9 @@ def patch_weights(
         key (Tensor): Shape (B, R, H, W), H, W >= 1; reflected at the border.
         weight (Tensor): Shape (O, R * (1 + k * k), 1, 1); input channels are the query's, then
             ``channel * k * k + position`` for the key's.
-        norm (nn.Module): ``nn.BatchNorm2d`` of R * (1 + k * k) channels, affine; in training mode
-            its running statistics are brought up to date as its own forward would.
+        norm (nn.Module): ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` of R * (1 + k * k) channels, or
+            a subclass that keeps their forward; in training mode its running statistics are brought
+            up to date as its own forward would. Synchronised statistics work on the CPU, too.
         kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
         stride (int): Keys between adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
@@ -50,9 +57,15 @@ def patch_weights(
         Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
 
     Raises:
-        ValueError: If an argument is not as described; the message names it.
+        ValueError: If an argument is not as described; the message names it. Also for a batch with
+            one value a channel, from whose statistics ``norm`` is to take its own, as
+            nn.BatchNorm2d has it.
     """
     check_geometry(kernel_size, stride, dilation)
+    if key.dim() != 4 or min(key.shape[1:]) < 1:
+        raise ValueError(
+            f'key must have shape (B, R, H, W) with R, H, W >= 1, got {tuple(key.shape)}'
+        )
     channels = key.size(1)
     expected = (*key.shape[:2], *strided_size(key, stride))
     if tuple(query.shape) != expected:
@@ -61,77 +74,123 @@ def patch_weights(
             f'{stride}, got {tuple(query.shape)}'
         )
     inputs = channels * (1 + kernel_size**2)
-    if weight.size(1) != inputs:
+    if weight.dim() != 4 or weight.shape[1:] != (inputs, 1, 1):
         raise ValueError(
-            f'weight must have {inputs} input channels for key of shape {tuple(key.shape)} and '
-            f'kernel_size {kernel_size}, got {weight.size(1)}'
+            f'weight must have shape (O, {inputs}, 1, 1) for key of shape {tuple(key.shape)} and '
+            f'kernel_size {kernel_size}, got {tuple(weight.shape)}'
         )
-    if not isinstance(norm, nn.BatchNorm2d) or norm.num_features != inputs or not norm.affine:
-        raise ValueError(f'norm must be nn.BatchNorm2d of {inputs} channels, affine, got {norm}')
+    if not is_batch_norm(norm) or norm.num_features != inputs:
+        raise ValueError(
+            f'norm must be nn.BatchNorm2d or nn.SyncBatchNorm, with its forward, of {inputs} '
+            f'channels, got {type(norm).__name__} of {getattr(norm, "num_features", "unknown")}'
+        )
+    norm._check_input_dim(key)
 
-    def rows(tensor: Tensor) -> list[Tensor]:
-        """(R (1 + k k), ...) -> the query's part, then those of the patch's rows, (R k, ...)."""
-        patch = tensor[channels:].unflatten(0, (channels, kernel_size, kernel_size))
-        return [tensor[:channels], *(part.flatten(0, 1) for part in patch.unbind(1))]
-
-    mean, variance = fixed_statistics(norm)
-    fixed = mean is not None
     padded = reflect_pad(key, kernel_size // 2 * dilation)
-    if fixed and _has_kernel(query, key, weight, backend):
-        scale = norm.weight * (variance + norm.eps).rsqrt()
-        shift = norm.bias - mean * scale
-        weight = weight.flatten(1)
-        own = [t[:channels].view(-1, 1, 1) for t in (scale, shift)]
-        out = F.conv2d((query * own[0] + own[1]).relu_(), weight[:, :channels, None, None])
-        rest = (scale[channels:], shift[channels:], weight.T[channels:])
-        return out + native_backend.patch_weights(padded, *rest, kernel_size, stride, dilation)
-    geometry = (kernel_size, stride, dilation, *query.shape[-2:])
-    parameters = zip(
-        *(rows(t) for t in (weight.flatten(1).T, norm.weight, norm.bias)),
-        *(rows(t) if fixed else [None] * (kernel_size + 1) for t in (mean, variance)),
-        strict=True,
-    )
-    out, means, invstds = 0, [], []
-    for row, (columns, *arguments) in enumerate(parameters, start=-1):
-        arguments = (columns.T[:, :, None, None], None, *arguments, norm.eps)
+    geometry = (kernel_size, stride, dilation)
+
+    def local() -> tuple[Tensor, Tensor]:
+        """Of the query and of each of the patch's rows, in the order of the channels."""
+        parts = [recomputed(local_statistics, query)]
+        for row in range(kernel_size):
+            size = query.shape[-2:]
+            parts.append(recomputed(_row_statistics, padded, row, (*geometry, *size)))
+        means, variances = zip(*parts, strict=True)
+        return _join(means, kernel_size), _join(variances, kernel_size)
+
+    statistics = prepare_statistics(norm, query[:, 0].numel(), local)
+    return dispatch('patch_weights', backend, query, padded, weight, norm, statistics, geometry)
+
+
+def _rows(tensor: Tensor | None, channels: int, kernel_size: int) -> list[Tensor | None]:
+    """(R (1 + k k), ...) -> the query's part, then those of the patch's rows, (R k, ...)."""
+    if tensor is None:
+        return [None] * (kernel_size + 1)
+    patch = tensor[channels:].unflatten(0, (channels, kernel_size, kernel_size))
+    return [tensor[:channels], *(part.flatten(0, 1) for part in patch.unbind(1))]
+
+
+def _join(parts: Sequence[Tensor], kernel_size: int) -> Tensor:
+    """The inverse of :func:`_rows`, for vectors."""
+    patch = torch.stack([part.view(-1, kernel_size) for part in parts[1:]], 1)
+    return torch.cat([parts[0], patch.flatten()])
+
+
+def _by_rows(
+    query: Tensor,
+    padded: Tensor,
+    weight: Tensor,
+    norm: nn.Module,
+    statistics: tuple,
+    geometry: tuple[int, int, int],
+) -> Tensor:
+    """Row by row of the neighbourhood; ``statistics`` are those of :func:`prepare_statistics`."""
+    kernel_size = geometry[0]
+    source, mean, variance = statistics
+    parameters = [
+        _rows(tensor, query.size(1), kernel_size)
+        for tensor in (weight.flatten(1).T, norm.weight, norm.bias, mean, variance)
+    ]
+    out, batch = 0, []
+    for row, (columns, scale, shift, *fixed) in enumerate(zip(*parameters, strict=True), -1):
+        columns = columns.T[:, :, None, None]
+        arguments = (columns, None, scale, shift, norm.eps, source, *fixed)
         if row < 0:
-            part, mean, invstd = normalised_conv(query, *arguments)
-        elif torch.is_grad_enabled():
-            part, mean, invstd = checkpoint(
-                _patch_row, padded, row, geometry, *arguments, use_reentrant=False
-            )
+            part, *new = normalised_conv(query, *arguments)
         else:
-            part, mean, invstd = _patch_row(padded, row, geometry, *arguments)
+            place = (*geometry, *query.shape[-2:])
+            part, *new = recomputed(_patch_row, padded, row, place, *arguments)
         out = out + part
-        means.append(mean)
-        invstds.append(invstd)
-    if not fixed:
-        join = partial(_join_rows, channels=channels, kernel_size=kernel_size)
-        update_statistics(norm, join(means), join(invstds), query[:, 0].numel())
+        batch.append(new)
+    if source == 'batch' and mean is not None:
+        update_statistics(norm, *(_join(parts, kernel_size) for parts in zip(*batch, strict=True)))
     return out
 
 
-def _has_kernel(query: Tensor, key: Tensor, weight: Tensor, backend: str | None) -> bool:
-    """Does the native kernel serve? It has one dtype and no gradients."""
-    same = query.dtype == key.dtype == weight.dtype in (torch.float32, torch.float64)
-    autocast = torch.is_autocast_enabled(key.device.type)
-    return (
-        select('patch_weights', backend, key) == 'native'
-        and same
-        and not autocast
-        and not torch.is_grad_enabled()
-    )
+def _by_kernel(
+    query: Tensor,
+    padded: Tensor,
+    weight: Tensor,
+    norm: nn.Module,
+    statistics: tuple,
+    geometry: tuple[int, int, int],
+) -> Tensor:
+    """The same; in inference by the native kernel, which has one dtype and no gradients."""
+    source, mean, variance = statistics
+    same = query.dtype == padded.dtype == weight.dtype in (torch.float32, torch.float64)
+    lower = torch.is_autocast_enabled('cpu')
+    if source != 'fixed' or torch.is_grad_enabled() or not same or lower:
+        return _by_rows(query, padded, weight, norm, statistics, geometry)
+    scale = (variance + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -mean * scale
+    shift = shift if norm.bias is None else shift + norm.bias
+    weight = weight.flatten(1)
+    channels = query.size(1)
+    own = [t[:channels].view(-1, 1, 1) for t in (scale, shift)]
+    out = F.conv2d((query * own[0] + own[1]).relu_(), weight[:, :channels, None, None])
+    rest = (scale[channels:], shift[channels:], weight.T[channels:])
+    return out + native_backend.patch_weights(padded, *rest, *geometry)
 
 
-def _join_rows(parts: list[Tensor], channels: int, kernel_size: int) -> Tensor:
-    """The query's values and those of the patch's rows, in the order of the channels."""
-    patch = torch.stack([part.view(channels, kernel_size) for part in parts[1:]], 1)
-    return torch.cat([parts[0], patch.flatten()])
+OPERATORS['patch_weights'] = {
+    'torch': Implementation(_by_rows),
+    'native': Implementation(_by_kernel, native_backend.refuses),
+}
 
 
 def _patch_row(
     padded: Tensor, row: int, geometry: tuple[int, ...], *arguments
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return normalised_conv(_row(padded, row, geometry), *arguments)
+
+
+def _row_statistics(padded: Tensor, row: int, geometry: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    return local_statistics(_row(padded, row, geometry))
+
+
+def _row(padded: Tensor, row: int, geometry: tuple[int, ...]) -> Tensor:
+    """A row of every query's neighbourhood, (B, R * k, Hq, Wq)."""
     kernel_size, stride, dilation, height, width = geometry
     top = row * dilation
     strip = padded[..., top : top + (height - 1) * stride + 1 : stride, :]
@@ -139,11 +198,4 @@ def _patch_row(
         strip[..., left : left + (width - 1) * stride + 1 : stride]
         for left in range(0, kernel_size * dilation, dilation)
     ]
-    return normalised_conv(torch.stack(patch, 2).flatten(1, 2), *arguments)
-
-
-# Stand-ins until the rows and the kernel have one signature.
-OPERATORS['patch_weights'] = {
-    'torch': Implementation(patch_weights),
-    'native': Implementation(native_backend.patch_weights, native_backend.refuses),
-}
+    return torch.stack(patch, 2).flatten(1, 2)

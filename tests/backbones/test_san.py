@@ -1,5 +1,12 @@
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -86,14 +93,97 @@ def test_frozen_stages_and_norm_eval():
     assert not any(m.training for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-def test_with_cp_gives_the_same_gradients():
+def step(model, x, backwards=1):
+    """Outputs, gradients and buffers of a training step."""
+    model.train()
+    outputs = model(x)
+    loss = sum(out.square().mean() for out in outputs)
+    for i in range(backwards):
+        loss.backward(retain_graph=i < backwards - 1)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return outputs, grads, dict(model.named_buffers())
+
+
+@pytest.mark.parametrize('family', [SAN, ACmixSAN])
+@pytest.mark.parametrize('backwards', [1, 2])
+def test_with_cp_gives_the_same_step(family, backwards):
+    """Running statistics, too, which the computation anew must not touch."""
     x = torch.randn(2, 3, 32, 40)
-    plain, checkpointed = small(norm_eval=False), small(norm_eval=False, with_cp=True)
+    plain, checkpointed = (small(family, norm_eval=False, with_cp=c) for c in (False, True))
+    expected = step(plain, x, backwards)
+    torch.testing.assert_close(step(checkpointed, x, backwards), expected)
+    norms = [m for m in checkpointed.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(m.track_running_stats and m.num_batches_tracked == 1 for m in norms)
+
+
+def test_with_cp_in_evaluation_keeps_the_statistics_in_use():
+    x = torch.randn(2, 3, 32, 40)
+    plain, checkpointed = (small(norm_eval=True, with_cp=c) for c in (False, True))
     for model in (plain, checkpointed):
-        model.train()
-        sum(out.square().mean() for out in model(x)).backward()
-    for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.running_var, 2)
+    torch.testing.assert_close(step(checkpointed, x), step(plain, x))
+
+
+@pytest.mark.parametrize('family', [SAN, ACmixSAN])
+def test_sync_bn_of_one_process_is_bn(family):
+    """By norm_cfg, by mmengine's conversion, and converted back."""
+    x = torch.randn(2, 3, 32, 40)
+    plain = small(family, norm_eval=False)
+    synchronised = small(family, norm_eval=False, norm_cfg={'type': 'SyncBN'})
+    assert synchronised.state_dict().keys() == plain.state_dict().keys()
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in synchronised.modules())
+    converted = convert_sync_batchnorm(copy.deepcopy(plain))
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+    reverted = revert_sync_batchnorm(copy.deepcopy(converted))
+    expected = step(plain, x)
+    for model in (synchronised, converted, reverted):
+        torch.testing.assert_close(step(model, x), expected)
+    plain.eval()
+    for model in (synchronised, converted, reverted):
+        torch.testing.assert_close(model.eval()(x), plain(x))
+
+
+def test_sync_bn_of_two_processes_is_bn_of_the_whole_batch(tmp_path):
+    """Outputs, averaged gradients and running statistics, with and without checkpointing."""
+    x = torch.randn(4, 3, 24, 20, dtype=torch.float64)
+    options = [(SAN, True), (ACmixSAN, False)]
+    models = [small(f, norm_eval=False, with_cp=cp).double() for f, cp in options]
+    synchronised = [convert_sync_batchnorm(copy.deepcopy(model)) for model in models]
+    torch.save((synchronised, x), tmp_path / 'models.pth')
+    program = Path(__file__).with_name('synchronised_training.py')
+    launcher = ['torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    files = [tmp_path / 'models.pth', tmp_path / 'results.pth']
+    command = [sys.executable, '-m', *launcher, program, *files]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    for model, *results in zip(models, *torch.load(files[1]), strict=True):
+        outputs, grads, buffers = step(model, x)
+        for i, expected in enumerate(outputs):
+            both = torch.cat([ours['outputs'][i] for ours in results])
+            torch.testing.assert_close(both, expected.detach())
+        for ours in results:
+            torch.testing.assert_close(ours['grads'], grads)
+            torch.testing.assert_close(ours['buffers'], buffers)
+
+
+def test_norm_cfg():
+    norm_cfg = {'type': 'BN', 'requires_grad': False, 'momentum': 0.2}
+    model = small(norm_cfg=norm_cfg)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.momentum == 0.2
+            assert not any(p.requires_grad for p in module.parameters())
+        else:
+            assert all(p.requires_grad for p in module.parameters(recurse=False))
+    assert small(norm_cfg={'type': nn.SyncBatchNorm}).bn4.__class__ is nn.SyncBatchNorm
+
+
+@pytest.mark.parametrize('family', [SAN, ACmixSAN])
+def test_pickles(family):
+    model, x = small(family).eval(), torch.randn(1, 3, 9, 9)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(x), model(x))
 
 
 def test_deploy_form():
@@ -120,6 +210,11 @@ def test_deploy_form():
         ({'base_channels': 16}, 'base_channels must be a multiple of 32, got 16'),
         ({'out_indices': (4,)}, r'out_indices must be of 0, 1, 2, 3, got \(4,\)'),
         ({'frozen_stages': 5}, 'frozen_stages must be -1 to 4, got 5'),
+        ({'norm_cfg': {'type': 'GN'}}, "norm_cfg must be .* BN, BN2d, SyncBN, got .*'GN'"),
+        ({'norm_cfg': {'type': 'BN1d'}}, "norm_cfg must be .* got .*'BN1d'"),
+        ({'norm_cfg': {'type': 'Nothing'}}, "norm_cfg must be .* got .*'Nothing'"),
+        ({'norm_cfg': 'BN'}, "norm_cfg must be .* got 'BN'"),
+        ({'norm_cfg': {}}, 'norm_cfg must be .* got {}'),
     ],
 )
 def test_wrong_arguments(arguments, message):

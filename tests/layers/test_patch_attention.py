@@ -68,6 +68,36 @@ def test_wrong_arguments_of_the_mix():
         PatchACmix(64, 32, 8, mix='both')
 
 
+def test_norm_layer():
+    class Norm(nn.BatchNorm2d):
+        pass
+
+    for module in (
+        PatchAttention(32, 32, 8, norm_layer=Norm),
+        PatchACmix(32, 32, 8, norm_layer=Norm),
+    ):
+        norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert [type(m) for m in norms] == [Norm, Norm]
+        plain = type(module)(32, 32, 8)
+        plain.load_state_dict(module.state_dict())
+        x = torch.randn(2, 32, 5, 6)
+        torch.testing.assert_close(module(x), plain(x))
+
+
+def test_repr():
+    module = PatchAttention(64, 32, 8, 5)
+    assert repr(module).startswith(
+        'PatchAttention(\n  64, 32, qk_channels=8, kernel_size=5, backend=None\n'
+    )
+    module = PatchACmix(64, 32, 8, 5, backend='torch', mix='sum')
+    settings = (
+        "64, 32, qk_channels=8, attn_kernel_size=5, kernel_size=3, mix='sum', backend='torch'"
+    )
+    assert f'PatchACmix(\n  {settings}, deployed=False\n' in repr(module)
+    module.switch_to_deploy()
+    assert f'{settings}, deployed=True\n' in repr(module)
+
+
 @pytest.mark.parametrize('training', [True, False])
 def test_compiles_as_one_graph(training):
     module = PatchACmix(32, 32, 8).double().train(training)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
 from acmix_mm.ops import available_backends, patch_weights
@@ -13,8 +14,9 @@ from acmix_mm.ops.backends import native_backend
 
 def modules(channels, kernel_size, outputs=4, **norm):
     norm = nn.BatchNorm2d(channels * (1 + kernel_size**2), **norm).double()
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
+    if norm.affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
     if norm.track_running_stats:
         nn.init.normal_(norm.running_mean)
         nn.init.uniform_(norm.running_var, 0.5, 2)
@@ -37,6 +39,7 @@ def unfolded(query, key, conv, norm, kernel_size, stride, dilation):
         ((7, 4), 3, 1, 3, {'eps': 1e-3, 'momentum': 0.3}),
         ((1, 2), 7, 1, 1, {}),
         ((4, 5), 3, 1, 1, {'track_running_stats': False}),
+        ((4, 5), 3, 1, 1, {'affine': False}),
     ],
 )
 def test_equals_its_definition(size, kernel_size, stride, dilation, norm, training):
@@ -46,24 +49,126 @@ def test_equals_its_definition(size, kernel_size, stride, dilation, norm, traini
     key = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     query = torch.randn_like(key)[..., ::stride, ::stride].contiguous().requires_grad_()
     other = copy.deepcopy(norm)
-    inputs = (query, key, conv.weight, norm.weight, norm.bias)
+    inputs = (query, key, conv.weight, *norm.parameters())
     expected = unfolded(query, key, conv, other, kernel_size, stride, dilation)
     out = patch_weights(query, key, conv.weight, norm, kernel_size, stride, dilation)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
-    theirs = torch.autograd.grad(
-        expected, (query, key, conv.weight, other.weight, other.bias), grad
-    )
+    theirs = torch.autograd.grad(expected, (query, key, conv.weight, *other.parameters()), grad)
     torch.testing.assert_close(torch.autograd.grad(out, inputs, grad), theirs)
     assert norm.state_dict().keys() == other.state_dict().keys()
     for name, value in norm.state_dict().items():
         torch.testing.assert_close(value, other.state_dict()[name])
 
 
+def reverted(channels: int, **kwargs) -> nn.Module:
+    """As mmengine makes it from nn.SyncBatchNorm: no nn.BatchNorm2d."""
+    return revert_sync_batchnorm(nn.SyncBatchNorm(channels, **kwargs))
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from([nn.BatchNorm2d, nn.SyncBatchNorm, reverted]),
+    training=st.booleans(),
+    affine=st.booleans(),
+    bias=st.booleans(),
+    tracked=st.booleans(),
+    counted=st.booleans(),
+    momentum=st.sampled_from([None, 0.3]),
+    batch=st.integers(0, 2),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    with_gradients=st.booleans(),
+)
+def test_any_norm_and_batch(
+    kind, training, affine, bias, tracked, counted, momentum, batch, size, with_gradients
+):  # fmt: skip
+    """As the modules, or refused as by them: one value a channel, where the batch's are taken."""
+    norm = kind(20, affine=affine, track_running_stats=tracked, momentum=momentum)
+    norm.double().train(training)
+    if not bias:
+        norm.register_parameter('bias', None)
+    if not counted and kind is not nn.SyncBatchNorm:  # whose own forward insists
+        norm.num_batches_tracked = None
+    other, conv = copy.deepcopy(norm), nn.Conv2d(20, 4, 1, bias=False).double()
+    query, key = (
+        torch.randn(batch, 2, *size, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    with torch.set_grad_enabled(with_gradients):
+        try:
+            expected = unfolded(query, key, conv, other, 3, 1, 1)
+        except ValueError:
+            with pytest.raises(ValueError, match='more than 1 value per channel'):
+                patch_weights(query, key, conv.weight, norm, 3)
+            return
+        out = patch_weights(query, key, conv.weight, norm, 3)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(norm.state_dict(), other.state_dict())
+    if with_gradients:
+        grad = torch.randn_like(out)
+        inputs = (query, key, conv.weight)
+        ours = torch.autograd.grad(out, (*inputs, *norm.parameters()), grad)
+        theirs = torch.autograd.grad(expected, (*inputs, *other.parameters()), grad)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_statistics_are_those_of_the_forward_pass():
+    """Whatever happens to the norm between forward and backward pass, gradients are not wrong."""
+    norm, conv = modules(2, 3)
+    key = torch.randn(2, 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    expected, out = (patch_weights(key, key, conv.weight, norm, 3) for _ in range(2))
+    (expected,) = torch.autograd.grad(expected.square().sum(), key)
+    norm.eval()
+    torch.testing.assert_close(torch.autograd.grad(out.square().sum(), key)[0], expected)
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_half_precision(training):
+    """bfloat16 maps and weights, the norm in float32: within its rounding of float64."""
+    norm, conv = modules(2, 3)
+    norm.train(training)
+    key = torch.randn(2, 2, 6, 7, dtype=torch.bfloat16)
+    weight = conv.weight.bfloat16().detach()
+    grad = torch.randn(2, 4, 6, 7, dtype=torch.bfloat16)
+    conv.weight.data.copy_(weight)
+    double = key.double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        unfolded(double, double, conv, copy.deepcopy(norm), 3, 1, 1), double, grad.double()
+    )
+    key.requires_grad_()
+    out = patch_weights(key, key, weight, norm.float(), 3)
+    assert out.dtype == torch.bfloat16
+    (ours,) = torch.autograd.grad(out, key, grad)
+    assert (ours - expected).norm() < 0.02 * expected.norm()
+
+
+def test_backward_in_autocast():
+    """Of a forward pass in float32 it is one in float32."""
+    norm, conv = modules(2, 3)
+    key = torch.randn(2, 2, 6, 7, requires_grad=True)
+    norm.float(), conv.float()
+    outs = [patch_weights(key, key, conv.weight, norm, 3) for _ in range(2)]
+    (expected,) = torch.autograd.grad(outs[0].square().sum(), key)
+    with torch.autocast('cpu', torch.bfloat16):
+        (ours,) = torch.autograd.grad(outs[1].square().sum(), key)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('momentum', [None, 0.1])
+def test_meta(training, momentum):
+    norm, conv = modules(2, 3, momentum=momentum)
+    norm.train(training).to('meta')
+    key = torch.empty(2, 2, 6, 7, device='meta', dtype=torch.float64, requires_grad=True)
+    out = patch_weights(key, key, conv.to('meta').weight, norm, 3)
+    assert out.shape == (2, 4, 6, 7)
+    out.sum().backward()
+    assert key.grad.shape == key.shape
+
+
 @pytest.mark.skipif('native' not in available_backends(), reason='no compiled kernels')
 @settings(deadline=None)
 @given(
-    batch=st.integers(1, 2),
+    batch=st.integers(0, 2),
     channels=st.integers(1, 5),
     outputs=st.integers(1, 35),
     size=st.tuples(st.integers(1, 20), st.integers(1, 40)),
@@ -71,10 +176,13 @@ def test_equals_its_definition(size, kernel_size, stride, dilation, norm, traini
     stride=st.integers(1, 3),
     dilation=st.integers(1, 3),
     dtype=st.sampled_from([torch.float64, torch.float32]),
+    affine=st.booleans(),
 )
-def test_native_patch_weights(batch, channels, outputs, size, kernel_size, stride, dilation, dtype):
+def test_native_patch_weights(
+    batch, channels, outputs, size, kernel_size, stride, dilation, dtype, affine
+):
     """The kernel for inference, against the definition in float64."""
-    norm, conv = modules(channels, kernel_size, outputs)
+    norm, conv = modules(channels, kernel_size, outputs, affine=affine)
     norm.eval()
     key = torch.randn(batch, channels, *size, dtype=torch.float64)
     query = torch.randn_like(key)[..., ::stride, ::stride]
@@ -120,21 +228,36 @@ def test_training_keeps_nothing_of_the_patchs_size():
     assert sum(sizes.values()) < patch / 5
 
 
+class OtherForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+MAP = (1, 3, 5, 6)
+NORM = r'norm must be nn.BatchNorm2d or nn.SyncBatchNorm, with its forward, of 30 channels, got '
+
+
 @pytest.mark.parametrize(
-    ('query', 'inputs', 'norm', 'message'),
+    ('query', 'key', 'weight', 'norm', 'message'),
     [
-        ((1, 3, 5, 5), 30, 30, r'query must have shape \(1, 3, 5, 6\)'),
-        ((1, 3, 5, 6), 27, 30, 'weight must have 30 input channels'),
-        ((1, 3, 5, 6), 30, 27, 'norm must be nn.BatchNorm2d of 30 channels, affine'),
+        (
+            (1, 3, 5, 5),
+            MAP,
+            (4, 30, 1, 1),
+            nn.BatchNorm2d(30),
+            r'query must have shape \(1, 3, 5, 6',
+        ),
+        (MAP, MAP[1:], (4, 30, 1, 1), nn.BatchNorm2d(30), r'key must have shape .* got \(3, 5, 6'),
+        (MAP, (1, 3, 0, 6), (4, 30, 1, 1), nn.BatchNorm2d(30), 'key must have shape .* H, W >= 1'),
+        (MAP, MAP, (4, 27, 1, 1), nn.BatchNorm2d(30), r'weight must have shape \(O, 30, 1, 1\)'),
+        (MAP, MAP, (4, 30), nn.BatchNorm2d(30), r'weight must have shape .* got \(4, 30\)'),
+        (MAP, MAP, (4, 30, 1, 1), nn.BatchNorm2d(27), NORM + 'BatchNorm2d of 27'),
+        (MAP, MAP, (4, 30, 1, 1), OtherForward(30), NORM + 'OtherForward of 30'),
+        (MAP, MAP, (4, 30, 1, 1), nn.Sequential(nn.ReLU()), NORM + 'Sequential of unknown'),
+        (MAP, MAP, (4, 30, 1, 1), nn.BatchNorm3d(30), 'expected 5D input'),
     ],
 )
-def test_wrong_arguments(query, inputs, norm, message):
-    weight, key = torch.zeros(4, inputs, 1, 1), torch.zeros(1, 3, 5, 6)
-    with pytest.raises(ValueError, match=message):
-        patch_weights(torch.zeros(query), key, weight, nn.BatchNorm2d(norm), 3)
-
-
-def test_norm_without_scale_is_refused():
-    norm, key = nn.BatchNorm2d(30, affine=False), torch.zeros(1, 3, 5, 6)
-    with pytest.raises(ValueError, match=r'norm must be nn.BatchNorm2d of 30 channels, affine'):
-        patch_weights(key, key, torch.zeros(4, 30, 1, 1), norm, 3)
+def test_wrong_arguments(query, key, weight, norm, message):
+    with pytest.raises(ValueError, match=message) as error:
+        patch_weights(torch.zeros(query), torch.zeros(key), torch.zeros(weight), norm, 3)
+    assert '\n' not in str(error.value)

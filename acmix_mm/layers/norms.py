@@ -1,0 +1,45 @@
+"""Batch norms: made from a config, and read for folding."""
+
+from torch import Tensor, nn
+
+BATCH_NORMS = {'BN': nn.BatchNorm2d, 'BN2d': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
+
+
+def build_batch_norm(norm_cfg: dict | None, channels: int) -> nn.Module:
+    """A batch norm from its config, as mmcv's ``build_norm_layer`` makes it, with torch alone.
+
+    Args:
+        norm_cfg (dict | None): ``type`` (one of :data:`BATCH_NORMS`, by name or class),
+            ``requires_grad`` of the parameters (default: True), and arguments of the class. None is ``dict(type='BN')``.
+        channels (int): Channels.
+
+    Raises:
+        ValueError: If it is of no batch norm.
+    """
+    norm_cfg = {'type': 'BN'} if norm_cfg is None else norm_cfg
+    kind = norm_cfg.get('type') if isinstance(norm_cfg, dict) else None
+    kind = BATCH_NORMS.get(kind, kind)
+    if kind not in BATCH_NORMS.values():
+        raise ValueError(
+            f'norm_cfg must be of a batch norm, a dict with type {", ".join(BATCH_NORMS)}, got '
+            f'{norm_cfg!r}'
+        )
+    options = {key: value for key, value in norm_cfg.items() if key != 'type'}
+    requires_grad = options.pop('requires_grad', True)
+    return kind(channels, **options).requires_grad_(requires_grad)
+
+
+def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and shift, (C,) each, that a batch norm multiplies and adds in evaluation mode.
+
+    Raises:
+        ValueError: If norm is no batch norm with running statistics.
+    """
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+        raise ValueError(
+            f'norm must be a batch norm with running statistics, got {type(norm).__name__}'
+        )
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    shift = -norm.running_mean * factor
+    return factor, shift if norm.bias is None else shift + norm.bias

@@ -1,0 +1,36 @@
+"""Operators with nn.SyncBatchNorm in two processes, for test_batch_norm.py; started by torchrun.
+
+argv[1] holds a list of cases: (name of the operator, keyword arguments, batches of both processes,
+gradients of both outputs). Both processes' results go to argv[2].
+"""
+
+import sys
+
+import torch
+from torch import distributed
+
+from acmix_mm import ops
+
+
+def main() -> None:
+    distributed.init_process_group('gloo')
+    rank = distributed.get_rank()
+    results = []
+    for name, kwargs, batches, grads in torch.load(sys.argv[1], weights_only=False):
+        inputs = [t.requires_grad_() for t in batches[rank]]
+        norm = kwargs['norm']
+        parameters = [*norm.parameters(), *(t for t in kwargs.values() if torch.is_tensor(t))]
+        out = getattr(ops, name)(*inputs, **kwargs)
+        result = {'grads': torch.autograd.grad(out, [*inputs, *parameters], grads[rank])}
+        results.append({**result, 'output': out.detach(), 'state': norm.state_dict()})
+    gathered = [None, None]
+    distributed.all_gather_object(gathered, results)
+    if rank == 0:
+        torch.save(gathered, sys.argv[2])
+    # Threads of the process group must not outlive it: all at one point, nothing holding it.
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main()
