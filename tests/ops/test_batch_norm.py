@@ -9,7 +9,7 @@ import torch
 from mmengine.model import revert_sync_batchnorm
 from torch import nn
 
-from acmix_mm.ops import batch_norm, is_batch_norm
+from acmix_mm.ops.batch_norm import batch_norm, is_batch_norm
 
 
 class OtherForward(nn.BatchNorm2d):
