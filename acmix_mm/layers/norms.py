@@ -10,7 +10,8 @@ def build_batch_norm(norm_cfg: dict | None, channels: int) -> nn.Module:
 
     Args:
         norm_cfg (dict | None): ``type`` (one of :data:`BATCH_NORMS`, by name or class),
-            ``requires_grad`` of the parameters (default: True), and arguments of the class. None is ``dict(type='BN')``.
+            ``requires_grad`` of the parameters (default: True), and arguments of the class. None is
+            ``dict(type='BN')``.
         channels (int): Channels.
 
     Raises:
