@@ -12,7 +12,7 @@ from torch import nn
 
 from acmix_mm.backbones import SAN, ACmixSAN
 from acmix_mm.backbones.san import SANBlock
-from acmix_mm.layers import PatchAttention
+from acmix_mm.layers import PatchACmix, PatchAttention
 
 CLASSIFIER = 2048 * 1000 + 1000
 
@@ -124,6 +124,19 @@ def test_with_cp_in_evaluation_keeps_the_statistics_in_use():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.constant_(module.running_var, 2)
     torch.testing.assert_close(step(checkpointed, x), step(plain, x))
+
+
+def test_checkpointed_block_compiles_as_one_graph():
+    plain, block = (SANBlock(128, PatchACmix(128, 32, 8), with_cp=c) for c in (False, True))
+    block.load_state_dict(plain.state_dict())
+    results = []
+    for module in (plain, torch.compile(block, fullgraph=True, backend='aot_eager')):
+        x = torch.randn(2, 128, 9, 12, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_()
+        out = module(x)
+        out.square().sum().backward()
+        results.append((out, x.grad, list(module.buffers())))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('family', [SAN, ACmixSAN])
