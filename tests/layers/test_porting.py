@@ -3,6 +3,8 @@
 README, 'Coming from a copied ACmix file', says nothing that is not tested here.
 """
 
+import copy
+
 import oracles
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers import ACmix
-from acmix_mm.ops import available_backends
+from acmix_mm.ops import available_backends, shift_kernel
 
 BACKENDS = [b for b in available_backends() if b != 'triton']  # those that take float64
 
@@ -215,3 +217,15 @@ def test_bias_of_fc_is_refused():
     state = {**pair({})[0].state_dict(), 'fc.bias': torch.zeros(9)}
     with pytest.raises(RuntimeError, match=r'Unexpected key.*fc\.bias'):
         ACmix(8, 16).load_state_dict(state)
+
+
+def test_initial_weights():
+    """A model's own initialisation of all convolutions does not meet the layer's."""
+    layer = ACmix(32, 256)
+    state = copy.deepcopy(layer.state_dict())
+    layer.apply(lambda m: isinstance(m, nn.Conv2d) and nn.init.ones_(m.weight))
+    torch.testing.assert_close(layer.state_dict(), state, rtol=0, atol=0)
+    assert torch.equal(state['dep_conv.weight'], shift_kernel(256, 64, 3))
+    for i in (1, 2, 3):
+        assert state[f'conv{i}.weight'].std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+        assert not state[f'conv{i}.bias'].any()
