@@ -4,7 +4,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scene_digits import main as make_scene_digits
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
@@ -32,6 +31,8 @@ def golden():
 @pytest.fixture(scope='session')
 def scene_digits(tmp_path_factory) -> Path:
     """A very small scene digits data set."""
+    from scene_digits import main as make_scene_digits  # scikit-image, which few tests need
+
     out = tmp_path_factory.mktemp('scene_digits')
     make_scene_digits([str(out), '--train', '12', '--val', '4', '--size', '96'])
     return out

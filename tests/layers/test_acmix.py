@@ -368,3 +368,55 @@ def test_training_saves_the_input_instead_of_the_projections():
     maps = [t for t in saved if t.shape[-2:] == x.shape[-2:]]
     # The input, and one log-sum-exp a query and head.
     assert sum(t.numel() for t in maps) == x.numel() + layer.num_heads * 30 * 40
+
+
+@pytest.mark.parametrize('backend', available_backends())
+@pytest.mark.parametrize('arguments', [{}, {'stride': 2, 'num_heads': 2}, {'num_heads': 8}])
+def test_output_bias_equals_the_formulas(backend, arguments):
+    """Where all is one operator and where it is not: eight heads do not fold."""
+    dtype = torch.float32 if backend == 'triton' else torch.float64
+    module = ACmix(8, 16, bias=True, attn_kernel_size=3, backend=backend, **arguments).to(dtype)
+    nn.init.normal_(module.dep_conv['weight'])
+    nn.init.normal_(module.bias)
+    x = torch.randn(1, 8, 7, 6, dtype=dtype, requires_grad=True)
+    out = module(x)
+    expected = straightforward(module, x) + module.bias.view(-1, 1, 1)
+    leaves = (x, *module.parameters())
+    grad = torch.randn_like(out)
+    results = (out, *torch.autograd.grad(out, leaves, grad))
+    exact = (expected, *torch.autograd.grad(expected, leaves, grad))
+    for result, value in zip(results, exact, strict=True):
+        scale = value.abs().max().item()
+        tolerance = torch.finfo(dtype).eps * 64
+        torch.testing.assert_close(result, value, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize('backend', available_backends())
+@pytest.mark.parametrize('mix', MIX_MODES)
+def test_gradient_of_the_output_bias(mix, backend):
+    """It is the sum of the output's gradient, whatever the paths."""
+    module = ACmix(8, 8, bias=True, num_heads=1, attn_kernel_size=3, mix=mix, backend=backend)
+    out = module(torch.randn(2, 8, 5, 6))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    torch.testing.assert_close(module.bias.grad, grad.sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize('mix', MIX_MODES)
+@pytest.mark.parametrize('bias', [False, True])
+def test_deploys_with_a_norm_without_affine(mix, bias):
+    layer, norm = ACmix(8, 8, mix=mix, bias=bias), nn.BatchNorm2d(8, affine=False).eval()
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    if bias:
+        nn.init.normal_(layer.bias)
+    x = torch.randn(1, 8, 7, 6)
+    with torch.no_grad():
+        expected = norm(layer(x))
+        layer.switch_to_deploy(norm)
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_deploy_refuses_a_norm_without_statistics():
+    with pytest.raises(ValueError, match='norm must be a batch norm with running statistics'):
+        ACmix(8, 8).switch_to_deploy(nn.BatchNorm2d(8, track_running_stats=False))

@@ -112,3 +112,22 @@ def test_wrong_padding_mode():
 def test_wrong_dtype():
     with pytest.raises(ValueError, match='weight must have dtype and device of value'):
         local_aggregation(torch.zeros(1, 8, 3, 4), torch.zeros(1, 1, 49, 3, 4).double())
+
+
+@pytest.mark.parametrize('result', ['output', 'gradient of value', 'gradient of weight'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_once(dtype, result):
+    """Sums are float32: what comes out is the exact sum, rounded to half precision."""
+    tensors = inputs(32, 2, (9, 8), 7, 1, dtype)
+    doubles = [t.detach().double().requires_grad_() for t in tensors]
+    # Zeros beyond the border: gradients of reflected values are summed outside of the operator.
+    out, exact = (local_aggregation(*pair, padding_mode='zeros') for pair in (tensors, doubles))
+    if result != 'output':
+        leaf = ['gradient of value', 'gradient of weight'].index(result)
+        grad = torch.randn_like(out)
+        (out,) = torch.autograd.grad(out, tensors[leaf], grad)
+        (exact,) = torch.autograd.grad(exact, doubles[leaf], grad.double())
+    assert out.dtype == dtype
+    # Half a unit in the last place, at most eps / 2 of the result, and float32's own errors.
+    rounding = 1.01 * torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(out.double(), exact, rtol=rounding, atol=1e-4)

@@ -1,0 +1,111 @@
+"""Operators and layers need PyTorch alone; OpenMMLab is for configs and backbones."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+OPENMMLAB = ('mmcv', 'mmdet', 'mmengine', 'mmpretrain', 'mmseg')
+
+TRAIN_A_STEP = """
+import torch
+import acmix_mm, acmix_mm.ops, acmix_mm.layers
+
+layer = acmix_mm.layers.ACmix(8, 8)
+optimizer = torch.optim.SGD(layer.parameters(), 0.01)
+x = torch.randn(2, 8, 6, 7)
+before = layer(x).square().mean()
+before.backward()
+optimizer.step()
+assert layer(x).square().mean() < before
+"""
+
+
+def run(*command, cwd=ROOT, **variables) -> str:
+    """Standard output of a command, which has to succeed."""
+    environment = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'PYTHONHOME')}
+    result = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f'{result.stdout}\n{result.stderr}'
+    return result.stdout
+
+
+def run_python(code: str) -> str:
+    return run(sys.executable, '-c', code)  # -c puts the working directory first
+
+
+def test_trains_where_openmmlab_is_missing():
+    # None in sys.modules: import raises ModuleNotFoundError, and find_spec finds nothing.
+    run_python(f'import sys; sys.modules.update(dict.fromkeys({OPENMMLAB}))\n{TRAIN_A_STEP}')
+
+
+@pytest.mark.parametrize('module', ['acmix_mm.ops', 'acmix_mm.layers'])
+def test_imports_no_openmmlab(module):
+    """Not even where it is installed."""
+    out = run_python(f'import sys, {module}; print(*(m.split(".")[0] for m in sys.modules))')
+    assert not {*out.split()} & {*OPENMMLAB}
+
+
+def requirements(*names: str) -> set[str]:
+    """Names of distributions and of all that they need, where they are installed."""
+    found, queue = set(), list(names)
+    while queue:
+        name = canonicalize_name(queue.pop())
+        if name in found:
+            continue
+        found.add(name)
+        for line in importlib.metadata.requires(name) or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({'extra': ''}):
+                queue.append(requirement.name)
+    return found
+
+
+def expose(names: set[str], site_packages: Path) -> None:
+    """Link what the running environment has of these distributions into another one."""
+    for name in names:
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files} - {'..', '__pycache__'}:
+            link = site_packages / top
+            if not link.exists():
+                link.symlink_to(distribution.locate_file(top))
+
+
+@pytest.mark.slow
+def test_installs_and_passes_beside_torch_alone(tmp_path):
+    """In an environment with PyTorch, NumPy, pytest and Hypothesis."""
+    run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv')
+    python = tmp_path / 'venv' / 'bin' / 'python'
+    site_packages = run(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    # pip and setuptools install the package.
+    names = requirements('torch', 'numpy', 'pytest', 'hypothesis', 'pip', 'setuptools')
+    expose(names, Path(site_packages.strip()))
+    code = 'import pkgutil; print(*(m.name for m in pkgutil.iter_modules()))'
+    present = set(run(python, '-c', code, cwd=tmp_path).split())
+    assert not present & {*OPENMMLAB, 'acmix_mm', 'cv2', 'skimage'}
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        """What git ignores, and git's own."""
+        top = {'build', 'checkpoints', 'data', 'work_dirs'} if Path(folder) == ROOT else set()
+        generated = {n for n in names if n == '__pycache__' or n.endswith(('.so', '.egg-info'))}
+        return top | generated | {n for n in names if n.startswith('.') and n != '.mim'}
+
+    project = shutil.copytree(ROOT, tmp_path / 'project', ignore=left_out)
+    run(python, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', project)
+    shutil.rmtree(project / 'acmix_mm')  # the tests are to see the installed one
+    run(python, '-c', TRAIN_A_STEP, cwd=project)
+    out = run(python, '-m', 'pytest', '-x', '-q', 'tests/ops', 'tests/layers', cwd=project)
+    assert int(re.search(r'(\d+) passed', out)[1]) > 200, out
