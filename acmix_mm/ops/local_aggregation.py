@@ -115,8 +115,8 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of those of padded and weight that are asked for."""
     geometry = (kernel_size, stride, dilation)
-    grad = grad.unflatten(1, (-1, weight.size(1)))
     sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+    grad = grad.unflatten(1, (-1, weight.size(1))).to(sum_dtype)
     gradients = []
     if of_padded:
         sums = torch.zeros(padded.shape, dtype=sum_dtype, device=padded.device)

@@ -10,6 +10,7 @@ import torch
 from torch import distributed
 
 from acmix_mm import ops
+from acmix_mm.ops.batch_norm import batch_norm
 
 
 def main() -> None:
@@ -20,7 +21,8 @@ def main() -> None:
         inputs = [t.requires_grad_() for t in batches[rank]]
         norm = kwargs['norm']
         parameters = [*norm.parameters(), *(t for t in kwargs.values() if torch.is_tensor(t))]
-        out = getattr(ops, name)(*inputs, **kwargs)
+        function = batch_norm if name == 'batch_norm' else getattr(ops, name)
+        out = function(*inputs, **kwargs)
         result = {'grads': torch.autograd.grad(out, [*inputs, *parameters], grads[rank])}
         results.append({**result, 'output': out.detach(), 'state': norm.state_dict()})
     gathered = [None, None]
