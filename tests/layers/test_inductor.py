@@ -14,7 +14,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize('name', LAYERS)
+@pytest.mark.parametrize('name', ['ACmix', pytest.param('PatchACmix', marks=pytest.mark.slow)])
 def test_trains_as_uncompiled(name):
     """Gradients, whose strides a fake kernel must have foretold."""
     layer = LAYERS[name]()
