@@ -9,6 +9,11 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
     os.environ['TRITON_INTERPRET'] = '1'
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    # Workers share the cores, and so do the processes that tests start.
+    os.environ['OMP_NUM_THREADS'] = '1'
+    torch.set_num_threads(1)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
