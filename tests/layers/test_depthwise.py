@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmdet.models.backbones.swin import ShiftWindowMSA, WindowMSA
 from torch import nn
 
 from acmix_mm.layers import (
@@ -180,13 +179,14 @@ def test_local_attention_with_frozen_logits_is_a_depthwise_convolution():
     torch.testing.assert_close(out.flatten(1, 2)[..., 3:-3, 3:-3], expected)
 
 
-def frozen_window_attention(channels: int) -> tuple[ShiftWindowMSA, torch.Tensor]:
+def frozen_window_attention(channels: int) -> tuple[torch.nn.Module, torch.Tensor]:
     """One head a channel, zero queries, values as they are: the position bias alone is the logit.
 
     Also returns it by offset, from a query to a key: (C, 13, 13).
     """
-    module = ShiftWindowMSA(channels, channels, 7).double().eval()
-    attention: WindowMSA = module.w_msa
+    swin = pytest.importorskip('mmdet.models.backbones.swin')
+    module = swin.ShiftWindowMSA(channels, channels, 7).double().eval()
+    attention = module.w_msa
     for parameter in attention.parameters():
         nn.init.zeros_(parameter)
     nn.init.eye_(attention.proj.weight)

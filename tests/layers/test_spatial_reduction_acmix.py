@@ -3,11 +3,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from mmdet.models.backbones.pvt import SpatialReductionAttention
 from torch import nn
 
 from acmix_mm.layers import SpatialReductionACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
+
+SpatialReductionAttention = pytest.importorskip(
+    'mmdet.models.backbones.pvt'
+).SpatialReductionAttention
 
 
 def plain(**arguments) -> SpatialReductionAttention:

@@ -2,12 +2,14 @@ import copy
 
 import pytest
 import torch
-from mmdet.models.backbones.swin import WindowMSA
 from torch import nn
 
 from acmix_mm.layers import WindowACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
 from acmix_mm.layers.mixing_weights import shift_kernel
+from acmix_mm.ops import available_backends
+
+WindowMSA = pytest.importorskip('mmdet.models.backbones.swin').WindowMSA
 
 
 def build(embed_dims=12, num_heads=3, window_size=(3, 3), qkv_bias=True, **arguments):
@@ -210,3 +212,27 @@ def test_wrong_arguments(arguments, message):
 def test_deploy_refuses_a_norm():
     with pytest.raises(ValueError, match='norm must be None'):
         build().switch_to_deploy(nn.BatchNorm2d(12))
+
+
+@pytest.mark.parametrize('backend', available_backends())
+def test_gradient_penalty(backend):
+    """Second-order gradients, of a penalty on the input's gradient, by finite differences."""
+    module = build(backend=backend).double()
+    x = torch.randn(1, 6, 9, 12, dtype=torch.float64, requires_grad=True)
+
+    def penalty() -> torch.Tensor:
+        (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    parameters = dict(module.named_parameters())
+    gradients = torch.autograd.grad(penalty(), list(parameters.values()))
+    for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+        flat, step = parameter.data.view(-1), 1e-5
+        values = []
+        for move in (step, -2 * step):
+            flat[0] += move
+            values.append(penalty().item())
+        flat[0] += step
+        expected = (values[0] - values[1]) / (2 * step)
+        scale = 1 + abs(expected)
+        assert abs(gradient.flatten()[0].item() - expected) < 1e-4 * scale, name

@@ -6,9 +6,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmcv.cnn import ConvModule, build_conv_layer
-from mmdet.models.backbones import ResNet
-from mmdet.models.necks import FPN
 from torch import nn
 
 from acmix_mm.layers import XVolution
@@ -215,21 +212,6 @@ class TestAsAModule:
         layer(x).square().sum().backward()
         for ours, theirs in zip(layer.parameters(), compiled.parameters(), strict=True):
             torch.testing.assert_close(ours.grad, theirs.grad)
-
-    def test_layer_type(self, attention):
-        cfg = {'type': 'XVolution', 'attention': attention}
-        layer = build_conv_layer(cfg, 8, 4, 3, padding=1, bias=False)
-        assert isinstance(layer, XVolution)
-        module = ConvModule(8, 8, 3, stride=2, padding=2, dilation=2, conv_cfg=cfg)
-        assert module(torch.randn(1, 8, 9, 9)).shape == (1, 8, 5, 5)
-        neck = FPN([8, 16], 8, num_outs=3, add_extra_convs='on_input', conv_cfg=cfg)
-        neck.init_weights()
-        outs = neck([torch.randn(2, 8, 12, 10), torch.randn(2, 16, 6, 5)])
-        assert [o.shape[-2:] for o in outs] == [(12, 10), (6, 5), (3, 3)]
-        stages = (False, False, True, False)
-        model = ResNet(50, base_channels=8, dcn=cfg, stage_with_dcn=stages)
-        assert sum(isinstance(m, XVolution) for m in model.modules()) == 6
-        assert model(torch.randn(1, 3, 33, 45))[2].shape == (1, 128, 3, 3)
 
 
 @pytest.mark.parametrize(

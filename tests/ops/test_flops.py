@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from mmdet.models.backbones.pvt import SpatialReductionAttention
-from mmdet.models.backbones.swin import WindowMSA
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -221,13 +219,15 @@ def test_attention_of_pytorch_on_the_cpu():
 
 
 def window_acmix(backend: str) -> nn.Module:
-    plain = WindowMSA(embed_dims=8, num_heads=2, window_size=(2, 3))
+    swin = pytest.importorskip('mmdet.models.backbones.swin')
+    plain = swin.WindowMSA(embed_dims=8, num_heads=2, window_size=(2, 3))
     plain.init_weights()
     return WindowACmix(plain, backend=backend)
 
 
 def spatial_reduction_acmix(backend: str) -> nn.Module:
-    plain = SpatialReductionAttention(embed_dims=8, num_heads=2, sr_ratio=2)
+    pvt = pytest.importorskip('mmdet.models.backbones.pvt')
+    plain = pvt.SpatialReductionAttention(embed_dims=8, num_heads=2, sr_ratio=2)
     layer = SpatialReductionACmix(plain, backend=backend)
     forward = layer.forward
     layer.forward = lambda x: forward(x, (4, 6))

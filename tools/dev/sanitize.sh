@@ -23,7 +23,7 @@ trap 'exit 1' INT TERM
     setup.py pyproject.toml README.md acmix_mm tests tools) | tar -xf - -C "$work"
 cd "$work"
 # -O1: at the usual -O3, compiling takes many times longer.
-sed -i.bak "s/'-O3'/'-O1'/" setup.py
+sed -i.bak "s/'-O3'/'-O1'/; s/'-g0'/'-g'/" setup.py
 CFLAGS='-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined' \
 LDFLAGS='-fsanitize=address,undefined' \
     "$python" setup.py --quiet build_ext --inplace
