@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import math
 import os
 import subprocess
@@ -295,3 +296,61 @@ def test_wrong_arguments(change, error, message):
     tensors = {name: torch.ones(1, 2, 4, 6, 8) for name in ('query', 'key', 'value')}
     with pytest.raises(error, match=message):
         local_attention(**{**tensors, **change})
+
+
+# Sample by sample: where, which number, in all channels or one, and at the corner or elsewhere.
+NON_FINITE = list(
+    itertools.product(
+        ['query', 'key', 'value', 'grad'],
+        [math.nan, math.inf, -math.inf],
+        [slice(None), slice(1, 2)],
+        [(0, 0), (-1, -2)],
+    )
+)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize(
+    ('shape', 'kernel_size', 'stride', 'dilation', 'dtype'),
+    [
+        ((9, 11), 5, 1, 1, torch.float32),
+        ((9, 11), 5, 1, 1, torch.float16),
+        ((9, 11), 5, 1, 1, torch.bfloat16),
+        ((9, 17), 3, 2, 1, torch.float32),
+        ((10, 18), 3, 1, 4, torch.float32),
+        ((9, 19), 3, 4, 6, torch.float32),  # pixels that nobody sees
+        ((3, 4), 7, 1, 2, torch.float32),  # reflection repeats
+        ((1, 6), 5, 1, 1, torch.float32),
+        ((5, 6), 1, 2, 1, torch.float32),
+    ],
+)
+def test_non_finite_numbers_reach_no_further_than_neighbourhoods(
+    backend, shape, kernel_size, stride, dilation, dtype
+):
+    """In a pixel of an input or of the incoming gradient, as far as the formulas carry them."""
+    tensors = [
+        t.detach() for t in inputs(backend, (len(NON_FINITE), 2, 3, *shape), stride, dtype, seed=7)
+    ]
+    tensors.append(torch.randn_like(tensors[0]))
+    for sample, (name, number, channels, (y, x)) in enumerate(NON_FINITE):
+        maps = tensors[['query', 'key', 'value', 'grad'].index(name)]
+        maps[sample, 1, channels, y, max(x, -maps.size(-1))] = number
+    *tensors, grad = tensors
+    tensors = [t.requires_grad_() for t in tensors]
+    out = local_attention(*tensors, kernel_size, stride, dilation, backend=backend)
+    results = (out, *torch.autograd.grad(out, tensors, grad))
+    exact = oracles.local_attention(*tensors, kernel_size, stride, dilation)
+    expected = (exact, *torch.autograd.grad(exact, tensors, grad.double()))
+    wrong = [
+        f'{name} of sample {NON_FINITE[sample]}: {int(ours[sample].sum())} non-finite numbers, '
+        f'for {int(oracle[sample].sum())}'
+        for name, ours, oracle in zip(
+            ('output', 'gradient of query', 'gradient of key', 'gradient of value'),
+            (~t.isfinite() for t in results),
+            (~t.isfinite() for t in expected),
+            strict=True,
+        )
+        for sample in range(len(NON_FINITE))
+        if not torch.equal(ours[sample], oracle[sample])
+    ]
+    assert not wrong, '\n'.join(wrong)

@@ -1,0 +1,30 @@
+"""What the autograd formulas of the operators share."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def refuse_second_order(op_name_of_backward: str, operator: str, backend: str) -> None:
+    """Make the gradients that a custom operator computes raise where they are differentiated.
+
+    Without a formula of its own, such an operator would pass for one without gradients, and what
+    is built on second derivatives would be silently wrong.
+
+    Args:
+        op_name_of_backward (str): Of the custom operator, ``'namespace::name'``.
+        operator (str): Name for the message.
+        backend (str): Likewise.
+    """
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(f'{operator} has no second-order gradients (backend {backend})')
+
+    torch.library.register_autograd(op_name_of_backward, refuse)
+
+
+def spread(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """One gradient for each input: those computed, in order, where needed, else None."""
+    rest = iter(gradients)
+    return [next(rest) if need else None for need in needed]
