@@ -2,6 +2,7 @@ import importlib.util
 import itertools
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -298,7 +299,7 @@ def test_wrong_arguments(change, error, message):
         local_attention(**{**tensors, **change})
 
 
-# Sample by sample: where, which number, in all channels or one, and at the corner or elsewhere.
+# Where, which number, in all channels or one, and in which pixel.
 NON_FINITE = list(
     itertools.product(
         ['query', 'key', 'value', 'grad'],
@@ -314,43 +315,40 @@ NON_FINITE = list(
     ('shape', 'kernel_size', 'stride', 'dilation', 'dtype'),
     [
         ((9, 11), 5, 1, 1, torch.float32),
-        ((9, 11), 5, 1, 1, torch.float16),
-        ((9, 11), 5, 1, 1, torch.bfloat16),
-        ((9, 17), 3, 2, 1, torch.float32),
-        ((10, 18), 3, 1, 4, torch.float32),
-        ((9, 19), 3, 4, 6, torch.float32),  # pixels that nobody sees
+        ((9, 17), 3, 2, 1, torch.float16),
+        ((10, 18), 3, 1, 2, torch.bfloat16),
+        ((9, 17), 3, 4, 2, torch.float32),  # pixels that no query sees
         ((3, 4), 7, 1, 2, torch.float32),  # reflection repeats
         ((1, 6), 5, 1, 1, torch.float32),
         ((5, 6), 1, 2, 1, torch.float32),
     ],
 )
-def test_non_finite_numbers_reach_no_further_than_neighbourhoods(
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')  # of Triton's interpreter
+def test_numbers_that_are_not_finite_stay_within_neighbourhoods(
     backend, shape, kernel_size, stride, dilation, dtype
 ):
-    """In a pixel of an input or of the incoming gradient, as far as the formulas carry them."""
-    tensors = [
-        t.detach() for t in inputs(backend, (len(NON_FINITE), 2, 3, *shape), stride, dtype, seed=7)
-    ]
+    """In a pixel of an input or of the incoming gradient; a sample for each case."""
+    slow = backend == 'triton' and INTERPRETED
+    cases = random.Random(f'{shape}').sample(NON_FINITE, 6) if slow else NON_FINITE
+    full_shape = (len(cases), 1 if slow else 2, 3, *shape)
+    tensors = [t.detach() for t in inputs(backend, full_shape, stride, dtype)]
     tensors.append(torch.randn_like(tensors[0]))
-    for sample, (name, number, channels, (y, x)) in enumerate(NON_FINITE):
+    for sample, (name, number, channels, (y, x)) in enumerate(cases):
         maps = tensors[['query', 'key', 'value', 'grad'].index(name)]
-        maps[sample, 1, channels, y, max(x, -maps.size(-1))] = number
+        maps[sample, -1, channels, y, x] = number
     *tensors, grad = tensors
-    tensors = [t.requires_grad_() for t in tensors]
+    for tensor in tensors:
+        tensor.requires_grad_()
     out = local_attention(*tensors, kernel_size, stride, dilation, backend=backend)
-    results = (out, *torch.autograd.grad(out, tensors, grad))
     exact = oracles.local_attention(*tensors, kernel_size, stride, dilation)
+    results = (out, *torch.autograd.grad(out, tensors, grad))
     expected = (exact, *torch.autograd.grad(exact, tensors, grad.double()))
-    wrong = [
-        f'{name} of sample {NON_FINITE[sample]}: {int(ours[sample].sum())} non-finite numbers, '
-        f'for {int(oracle[sample].sum())}'
-        for name, ours, oracle in zip(
-            ('output', 'gradient of query', 'gradient of key', 'gradient of value'),
-            (~t.isfinite() for t in results),
-            (~t.isfinite() for t in expected),
-            strict=True,
-        )
-        for sample in range(len(NON_FINITE))
-        if not torch.equal(ours[sample], oracle[sample])
-    ]
-    assert not wrong, '\n'.join(wrong)
+    names = ('output', 'gradient of query', 'gradient of key', 'gradient of value')
+    wrong = []
+    for name, result, oracle in zip(names, results, expected, strict=True):
+        ours, least = ~result.isfinite(), ~oracle.isfinite()
+        wrong += [
+            f'{name} of sample {cases[sample]}: {ours[sample].sum()}, not {least[sample].sum()}'
+            for sample in (ours != least).flatten(1).any(1).nonzero().flatten()
+        ]
+    assert not wrong, 'numbers that are not finite:\n' + '\n'.join(wrong)
