@@ -36,5 +36,7 @@ def local_attention(query, key, value, kernel_size, stride=1, dilation=1, scale=
     unfolded_key = key.flatten(3)[..., index]  # (B, N, d, Hq, Wq, k * k)
     unfolded_value = value.flatten(3)[..., index]
     logits = scale * (query[..., None] * unfolded_key).sum(2)
+    # Of a query with an infinite logit, no weight is a number.
+    logits = logits - logits.detach().amax(-1, keepdim=True)
     weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
     return (weights[:, :, None] * unfolded_value).sum(-1)

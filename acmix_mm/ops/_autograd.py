@@ -1,18 +1,30 @@
-"""What the operators' autograd formulas share."""
+"""What the autograd formulas of the operators share."""
+
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 
 def refuse_second_order(backward: str, operator: str, backend: str) -> None:
-    """Have gradients of an operator's gradients refused, which would be zeros otherwise.
+    """Make the gradients that a custom operator computes raise where they are differentiated.
+
+    Without a formula of its own, such an operator would pass for one without gradients, and what
+    is built on second derivatives would be silently wrong.
 
     Args:
-        backward (str): Name of the custom operator that computes the gradients.
+        backward (str): Of that custom operator, ``'namespace::name'``.
         operator (str): Name for the message.
-        backend (str): Name for the message.
+        backend (str): Likewise.
     """
 
-    def refuse(ctx, *grads):
+    def refuse(ctx, *gradients):
         raise NotImplementedError(f'{operator} has no second-order gradients (backend {backend!r})')
 
     torch.library.register_autograd(backward, refuse)
+
+
+def spread(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    """One gradient for each input: those computed, in order, where needed, else None."""
+    rest = iter(gradients)
+    return [next(rest) if need else None for need in needed]

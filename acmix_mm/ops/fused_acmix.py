@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import refuse_second_order
+from ._autograd import refuse_second_order, spread
 from .backends import native_backend, triton_backend
 from .checks import check_geometry, check_positive, strided_size
 from .dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
@@ -291,8 +291,7 @@ def _autograd_backward(ctx, grad, grad_lse):
     of_kernel_bias = needs.pop(5)
     gradients = [None] * 6
     if any(needs):
-        computed = iter(_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs))
-        gradients = [next(computed) if needed else None for needed in needs]
+        gradients = spread(_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs), needs)
     grad_bias = grad.sum((0, 2, 3)) if of_kernel_bias else None
     return *gradients[:5], grad_bias, gradients[5], None, None, None, None
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import refuse_second_order
+from ._autograd import refuse_second_order, spread
 from .checks import check_geometry, strided_size
 from .reflection import reflect_pad
 
@@ -144,8 +144,8 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd_backward(ctx, grad):
     needs = ctx.needs_input_grad[:2]
-    computed = iter(_backward(grad, *ctx.saved_tensors, *ctx.geometry, *needs))
-    return *(next(computed) if needed else None for needed in needs), None, None, None
+    gradients = _backward(grad, *ctx.saved_tensors, *ctx.geometry, *needs)
+    return *spread(gradients, needs), None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

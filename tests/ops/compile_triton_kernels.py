@@ -33,15 +33,18 @@ torch.use_deterministic_algorithms(True)  # no tuning
 
 from acmix_mm.ops.backends import triton_backend  # noqa: E402
 
-for dtype, dim, kernel_size, stride, dilation in (
-    (torch.float16, 16, 7, 1, 1),
-    (torch.float32, 24, 5, 3, 2),
+# The last: which gradients are computed.
+all_needed = (True, True, True)
+for dtype, dim, kernel_size, stride, dilation, needs in (
+    (torch.float16, 16, 7, 1, 1, (all_needed, (False, True, False), (True, False, True))),
+    (torch.float32, 24, 5, 3, 2, (all_needed,)),
 ):
     key = torch.zeros(1, 2, dim, 12, 10, dtype=dtype)
     query = key[..., ::stride, ::stride]
-    output, lse = triton_backend._forward(query, key, key, kernel_size, stride, dilation, 0.5)
-    triton_backend._backward(
-        output, query, key, key, output, lse, kernel_size, stride, dilation, 0.5
-    )
+    geometry = (kernel_size, stride, dilation, 0.5)
+    output, lse = triton_backend._forward(query, key, key, *geometry)
+    for needed in needs:
+        triton_backend._backward(output, query, key, key, output, lse, *geometry, needed)
 print(*compiled, sep='\n')
-sys.exit(len(compiled) != 8)
+# Each kernel twice, but those that fold.
+sys.exit(len(compiled) != (2 + 5 + 3 + 5) + (2 + 5))

@@ -1,6 +1,8 @@
 import importlib.util
+import itertools
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -295,3 +297,58 @@ def test_wrong_arguments(change, error, message):
     tensors = {name: torch.ones(1, 2, 4, 6, 8) for name in ('query', 'key', 'value')}
     with pytest.raises(error, match=message):
         local_attention(**{**tensors, **change})
+
+
+# Where, which number, in all channels or one, and in which pixel.
+NON_FINITE = list(
+    itertools.product(
+        ['query', 'key', 'value', 'grad'],
+        [math.nan, math.inf, -math.inf],
+        [slice(None), slice(1, 2)],
+        [(0, 0), (-1, -2)],
+    )
+)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize(
+    ('shape', 'kernel_size', 'stride', 'dilation', 'dtype'),
+    [
+        ((9, 11), 5, 1, 1, torch.float32),
+        ((9, 17), 3, 2, 1, torch.float16),
+        ((10, 18), 3, 1, 2, torch.bfloat16),
+        ((9, 17), 3, 4, 2, torch.float32),  # pixels that no query sees
+        ((3, 4), 7, 1, 2, torch.float32),  # reflection repeats
+        ((1, 6), 5, 1, 1, torch.float32),
+        ((5, 6), 1, 2, 1, torch.float32),
+    ],
+)
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')  # of Triton's interpreter
+def test_numbers_that_are_not_finite_stay_within_neighbourhoods(
+    backend, shape, kernel_size, stride, dilation, dtype
+):
+    """In a pixel of an input or of the incoming gradient; a sample for each case."""
+    slow = backend == 'triton' and INTERPRETED
+    cases = random.Random(f'{shape}').sample(NON_FINITE, 6) if slow else NON_FINITE
+    full_shape = (len(cases), 1 if slow else 2, 3, *shape)
+    tensors = [t.detach() for t in inputs(backend, full_shape, stride, dtype)]
+    tensors.append(torch.randn_like(tensors[0]))
+    for sample, (name, number, channels, (y, x)) in enumerate(cases):
+        maps = tensors[['query', 'key', 'value', 'grad'].index(name)]
+        maps[sample, -1, channels, y, x] = number
+    *tensors, grad = tensors
+    for tensor in tensors:
+        tensor.requires_grad_()
+    out = local_attention(*tensors, kernel_size, stride, dilation, backend=backend)
+    exact = oracles.local_attention(*tensors, kernel_size, stride, dilation)
+    results = (out, *torch.autograd.grad(out, tensors, grad))
+    expected = (exact, *torch.autograd.grad(exact, tensors, grad.double()))
+    names = ('output', 'gradient of query', 'gradient of key', 'gradient of value')
+    wrong = []
+    for name, result, oracle in zip(names, results, expected, strict=True):
+        ours, least = ~result.isfinite(), ~oracle.isfinite()
+        wrong += [
+            f'{name} of sample {cases[sample]}: {ours[sample].sum()}, not {least[sample].sum()}'
+            for sample in (ours != least).flatten(1).any(1).nonzero().flatten()
+        ]
+    assert not wrong, 'numbers that are not finite:\n' + '\n'.join(wrong)

@@ -7,16 +7,21 @@ arithmetic that BLAS does at full speed, where a loop over the neighbourhood's o
 memory. Tiles are worked off in chunks of bounded size, so nothing of the size of an unfolded map
 ever exists; the backward pass recomputes each chunk's attention weights, so training keeps query,
 key and value only.
+
+A masked entry of a product is a zero, and zero times NaN or infinity is NaN: such a number would
+reach all queries of a tile. So a call whose results are not all finite is repeated carefully, with
+products that leave out what is masked.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._autograd import refuse_second_order, spread
 from ..reflection import reflect
 
 # Queries in a tile, (rows, columns). Of the shapes tried (4x4 to 8x16) on maps of 25x38 to
@@ -107,9 +112,20 @@ class _Axis:
 
 
 class _Plan:
-    """Cuts one call into samples, phases and chunks of tiles; forward and backward share it."""
+    """Cuts one call into samples, phases and chunks of tiles; forward and backward share it.
 
-    def __init__(self, query: Tensor, key: Tensor, kernel_size: int, stride: int, dilation: int):
+    If ``careful``, numbers that are not finite stay within neighbourhoods.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        kernel_size: int,
+        stride: int,
+        dilation: int,
+        careful: bool,
+    ):
         def axis(dim: int) -> _Axis:
             queries = query.size(dim)
             tile = min(TILE[dim], queries)
@@ -120,15 +136,17 @@ class _Plan:
         self.dtype = query.dtype
         # Half precision is for storage; logits, softmax and sums are kept in float32.
         self.compute_dtype = torch.promote_types(query.dtype, torch.float32)
-        inside = (
+        self.careful = careful
+        self.neighbours = (
             self.rows.inside(self.device)[:, None, :, None]
             & self.cols.inside(self.device)[None, :, None, :]
         ).reshape(self.rows.tile * self.cols.tile, -1)
-        self.mask = torch.zeros(inside.shape, dtype=self.compute_dtype, device=self.device)
-        self.mask.masked_fill_(~inside, -math.inf)
+        shape = self.neighbours.shape
+        self.mask = torch.zeros(shape, dtype=self.compute_dtype, device=self.device)
+        self.mask.masked_fill_(~self.neighbours, -math.inf)
 
         heads, dim = query.shape[1:3]
-        num_queries, num_keys = inside.shape
+        num_queries, num_keys = shape
         # Logits and their gradient, tiles of key and value and of their gradients, of query,
         # output and their gradients.
         tile_bytes = self.mask.element_size() * (
@@ -212,9 +230,57 @@ class _Plan:
             for x in range(every_x):
                 part[:, y::every_y, x::every_x] += values[:, y::every_y, x::every_x]
 
-    def weights(self, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def inside(self, maps: Tensor, phase: tuple[int, int], chunk: slice) -> Tensor:
+        """Bool (T, queries of a tile, keys of a region): is the key in the query's neighbourhood?
+
+        Where a tile overhangs the map of queries, ``maps``, none is. Unless careful, that makes no
+        difference, and T is left out.
+        """
+        if not self.careful:
+            return self.neighbours
+        tiles = self.tiles(torch.ones_like(maps[:, :, :1]), phase)
+        return (self.gather_queries(tiles, chunk).mT > 0) & self.neighbours
+
+    def zero_outside_(self, pairs: Tensor, inside: Tensor) -> Tensor:
+        """What may be 0 * NaN where ``pairs`` (of queries and keys) are outside, as 0."""
+        return pairs.masked_fill_(~inside, 0) if self.careful else pairs
+
+    def weights(self, query: Tensor, key: Tensor, scale: float, inside: Tensor) -> Tensor:
         """Attention weights (T, queries of a tile, keys of a region)."""
-        return torch.baddbmm(self.mask, query.mT, key, alpha=scale).softmax(-1)
+        if not self.careful:
+            return torch.baddbmm(self.mask, query.mT, key, alpha=scale).softmax(-1)
+        logits = torch.bmm(query.mT, key).mul_(scale).masked_fill_(~inside, -math.inf)
+        return self.zero_outside_(logits.softmax(-1), inside)
+
+    def grad_logits(
+        self, weights: Tensor, grad: Tensor, value: Tensor, scale: float, inside: Tensor
+    ) -> Tensor:
+        """Softmax's gradient, w * (dw - sum(w * dw)), times ``scale``."""
+        result = self.zero_outside_(torch.bmm(grad.mT, value).mul_(weights), inside)
+        total = result.sum(-1, keepdim=True)
+        return self.zero_outside_(result.addcmul_(weights, total, value=-1).mul_(scale), inside)
+
+    def product(self, maps: Tensor, pairs: Tensor, inside: Tensor) -> Tensor:
+        """Matrix product (T, d, m) x (T, m, n), of which sums take only what is ``inside``."""
+        if not self.careful:
+            return torch.bmm(maps, pairs)
+        odd = ~maps.isfinite()
+        reached = torch.bmm(odd.to(maps.dtype), inside.to(maps.dtype)) > 0
+        return torch.bmm(maps.masked_fill(odd, 0), pairs).masked_fill_(reached, math.nan)
+
+
+def _fast_or_careful(compute: Callable[..., list[Tensor]], *arguments) -> list[Tensor]:
+    """``compute(*arguments, careful)``, carefully where the fast way gives a NaN or infinity.
+
+    One sum that is finite says that there is none, and takes one synchronisation on a GPU. While
+    a CUDA graph is being captured nothing can be asked.
+    """
+    if not (arguments[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        results = compute(*arguments, careful=False)
+        dtype = torch.promote_types(results[0].dtype, torch.float32)
+        if math.isfinite(sum(result.sum(dtype=dtype) for result in results)):
+            return results
+    return compute(*arguments, careful=True)
 
 
 @torch.library.custom_op('acmix_mm::local_attention_torch', mutates_args=())
@@ -227,7 +293,20 @@ def _forward(
     dilation: int,
     scale: float,
 ) -> Tensor:
-    plan = _Plan(query, key, kernel_size, stride, dilation)
+    return _fast_or_careful(_attend, query, key, value, kernel_size, stride, dilation, scale)[0]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    scale: float,
+    careful: bool,
+) -> list[Tensor]:
+    plan = _Plan(query, key, kernel_size, stride, dilation, careful)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     with torch.autocast(query.device.type, enabled=False):
         for batch in plan.batches(query.size(0)):
@@ -238,12 +317,14 @@ def _forward(
                 keys = plan.regions(padded_key, phase)
                 values = plan.regions(padded_value, phase)
                 for chunk in plan.chunks(phase):
+                    inside = plan.inside(query[batch], phase, chunk)
                     q = plan.gather_queries(query_tiles, chunk)
-                    weights = plan.weights(q, plan.gather_keys(keys, chunk), scale)
+                    weights = plan.weights(q, plan.gather_keys(keys, chunk), scale, inside)
                     v = plan.gather_keys(values, chunk)
-                    plan.scatter_queries(output_tiles, chunk, torch.bmm(v, weights.mT))
+                    out = plan.product(v, weights.mT, inside.mT)
+                    plan.scatter_queries(output_tiles, chunk, out)
                 plan.write(output[batch], output_tiles, phase)
-    return output
+    return [output]
 
 
 @_forward.register_fake
@@ -261,55 +342,82 @@ def _backward(
     stride: int,
     dilation: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    plan = _Plan(query, key, kernel_size, stride, dilation)
+    needed: list[bool],
+) -> list[Tensor]:
+    """Those gradients of query, key and value that are ``needed``."""
+    geometry = (kernel_size, stride, dilation, scale)
+    return _fast_or_careful(_differentiate, grad, query, key, value, *geometry, needed)
+
+
+def _differentiate(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    scale: float,
+    needed: list[bool],
+    careful: bool,
+) -> list[Tensor]:
+    plan = _Plan(query, key, kernel_size, stride, dilation, careful)
+    need_query, need_key, need_value = needed
     contiguous = torch.contiguous_format
-    grad_query = torch.empty_like(query, memory_format=contiguous)
-    grad_key = torch.empty_like(key, memory_format=contiguous)
-    grad_value = torch.empty_like(value, memory_format=contiguous)
+    grad_query, grad_key, grad_value = (
+        torch.empty_like(t, memory_format=contiguous) if need else None
+        for t, need in zip((query, key, value), needed, strict=True)
+    )
     with torch.autocast(query.device.type, enabled=False):
         for batch in plan.batches(query.size(0)):
             padded_key, padded_value = plan.pad(key[batch]), plan.pad(value[batch])
-            padded_grad_key = torch.zeros_like(padded_key)
-            padded_grad_value = torch.zeros_like(padded_value)
+            padded_grad_key = torch.zeros_like(padded_key) if need_key else None
+            padded_grad_value = torch.zeros_like(padded_value) if need_value else None
             for phase in plan.phases():
                 query_tiles = plan.tiles(query[batch], phase)
                 grad_tiles = plan.tiles(grad[batch], phase)
-                grad_query_tiles = torch.empty_like(query_tiles, memory_format=contiguous)
+                if need_query:
+                    grad_query_tiles = torch.empty_like(query_tiles, memory_format=contiguous)
                 keys = plan.regions(padded_key, phase)
                 values = plan.regions(padded_value, phase)
-                grad_keys = plan.regions(padded_grad_key, phase)
-                grad_values = plan.regions(padded_grad_value, phase)
                 for chunk in plan.chunks(phase):
+                    inside = plan.inside(query[batch], phase, chunk)
                     q = plan.gather_queries(query_tiles, chunk)
                     k = plan.gather_keys(keys, chunk)
                     g = plan.gather_queries(grad_tiles, chunk)
-                    weights = plan.weights(q, k, scale)
-                    plan.add_keys_(grad_values, chunk, torch.bmm(g, weights))
-                    # Softmax's gradient: w * (dw - sum(w * dw)).
-                    grad_logits = torch.bmm(g.mT, plan.gather_keys(values, chunk)).mul_(weights)
-                    total = grad_logits.sum(-1, keepdim=True)
-                    grad_logits.addcmul_(weights, total, value=-1).mul_(scale)
-                    plan.add_keys_(grad_keys, chunk, torch.bmm(q, grad_logits))
-                    plan.scatter_queries(grad_query_tiles, chunk, torch.bmm(k, grad_logits.mT))
-                plan.write(grad_query[batch], grad_query_tiles, phase)
+                    weights = plan.weights(q, k, scale, inside)
+                    if need_value:
+                        regions = plan.regions(padded_grad_value, phase)
+                        plan.add_keys_(regions, chunk, plan.product(g, weights, inside))
+                    if not (need_query or need_key):
+                        continue
+                    v = plan.gather_keys(values, chunk)
+                    grad_logits = plan.grad_logits(weights, g, v, scale, inside)
+                    if need_key:
+                        regions = plan.regions(padded_grad_key, phase)
+                        plan.add_keys_(regions, chunk, plan.product(q, grad_logits, inside))
+                    if need_query:
+                        part = plan.product(k, grad_logits.mT, inside.mT)
+                        plan.scatter_queries(grad_query_tiles, chunk, part)
+                if need_query:
+                    plan.write(grad_query[batch], grad_query_tiles, phase)
             for target, padded in (
-                (grad_key[batch], padded_grad_key),
-                (grad_value[batch], padded_grad_value),
+                (grad_key, padded_grad_key),
+                (grad_value, padded_grad_value),
             ):
-                maps = plan.cols.unpad_(plan.rows.unpad_(padded, 2), 3)
-                target.copy_(maps.unflatten(0, target.shape[:2]))
-    return grad_query, grad_key, grad_value
+                if target is not None:
+                    maps = plan.cols.unpad_(plan.rows.unpad_(padded, 2), 3)
+                    target[batch].copy_(maps.unflatten(0, target[batch].shape[:2]))
+    return [t for t in (grad_query, grad_key, grad_value) if t is not None]
 
 
 @_backward.register_fake
-def _(grad, query, key, value, kernel_size, stride, dilation, scale):
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(query, memory_format=contiguous),
-        torch.empty_like(key, memory_format=contiguous),
-        torch.empty_like(value, memory_format=contiguous),
-    )
+def _(grad, query, key, value, kernel_size, stride, dilation, scale, needed):
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in zip((query, key, value), needed, strict=True)
+        if need
+    ]
 
 
 def _setup_context(ctx, inputs, output):
@@ -318,10 +426,13 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad):
-    return *_backward(grad, *ctx.saved_tensors, *ctx.geometry), None, None, None, None
+    needed = ctx.needs_input_grad[:3]
+    gradients = _backward(grad, *ctx.saved_tensors, *ctx.geometry, needed)
+    return *spread(gradients, needed), None, None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+refuse_second_order('acmix_mm::local_attention_torch_backward', 'local_attention', 'torch')
 
 
 def local_attention(

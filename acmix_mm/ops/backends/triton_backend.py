@@ -22,6 +22,8 @@ import os
 import torch
 from torch import Tensor
 
+from .._autograd import refuse_second_order, spread
+
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 REQUIREMENT = (
@@ -76,7 +78,10 @@ if MISSING is None:
         return triton.autotune(configs, ['DIM', 'KERNEL_SIZE', 'STEP'])(kernel)  # and dtypes
 
     def _launch(kernel, query: Tensor, height: int, width: int, *args, **constants) -> None:
-        """A program for each head, phase and tile of an area of ``height`` x ``width``."""
+        """A program for each head, phase and tile of an area of ``height`` x ``width``.
+
+        Then the same again, carefully, for what turned out not to be finite.
+        """
         tuned = _tuned(kernel, constants['DIM_BLOCK'], query.element_size())
         programs = query.size(0) * query.size(1) * constants['PHASES'] ** 2
 
@@ -85,10 +90,12 @@ if MISSING is None:
             tiles_x = triton.cdiv(triton.cdiv(width, meta['PHASES']), meta['TILE_X'])
             return (programs * tiles_y * tiles_x,)
 
+        untuned = tuned.configs[0].all_kwargs()
         if torch.are_deterministic_algorithms_enabled():
-            kernel[grid](*args, **constants, **tuned.configs[0].all_kwargs())
+            kernel[grid](*args, **constants, CAREFUL=False, **untuned)
         else:
-            tuned[grid](*args, **constants)
+            tuned[grid](*args, **constants, CAREFUL=False)
+        kernel[grid](*args, **constants, CAREFUL=True, **untuned)
 
     class _Geometry:
         """The lattice of a call, as :mod:`.triton_kernels` describes it, and what follows."""
@@ -181,27 +188,41 @@ if MISSING is None:
         stride: int,
         dilation: int,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grad_query, grad_key, grad_value = (t.new_empty(t.shape) for t in (query, key, value))
+        needed: list[bool],
+    ) -> list[Tensor]:
+        """Those gradients of query, key and value that are ``needed``."""
+        gradients = [
+            t.new_empty(t.shape)
+            for t, need in zip((query, key, value), needed, strict=True)
+            if need
+        ]
         if query.numel() == 0:
-            return grad_query, grad_key, grad_value
+            return gradients
+        grad_query, grad_key, grad_value = spread(gradients, needed)
         plan = _Geometry(query, key, kernel_size, stride, dilation)
         strides = (*query.stride(), *key.stride(), *value.stride(), *grad.stride())
         constants = {**plan.constants, 'WIDE': plan.wide(query, key, value, grad, output)}
+        need_query, need_key, need_value = needed
         delta = torch.empty_like(lse)
         padded_grad_key, padded_grad_value = (
-            lse.new_empty((*key.shape[:3], *plan.padded_size)) for _ in range(2)
+            lse.new_empty((*key.shape[:3], *plan.padded_size)) if need else None
+            for need in needed[1:]
         )
         with torch.cuda.device_of(query):
-            _launch(
-                kernels.grad_query_kernel,
-                query,
-                *plan.query_size,
-                *(query, key, value, output, lse, grad, grad_query, delta),
-                *strides,
-                *(plan.heads, *plan.size, *plan.query_size, scale),
-                **constants,
-            )
+            if need_query:
+                _launch(
+                    kernels.grad_query_kernel,
+                    query,
+                    *plan.query_size,
+                    *(query, key, value, output, lse, grad, grad_query, delta),
+                    *strides,
+                    *(plan.heads, *plan.size, *plan.query_size, scale),
+                    **constants,
+                )
+            elif need_key:
+                torch.sum(grad.float() * output.float(), 2, out=delta)
+            if not (need_key or need_value):
+                return gradients
             _launch(
                 kernels.grad_key_value_kernel,
                 query,
@@ -211,7 +232,7 @@ if MISSING is None:
                 *(plan.heads, *plan.size, *plan.query_size, *plan.padded_size, scale),
                 **constants,
             )
-            maps = grad_key.shape[:3].numel()
+            maps = key.shape[:3].numel()
             height, width = plan.size
             tile_x = min(128, max(16, triton.next_power_of_2(width)))
             tile_m = 1024 // tile_x
@@ -224,20 +245,27 @@ if MISSING is None:
                 TILE_M=tile_m,
                 TILE_X=tile_x,
             )
-        return grad_query, grad_key, grad_value
+        return gradients
 
     @_backward.register_fake
-    def _(grad, query, key, value, output, lse, kernel_size, stride, dilation, scale):
-        return tuple(t.new_empty(t.shape) for t in (query, key, value))
+    def _(grad, query, key, value, output, lse, kernel_size, stride, dilation, scale, needed):
+        return [
+            t.new_empty(t.shape)
+            for t, need in zip((query, key, value), needed, strict=True)
+            if need
+        ]
 
     def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output)
         ctx.geometry = inputs[3:]
 
     def _autograd_backward(ctx, grad, grad_lse):
-        return *_backward(grad, *ctx.saved_tensors, *ctx.geometry), None, None, None, None
+        needed = ctx.needs_input_grad[:3]
+        gradients = _backward(grad, *ctx.saved_tensors, *ctx.geometry, needed)
+        return *spread(gradients, needed), None, None, None, None
 
     _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
+    refuse_second_order('acmix_mm::local_attention_triton_backward', 'local_attention', 'triton')
 
 
 def local_attention(

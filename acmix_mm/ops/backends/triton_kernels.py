@@ -12,6 +12,13 @@ reflected when addresses are formed, so no padded maps exist.
 Sizes and strides vary from image to image and are kept out of the specialisation; what shapes the
 code (head dimension, neighbourhood) is constant. Nothing here accumulates into memory: a program
 owns what it writes, and results do not depend on the order of programs.
+
+A masked entry of a product is a zero, and zero times NaN or infinity is NaN: such a number would
+reach all of a tile. So each kernel is launched twice, the second time ``CAREFUL``: a program whose
+results are all finite then ends at once; others repeat their work with products that leave out what
+is masked. (The same in one kernel would cost the ordinary case up to twice the registers.)
+
+Of the gradients of key and value, one may be None: it is not needed then.
 """
 
 import inspect
@@ -138,11 +145,40 @@ def _channels(stride, DIM_BLOCK: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _contiguous(y, x, height, width, DIM_BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """(DIM_BLOCK, pixels) offsets within a head of contiguous maps."""
+    channels = tl.arange(0, DIM_BLOCK)[:, None] * (height.to(tl.int64) * width)
+    return channels + _offset(y, x, width, 1, WIDE)[None, :]
+
+
+@triton.jit
 def _inside(key_y, key_x, query_y, query_x, KERNEL_SIZE: tl.constexpr):
     """Is the key at 0 <= key - query < KERNEL_SIZE on both axes? (Unsigned: one comparison.)"""
     y = (key_y - query_y).to(tl.uint32, bitcast=True)
     x = (key_x - query_x).to(tl.uint32, bitcast=True)
     return (y < KERNEL_SIZE) & (x < KERNEL_SIZE)
+
+
+@triton.jit
+def _finite(maps):
+    return tl.abs(maps.to(tl.float32)) < float('inf')
+
+
+@triton.jit
+def _all_finite(maps):
+    return tl.min(tl.min(_finite(maps).to(tl.int32), 1), 0) == 1
+
+
+@triton.jit
+def _clean(maps, CAREFUL: tl.constexpr):
+    return tl.where(_finite(maps), maps, 0) if CAREFUL else maps
+
+
+@triton.jit
+def _odd_seen(inside, maps):
+    """How many numbers of ``maps`` (channels, others) that are not finite each row is to take."""
+    odd = tl.where(_finite(maps), 0.0, 1.0).to(tl.float16)
+    return tl.dot(inside.to(tl.float16), tl.trans(odd))
 
 
 @_jit
@@ -154,7 +190,7 @@ def forward_kernel(
     heads, height, width, query_height, query_width, scale,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KERNEL_SIZE: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr, UNIT: tl.constexpr,
-    ONCE: tl.constexpr, WIDE: tl.constexpr,
+    ONCE: tl.constexpr, WIDE: tl.constexpr, CAREFUL: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Output and log2-sum-exp2 of one tile of queries, over its key region in blocks of keys."""
@@ -168,6 +204,9 @@ def forward_kernel(
     query += batch * query_b + head * query_n
     key += batch * key_b + head * key_n
     value += batch * value_b + head * value_n
+    area = query_height.to(tl.int64) * query_width
+    output += (batch * heads + head) * DIM * area
+    lse += (batch * heads + head) * area
     real = tl.arange(0, DIM_BLOCK)[:, None] < DIM
 
     m = tl.arange(0, QUERIES)
@@ -175,10 +214,14 @@ def forward_kernel(
     y = phase_y + PHASES * (tile_y * TILE_Y + m_y)
     x = phase_x + PHASES * (tile_x * TILE_X + m_x)
     exists = (y < query_height) & (x < query_width)
+    mask = real & exists[None, :]
+    if CAREFUL:
+        places = _contiguous(y, x, query_height, query_width, DIM_BLOCK, WIDE)
+        done = _all_finite(tl.load(output + places, mask=mask, other=0))
+        if done:
+            return
     pixels = _offset(y, x, query_y, query_x, WIDE)[None, :]
-    q = tl.load(
-        query + _channels(query_d, DIM_BLOCK, WIDE) + pixels, mask=real & exists[None, :], other=0
-    )
+    q = tl.load(query + _channels(query_d, DIM_BLOCK, WIDE) + pixels, mask=mask, other=0)
     q = tl.trans(q)
 
     # Where the region starts, on the pixels.
@@ -191,6 +234,7 @@ def forward_kernel(
     largest = tl.full([QUERIES], -1e38, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     acc = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
+    odd = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
     for start in range(0, REGION_Y * REGION_X, BLOCK):
         # Keys beyond the region's last row are nobody's neighbours; their addresses are valid.
         n = start + tl.arange(0, BLOCK)
@@ -206,21 +250,21 @@ def forward_kernel(
             n_y[None, :], n_x[None, :], (STEP * m_y)[:, None], (STEP * m_x)[:, None], KERNEL_SIZE
         )
         logits = tl.where(inside, logits, float('-inf'))
+        if CAREFUL:
+            odd += _odd_seen(inside, v)
         new_largest = tl.maximum(largest, tl.max(logits, 1))
         weights = tl.exp2(logits - new_largest[:, None])
         decay = tl.exp2(largest - new_largest)
         total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None] + _dot(weights.to(v.dtype), tl.trans(v))
+        acc = acc * decay[:, None] + _dot(weights.to(v.dtype), tl.trans(_clean(v, CAREFUL)))
         largest = new_largest
 
+    if CAREFUL:
+        acc = tl.where(odd > 0, float('nan'), acc)
     out = tl.trans((acc / total[:, None]).to(output.dtype.element_ty))
-    area = query_height.to(tl.int64) * query_width
-    pixels = _offset(y, x, query_width, 1, WIDE)
-    output += (batch * heads + head) * DIM * area
-    output_channels = tl.arange(0, DIM_BLOCK)[:, None] * area
-    tl.store(output + output_channels + pixels[None, :], out, mask=real & exists[None, :])
-    lse += (batch * heads + head) * area
-    tl.store(lse + pixels, largest + tl.log2(total), mask=exists)
+    places = _contiguous(y, x, query_height, query_width, DIM_BLOCK, WIDE)
+    tl.store(output + places, out, mask=mask)
+    tl.store(lse + _offset(y, x, query_width, 1, WIDE), largest + tl.log2(total), mask=exists)
 
 
 @_jit
@@ -233,7 +277,7 @@ def grad_query_kernel(
     heads, height, width, query_height, query_width, scale,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KERNEL_SIZE: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr, UNIT: tl.constexpr,
-    ONCE: tl.constexpr, WIDE: tl.constexpr,
+    ONCE: tl.constexpr, WIDE: tl.constexpr, CAREFUL: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As the forward kernel; also writes delta = sum(grad * output), for the other kernel."""
@@ -261,13 +305,17 @@ def grad_query_kernel(
     x = phase_x + PHASES * (tile_x * TILE_X + m_x)
     exists = (y < query_height) & (x < query_width)
     mask = real & exists[None, :]
+    places = _contiguous(y, x, query_height, query_width, DIM_BLOCK, WIDE)
+    if CAREFUL:
+        done = _all_finite(tl.load(grad_query + places, mask=mask, other=0))
+        if done:
+            return
     pixels = _offset(y, x, query_y, query_x, WIDE)[None, :]
     q = tl.load(query + _channels(query_d, DIM_BLOCK, WIDE) + pixels, mask=mask, other=0)
     pixels = _offset(y, x, grad_y, grad_x, WIDE)[None, :]
     g = tl.load(grad + _channels(grad_d, DIM_BLOCK, WIDE) + pixels, mask=mask, other=0)
     pixels = _offset(y, x, query_width, 1, WIDE)
-    channels = tl.arange(0, DIM_BLOCK)[:, None] * area
-    out = tl.load(output + channels + pixels[None, :], mask=mask, other=0)
+    out = tl.load(output + places, mask=mask, other=0)
     row_delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 0)
     tl.store(delta + pixels, row_delta, mask=exists)
     row_lse = tl.load(lse + pixels, mask=exists, other=float('inf'))
@@ -278,6 +326,7 @@ def grad_query_kernel(
     keys = key + _channels(key_d, DIM_BLOCK, WIDE)
     values = value + _channels(value_d, DIM_BLOCK, WIDE)
     acc = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
+    odd = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
     for start in range(0, REGION_Y * REGION_X, BLOCK):
         n = start + tl.arange(0, BLOCK)
         n_y, n_x = n // REGION_X, n % REGION_X
@@ -294,10 +343,15 @@ def grad_query_kernel(
         weights = tl.exp2(tl.where(inside, logits - row_lse[:, None], float('-inf')))
         grad_weights = _dot(g, v)
         grad_logits = weights * (grad_weights - row_delta[:, None])
-        acc += _dot(grad_logits.to(k.dtype), tl.trans(k))
+        if CAREFUL:
+            grad_logits = tl.where(inside, grad_logits, 0)
+            odd += _odd_seen(inside, k)
+        acc += _dot(grad_logits.to(k.dtype), tl.trans(_clean(k, CAREFUL)))
 
+    if CAREFUL:
+        acc = tl.where(odd > 0, float('nan'), acc)
     result = tl.trans((acc * scale).to(grad_query.dtype.element_ty))
-    tl.store(grad_query + channels + pixels[None, :], result, mask=mask)
+    tl.store(grad_query + places, result, mask=mask)
 
 
 @_jit
@@ -310,7 +364,7 @@ def grad_key_value_kernel(
     heads, height, width, query_height, query_width, padded_height, padded_width, scale,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KERNEL_SIZE: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr, UNIT: tl.constexpr,
-    ONCE: tl.constexpr, WIDE: tl.constexpr,
+    ONCE: tl.constexpr, WIDE: tl.constexpr, CAREFUL: tl.constexpr,
     TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of lattice points as if each was a pixel, over the queries near it.
@@ -332,13 +386,28 @@ def grad_key_value_kernel(
     real = tl.arange(0, DIM_BLOCK)[:, None] < DIM
     area = query_height.to(tl.int64) * query_width
     lse += (batch * heads + head) * area
-    delta += (batch * heads + head) * area
+    padded_area = padded_height.to(tl.int64) * padded_width
+    if padded_grad_key is not None:
+        padded_grad_key += (batch * heads + head) * DIM * padded_area
+        delta += (batch * heads + head) * area
+    if padded_grad_value is not None:
+        padded_grad_value += (batch * heads + head) * DIM * padded_area
 
     n = tl.arange(0, KEYS)
     v_y = tile_y * TILE_Y + n // TILE_X
     v_x = tile_x * TILE_X + n % TILE_X
     row = STEP * phase_y % PHASES + PHASES * v_y
     col = STEP * phase_x % PHASES + PHASES * v_x
+    if CAREFUL:
+        places = _contiguous(row, col, padded_height, padded_width, DIM_BLOCK, WIDE)
+        written = real & ((row < padded_height) & (col < padded_width))[None, :]
+        done = True
+        if padded_grad_key is not None:
+            done = _all_finite(tl.load(padded_grad_key + places, mask=written, other=0))
+        if padded_grad_value is not None:
+            done &= _all_finite(tl.load(padded_grad_value + places, mask=written, other=0))
+        if done:
+            return
     pixel_y = _reflect(UNIT * (row - RADIUS * PHASES), height, ONCE)
     pixel_x = _reflect(UNIT * (col - RADIUS * PHASES), width, ONCE)
     pixels = _offset(pixel_y, pixel_x, key_y, key_x, WIDE)[None, :]
@@ -356,6 +425,8 @@ def grad_key_value_kernel(
     grads = grad + _channels(grad_d, DIM_BLOCK, WIDE)
     acc_key = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
     acc_value = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
+    odd_query = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
+    odd_grad = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
     for start in range(0, REGION_Y * REGION_X, BLOCK):
         m = start + tl.arange(0, BLOCK)
         t_y = first_y + m // REGION_X
@@ -371,7 +442,8 @@ def grad_key_value_kernel(
         g = tl.load(grads + g_pixels, mask=mask, other=0)
         # Queries beyond the map have weight 0.
         row_lse = tl.load(lse + rows, mask=exists, other=float('inf'))
-        row_delta = tl.load(delta + rows, mask=exists, other=0)
+        if padded_grad_key is not None:
+            row_delta = tl.load(delta + rows, mask=exists, other=0)
         logits = _dot(k, q) * (scale * LOG2E)
         inside = _inside(
             (v_y - shift_y)[:, None],
@@ -380,19 +452,30 @@ def grad_key_value_kernel(
             (STEP * t_x)[None, :],
             KERNEL_SIZE,
         )
+        if CAREFUL:
+            inside &= exists[None, :]
         weights = tl.exp2(tl.where(inside, logits - row_lse[None, :], float('-inf')))
-        acc_value += _dot(weights.to(g.dtype), tl.trans(g))
-        grad_weights = _dot(v, g)
-        grad_logits = weights * (grad_weights - row_delta[None, :])
-        acc_key += _dot(grad_logits.to(q.dtype), tl.trans(q))
+        if padded_grad_value is not None:
+            if CAREFUL:
+                odd_grad += _odd_seen(inside, g)
+            acc_value += _dot(weights.to(g.dtype), tl.trans(_clean(g, CAREFUL)))
+        if padded_grad_key is not None:
+            grad_weights = _dot(v, g)
+            grad_logits = weights * (grad_weights - row_delta[None, :])
+            if CAREFUL:
+                grad_logits = tl.where(inside, grad_logits, 0)
+                odd_query += _odd_seen(inside, q)
+            acc_key += _dot(grad_logits.to(q.dtype), tl.trans(_clean(q, CAREFUL)))
 
-    padded_area = padded_height.to(tl.int64) * padded_width
-    offset = (batch * heads + head) * DIM * padded_area
-    offset += tl.arange(0, DIM_BLOCK)[:, None] * padded_area
-    offset += _offset(row, col, padded_width, 1, WIDE)[None, :]
-    mask = real & ((row < padded_height) & (col < padded_width))[None, :]
-    tl.store(padded_grad_key + offset, tl.trans(acc_key * scale), mask=mask)
-    tl.store(padded_grad_value + offset, tl.trans(acc_value), mask=mask)
+    if CAREFUL:
+        acc_key = tl.where(odd_query > 0, float('nan'), acc_key)
+        acc_value = tl.where(odd_grad > 0, float('nan'), acc_value)
+    places = _contiguous(row, col, padded_height, padded_width, DIM_BLOCK, WIDE)
+    written = real & ((row < padded_height) & (col < padded_width))[None, :]
+    if padded_grad_key is not None:
+        tl.store(padded_grad_key + places, tl.trans(acc_key * scale), mask=written)
+    if padded_grad_value is not None:
+        tl.store(padded_grad_value + places, tl.trans(acc_value), mask=written)
 
 
 @_jit
@@ -447,8 +530,12 @@ def fold_kernel(
                     seen = (point_x >= 0) & (point_x % UNIT == 0) & (col < padded_width) & once_x
                     mask = seen[None, :] & exists
                     sources = rows + col[None, :]
-                    acc_key += tl.load(padded_grad_key + sources, mask=mask, other=0)
-                    acc_value += tl.load(padded_grad_value + sources, mask=mask, other=0)
+                    if grad_key is not None:
+                        acc_key += tl.load(padded_grad_key + sources, mask=mask, other=0)
+                    if grad_value is not None:
+                        acc_value += tl.load(padded_grad_value + sources, mask=mask, other=0)
     offset = (m * height + y) * width + x[None, :]
-    tl.store(grad_key + offset, acc_key.to(grad_key.dtype.element_ty), mask=exists)
-    tl.store(grad_value + offset, acc_value.to(grad_value.dtype.element_ty), mask=exists)
+    if grad_key is not None:
+        tl.store(grad_key + offset, acc_key.to(grad_key.dtype.element_ty), mask=exists)
+    if grad_value is not None:
+        tl.store(grad_value + offset, acc_value.to(grad_value.dtype.element_ty), mask=exists)
