@@ -82,17 +82,18 @@ def install_mmcv() -> None:
         arguments = [*options, '--no-build-isolation', 'onedl-mmcv']
         return pip(*arguments, env={'MMCV_WITH_OPS': '1', **compiler}, log=log)
 
+    options: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         fast = fast_compiler(folder)
         built = build(compiler=fast)
         if built and not imports('mmcv.ops'):
             # pip's cache may hold a wheel built without operators or for another torch.
             print('    cached build does not fit this torch, compiling anew', flush=True)
-            anew = ('--no-cache-dir', '--force-reinstall', '--no-deps')
-            built = build(*anew, compiler=fast)
+            options = ('--no-cache-dir', '--force-reinstall', '--no-deps')
+            built = build(*options, compiler=fast)
     if not built:
         print('    once more, with the plain compiler', flush=True)
-        if not build(compiler={}):
+        if not build(*options, compiler={}):
             sys.exit(f'error: pip could not install onedl-mmcv (see {log})')
     if not imports('mmcv.ops'):
         sys.exit(f'error: mmcv was built, but mmcv.ops does not import (see {log})')
