@@ -34,6 +34,9 @@ def local_attention(
     Integration of Self-Attention and Convolution", CVPR 2022, section 4.1) without its position
     encoding, which can be folded into the keys (see :class:`acmix_mm.layers.ACmix`).
 
+    A NaN or infinity reaches what is computed from the neighbourhoods that it lies in, and nothing
+    else, in the gradients likewise. There are no second-order gradients.
+
     Args:
         query (Tensor): Shape (B, N, d, ceil(H / stride), ceil(W / stride)): batch, heads, head
             dimension, height, width. Floating point.
