@@ -3,7 +3,7 @@
 from torch import nn
 
 from .layers.deployable import Deployable
-from .ops.dispatch import check_backend
+from .ops._dispatch import check_backend
 
 
 def deploy(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..layers import DepthwiseBlock
-from ..layers._checkpoint import checkpoint_module
+from ..layers.checkpoint import checkpoint_module
 from .base import TrainReturnsModule
 
 

@@ -9,11 +9,11 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..layers import PatchACmix, PatchAttention
-from ..layers._checkpoint import checkpoint_module
+from ..layers.checkpoint import checkpoint_module
 from ..layers.norms import build_batch_norm
 from ..models import deploy
 from ..ops import norm_relu_conv
-from ..ops.batch_norm import batch_norm
+from ..ops._batch_norm import batch_norm
 
 
 def _halve(x: Tensor) -> Tensor:

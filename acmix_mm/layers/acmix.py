@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import fused_acmix
-from ..ops.checks import check_positive
+from ..ops._checks import check_positive
 from ..ops.fused_acmix import attention_path
 from .conv_arguments import check_divisible, set_conv_attributes
 from .mixed_operator import MixedOperator

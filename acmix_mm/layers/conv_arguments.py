@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..ops.checks import check_positive
+from ..ops._checks import check_positive
 
 
 def set_conv_attributes(

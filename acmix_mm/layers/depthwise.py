@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import local_aggregation
-from ..ops.checks import check_positive
+from ..ops._checks import check_positive
 
 REDUCTION = 4  # channels over hidden channels of the networks that predict kernels
 SHARE_CHANNELS = 32  # channels that one inhomogeneous kernel serves

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.checks import check_positive
-from ..ops.dispatch import check_backend
+from ..ops._checks import check_positive
+from ..ops._dispatch import check_backend
 from .deployable import Deployable
 from .mixing_weights import TENSORS, MixingWeights, folding_pays, shift_kernel
 

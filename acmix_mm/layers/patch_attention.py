@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import local_aggregation, norm_relu_conv, patch_weights
-from ..ops.checks import check_positive
-from ..ops.dispatch import check_backend
+from ..ops._checks import check_positive
+from ..ops._dispatch import check_backend
 from .mixed_operator import MixedOperator
 
 SHARE_CHANNELS = 8  # value channels that one weight serves

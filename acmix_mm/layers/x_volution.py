@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import local_attention
-from ..ops.checks import check_positive
-from ..ops.dispatch import check_backend
-from ..ops.reflection import reflect
+from ..ops._checks import check_positive
+from ..ops._dispatch import check_backend
+from ..ops._reflection import reflect
 from .conv_arguments import check_divisible, set_conv_attributes
 from .deployable import Deployable
 from .norms import batch_norm_affine, build_batch_norm

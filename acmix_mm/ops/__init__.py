@@ -4,8 +4,8 @@ The operators check their arguments and dispatch to backends, see :func:`availab
 Everything else in this folder is internal.
 """
 
+from ._dispatch import available_backends
 from ._flops import register_flop_formulas
-from .dispatch import available_backends
 from .fused_acmix import fused_acmix
 from .group_conv import group_conv
 from .local_aggregation import local_aggregation

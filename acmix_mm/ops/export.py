@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .reflection import reflect
+from ._reflection import reflect
 
 
 def unrolled_local_attention(

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import refuse_second_order, spread
+from ._checks import check_geometry, check_positive, strided_size
+from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend, triton_backend
-from .checks import check_geometry, check_positive, strided_size
-from .dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .group_conv import group_conv
 from .local_attention import local_attention
 

@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend
-from .dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 
 
 def group_conv(

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import refuse_second_order, spread
-from .checks import check_geometry, strided_size
-from .reflection import reflect_pad
+from ._checks import check_geometry, strided_size
+from ._reflection import reflect_pad
 
 
 def local_aggregation(

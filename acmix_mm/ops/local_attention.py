@@ -4,9 +4,9 @@ import math
 
 from torch import Tensor
 
+from ._checks import check_geometry, strided_size
+from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend, torch_backend, triton_backend
-from .checks import check_geometry, strided_size
-from .dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 
 OPERATORS['local_attention'] = {
     'torch': Implementation(torch_backend.local_attention),

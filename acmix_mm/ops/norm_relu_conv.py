@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import (
+from ._batch_norm import (
     is_batch_norm,
     local_statistics,
     normalise,

@@ -6,18 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends import native_backend
-from .batch_norm import (
+from ._batch_norm import (
     is_batch_norm,
     local_statistics,
     prepare_statistics,
     recomputed,
     update_statistics,
 )
-from .checks import check_geometry, strided_size
-from .dispatch import OPERATORS, Implementation, dispatch
+from ._checks import check_geometry, strided_size
+from ._dispatch import OPERATORS, Implementation, dispatch
+from ._reflection import reflect_pad
+from .backends import native_backend
 from .norm_relu_conv import normalised_conv
-from .reflection import reflect_pad
 
 
 def patch_weights(

@@ -122,8 +122,8 @@ def test_compiles(dynamic):
 
 
 @pytest.mark.parametrize('dynamic', [None, 'homogeneous', 'inhomogeneous'])
-def test_norm_cfg_reaches_all_norms(dynamic):
-    block = DepthwiseBlock(32, 3, dynamic, {'type': 'SyncBN'})
+def test_norm_layer_makes_all_norms(dynamic):
+    block = DepthwiseBlock(32, 3, dynamic, nn.SyncBatchNorm)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in block.modules())
     count = sum(isinstance(m, nn.SyncBatchNorm) for m in block.modules())
     assert count == (4 if dynamic else 3)

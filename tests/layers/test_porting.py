@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acmix_mm.layers import ACmix
-from acmix_mm.ops import available_backends, shift_kernel
+from acmix_mm.layers.mixing_weights import shift_kernel
+from acmix_mm.ops import available_backends
 
 BACKENDS = [b for b in available_backends() if b != 'triton']  # those that take float64
 

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from acmix_mm import ops
-from acmix_mm.ops.batch_norm import batch_norm
+from acmix_mm.ops._batch_norm import batch_norm
 
 
 def main() -> None:

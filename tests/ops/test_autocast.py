@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from acmix_mm.layers import ACmix
-from acmix_mm.ops import available_backends, group_conv, local_attention, shift_conv
+from acmix_mm.layers.mixing_weights import MixingWeights
+from acmix_mm.ops import available_backends, group_conv, local_attention
 
 BACKENDS = [b for b in available_backends() if b != 'triton']  # those that take float64
 
@@ -38,14 +39,16 @@ def test_group_conv(backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('heads', [2, 8])  # folded, and in two steps
-def test_shift_conv(heads, backend):
+def test_convolution_path(heads, backend):
     dim = 16 // heads
     maps, fc_weight = torch.randn(1, dim, 3 * heads, 6, 7), torch.randn(9, 3 * heads)
     dep_weight, bias, fc_bias = torch.randn(16, 9, 3, 3), torch.randn(16), torch.randn(9)
-    assert_same_under_autocast(
-        lambda m, f, d, b, c: shift_conv(m, f, d, 1, 1, b, backend, c),
-        maps, fc_weight, dep_weight, bias, fc_bias,
-    )  # fmt: skip
+
+    def function(maps, kernel, fc, fc_bias, bias):
+        weights = MixingWeights(kernel, fc, fc_bias, bias=bias, groups=dim)
+        return (weights.folded() if heads == 2 else weights).convolve(maps, backend)
+
+    assert_same_under_autocast(function, maps, dep_weight, fc_weight, fc_bias, bias)
 
 
 def assert_module_same_under_autocast(module: nn.Module, x: Tensor):

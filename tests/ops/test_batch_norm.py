@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from acmix_mm.ops.batch_norm import batch_norm, is_batch_norm
+from acmix_mm.ops._batch_norm import batch_norm, is_batch_norm
 
 
 class OtherForward(nn.BatchNorm2d):

@@ -5,8 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from acmix_mm.ops import available_backends, group_conv, local_attention
-from acmix_mm.ops.backends import native_backend, triton_backend
-from acmix_mm.ops.dispatch import (
+from acmix_mm.ops._dispatch import (
     BACKEND_VARIABLE,
     BACKENDS,
     OPERATORS,
@@ -14,6 +13,7 @@ from acmix_mm.ops.dispatch import (
     check_backend,
     select,
 )
+from acmix_mm.ops.backends import native_backend, triton_backend
 
 QUERY = torch.zeros(1, 1, 2, 3, 3)
 needs_native = pytest.mark.skipif('native' not in available_backends(), reason='not built')

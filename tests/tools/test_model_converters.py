@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from acmix_mm.backbones import SAN, ACmixResNet
+from acmix_mm.backbones import SAN
 
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 CHANNELS = [32, 64, 128, 256]
@@ -162,7 +162,7 @@ def test_wrong_folding_is_not_written(trained, tmp_path, monkeypatch):
     def spoil(backbone):
         torch.nn.init.zeros_(backbone.conv1.weight)
 
-    monkeypatch.setattr(ACmixResNet, 'switch_to_deploy', spoil)
+    monkeypatch.setattr(switch_to_deploy, 'deploy', spoil)
     arguments = [CONFIG, str(trained[1]), str(tmp_path / 'x.pth'), '--cfg-options', *NARROW]
     with pytest.raises(SystemExit, match='the folded backbone deviates by'):
         switch_to_deploy.main(arguments)

@@ -25,8 +25,8 @@ from acmix_mm import deploy, set_backend
 from acmix_mm.layers import ACmix, PatchACmix
 from acmix_mm.layers.deployable import Deployable
 from acmix_mm.ops import local_attention
+from acmix_mm.ops._reflection import reflect_pad
 from acmix_mm.ops.fused_acmix import position_encoding
-from acmix_mm.ops.reflection import reflect_pad
 
 KERNEL_SIZE = 7  # of the neighbourhoods
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}

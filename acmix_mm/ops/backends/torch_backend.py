@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autograd import refuse_second_order, spread
-from ..reflection import reflect
+from .._reflection import reflect
 
 # Queries in a tile, (rows, columns). Of the shapes tried (4x4 to 8x16) on maps of 25x38 to
 # 200x304 this was the fastest, or within noise of it.
