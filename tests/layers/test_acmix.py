@@ -200,7 +200,11 @@ def test_checkpointing_gives_the_same_gradients(backend):
     torch.testing.assert_close(torch.autograd.grad(again, parameters), plain)
 
 
-@pytest.mark.parametrize('backend', available_backends())
+@pytest.mark.parametrize(
+    'backend',
+    # In Triton's interpreter, a minute.
+    [pytest.param(b, marks=[pytest.mark.slow] * (b == 'triton')) for b in available_backends()],
+)
 def test_distributed_gradients(backend, tmp_path):
     """Two processes with half of the batch each average to the gradients of the whole batch."""
     program = Path(__file__).with_name('ddp_gradients.py')

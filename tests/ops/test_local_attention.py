@@ -40,6 +40,12 @@ if not INTERPRETED:
     DEVICE['triton'] = 'cuda'
 
 
+SLOW_IN_THE_INTERPRETER = [
+    pytest.param(b, marks=[pytest.mark.slow] if b == 'triton' and INTERPRETED else [])
+    for b in BACKENDS
+]
+
+
 def examples(backend):
     """Of arguments up to dilation, smaller and fewer where examples are slow."""
     slow = backend == 'triton' and INTERPRETED
@@ -96,7 +102,7 @@ def assert_agree_with_oracle(backend, tensors, kernel_size, stride=1, dilation=1
         )
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', SLOW_IN_THE_INTERPRETER)
 def test_equals_unfolded_attention(backend):
     @examples(backend)
     def check(shape, kernel_size, stride, dilation, seed):

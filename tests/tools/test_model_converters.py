@@ -98,6 +98,7 @@ def check_onnx(backbone, file, size):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
 
 
+@pytest.mark.slow
 def test_onnx(trained, tmp_path, capsys):
     pytest.importorskip('onnxruntime', reason='the extra onnx is not installed')
     file = tmp_path / 'backbone.onnx'
@@ -110,7 +111,7 @@ def test_onnx(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ('name', 'options', 'size'),
     [
-        ('acmix-san10', {'depth': 10}, None),
+        pytest.param('acmix-san10', {'depth': 10}, None, marks=pytest.mark.slow),
         ('acmix-swin-t', {'depths': [1, 1, 1, 1]}, (50, 70)),
         ('dwnet-t', {'arch.depths': [1, 1, 1, 1], 'dynamic': 'inhomogeneous'}, (50, 70)),
     ],
