@@ -64,6 +64,23 @@ def test_meta_tensors(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize('name', [n for n in SMALL if n not in ('SAN', 'DWNet')])
+def test_checkpoints_of_the_other_form_are_refused(name, tmp_path):
+    """By init_cfg, which would load the few names that both forms have."""
+    trained = build(name)
+    deployed = acmix_mm.deploy(build(name).eval())
+    for state, options, message in (
+        (trained, {'deploy': True}, r'form for training, .* acmix_mm\.deploy\(model\)'),
+        (deployed, {}, 'form for inference, .* deploy=True'),
+    ):
+        file = str(tmp_path / 'checkpoint.pth')
+        torch.save({'state_dict': state.state_dict()}, file)
+        init_cfg = {'type': 'Pretrained', 'checkpoint': file}
+        model = getattr(backbones, name)(**SMALL[name], **options, init_cfg=init_cfg)
+        with pytest.raises(ValueError, match=message):
+            model.init_weights()
+
+
 @pytest.mark.slow
 @every_backbone
 def test_inductor_trains(name):

@@ -1,6 +1,7 @@
 """Gradients of an ACmix layer in DistributedDataParallel, for test_acmix.py; started by torchrun.
 
-Each process takes its share of the batch; the first writes the averaged gradients to argv[2].
+Each process takes its share of the batch, by the backend argv[1] on the device argv[2]; the first
+writes the averaged gradients to argv[3].
 """
 
 import sys
@@ -13,14 +14,15 @@ from acmix_mm.layers import ACmix
 
 distributed.init_process_group('gloo')
 torch.manual_seed(0)
-module = ACmix(8, 8, backend=sys.argv[1])
-x = torch.randn(4, 8, 6, 7)
+module, device = ACmix(8, 8, backend=sys.argv[1]), sys.argv[2]
+module.to(device)
+x = torch.randn(4, 8, 6, 7).to(device)
 rank, processes = distributed.get_rank(), distributed.get_world_size()
 assert processes == 2
 parallel = DistributedDataParallel(module)
 parallel(x.chunk(processes)[rank]).square().mean().backward()
 if rank == 0:
-    torch.save({name: p.grad for name, p in module.named_parameters()}, sys.argv[2])
+    torch.save({name: p.grad for name, p in module.named_parameters()}, sys.argv[3])
 # Threads of the process group must not outlive it: all at one point, nothing holding it.
 distributed.barrier()
 del parallel

@@ -6,6 +6,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
+from devices import device_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -55,8 +56,10 @@ def straightforward(module: ACmix, x: torch.Tensor) -> torch.Tensor:
     height, width = x.shape[-2:]
     grid = torch.stack(
         [
-            torch.linspace(-1, 1, width, dtype=x.dtype).expand(height, width),
-            torch.linspace(-1, 1, height, dtype=x.dtype)[:, None].expand(height, width),
+            torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device).expand(height, width),
+            torch.linspace(-1, 1, height, dtype=x.dtype, device=x.device)[:, None].expand(
+                height, width
+            ),
         ]
     )
     position = torch.einsum('dc,chw->dhw', module.conv_p['weight'].flatten(1), grid)
@@ -172,7 +175,8 @@ def test_channels_last():
 
 @pytest.mark.parametrize('backend', available_backends())
 def test_compiles_as_one_graph(backend):
-    module, x = ACmix(8, 8, backend=backend), torch.randn(1, 8, 9, 12)
+    module = ACmix(8, 8, backend=backend).to(device_of(backend))
+    x = torch.randn(1, 8, 9, 12).to(device_of(backend))
     compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend='aot_eager')
     compiled(x).square().sum().backward()
     module(x).square().sum().backward()
@@ -183,17 +187,19 @@ def test_compiles_as_one_graph(backend):
 @pytest.mark.parametrize('backend', available_backends())
 def test_exports(backend):
     """With height and width as symbols, into a program that gives the layer's results."""
-    module, x = ACmix(8, 8, stride=2, backend=backend).eval(), torch.randn(1, 8, 9, 12)
+    module = ACmix(8, 8, stride=2, backend=backend).to(device_of(backend)).eval()
+    x = torch.randn(1, 8, 9, 12).to(device_of(backend))
     size = {2: torch.export.Dim('height', min=4), 3: torch.export.Dim('width', min=4)}
     program = torch.export.export(module, (x,), dynamic_shapes=(size,))
     for shape in ((9, 12), (16, 5)):
-        x = torch.randn(1, 8, *shape)
+        x = torch.randn(1, 8, *shape).to(device_of(backend))
         torch.testing.assert_close(program.module()(x), module(x))
 
 
 @pytest.mark.parametrize('backend', available_backends())
 def test_checkpointing_gives_the_same_gradients(backend):
-    module, x = ACmix(8, 8, backend=backend), torch.randn(1, 8, 6, 7)
+    module = ACmix(8, 8, backend=backend).to(device_of(backend))
+    x = torch.randn(1, 8, 6, 7).to(device_of(backend))
     parameters = list(module.parameters())
     plain = torch.autograd.grad(module(x).square().sum(), parameters)
     again = checkpoint(module, x, use_reentrant=False).square().sum()
@@ -209,12 +215,13 @@ def test_distributed_gradients(backend, tmp_path):
     """Two processes with half of the batch each average to the gradients of the whole batch."""
     program = Path(__file__).with_name('ddp_gradients.py')
     launcher = ['torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command = [sys.executable, '-m', *launcher, program, backend, tmp_path / 'gradients.pth']
+    out, device = tmp_path / 'gradients.pth', device_of(backend)
+    command = [sys.executable, '-m', *launcher, program, backend, device, out]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    averaged = torch.load(tmp_path / 'gradients.pth')
+    averaged = torch.load(out, map_location='cpu')
     torch.manual_seed(0)
-    module = ACmix(8, 8, backend=backend)
+    module = ACmix(8, 8)
     module(torch.randn(4, 8, 6, 7)).square().mean().backward()
     assert averaged.keys() == dict(module.named_parameters()).keys()
     for name, parameter in module.named_parameters():
@@ -330,10 +337,11 @@ def test_training_saves_the_input_instead_of_the_projections():
 def test_output_bias_equals_the_formulas(backend, arguments):
     """Where all is one operator and where it is not: eight heads do not fold."""
     dtype = torch.float32 if backend == 'triton' else torch.float64
-    module = ACmix(8, 16, bias=True, attn_kernel_size=3, backend=backend, **arguments).to(dtype)
+    module = ACmix(8, 16, bias=True, attn_kernel_size=3, backend=backend, **arguments)
+    module.to(device_of(backend), dtype)
     nn.init.normal_(module.dep_conv['weight'])
     nn.init.normal_(module.bias)
-    x = torch.randn(1, 8, 7, 6, dtype=dtype, requires_grad=True)
+    x = torch.randn(1, 8, 7, 6, dtype=dtype).to(device_of(backend)).requires_grad_()
     out = module(x)
     expected = straightforward(module, x) + module.bias.view(-1, 1, 1)
     leaves = (x, *module.parameters())
@@ -351,7 +359,7 @@ def test_output_bias_equals_the_formulas(backend, arguments):
 def test_gradient_of_the_output_bias(mix, backend):
     """It is the sum of the output's gradient, whatever the paths."""
     module = ACmix(8, 8, bias=True, num_heads=1, attn_kernel_size=3, mix=mix, backend=backend)
-    out = module(torch.randn(2, 8, 5, 6))
+    out = module.to(device_of(backend))(torch.randn(2, 8, 5, 6).to(device_of(backend)))
     grad = torch.randn_like(out)
     out.backward(grad)
     torch.testing.assert_close(module.bias.grad, grad.sum((0, 2, 3)))

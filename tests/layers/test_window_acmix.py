@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from devices import device_of
 from torch import nn
 
 from acmix_mm.layers import WindowACmix
@@ -217,8 +218,8 @@ def test_deploy_refuses_a_norm():
 @pytest.mark.parametrize('backend', available_backends())
 def test_gradient_penalty(backend):
     """Second-order gradients, of a penalty on the input's gradient, by finite differences."""
-    module = build(backend=backend).double()
-    x = torch.randn(1, 6, 9, 12, dtype=torch.float64, requires_grad=True)
+    module = build(backend=backend).double().to(device_of(backend))
+    x = torch.randn(1, 6, 9, 12, dtype=torch.float64).to(device_of(backend)).requires_grad_()
 
     def penalty() -> torch.Tensor:
         (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)

@@ -4,6 +4,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -206,7 +207,8 @@ class TestAsAModule:
     @pytest.mark.parametrize('backend', available_backends())
     def test_compiles_as_one_graph(self, attention, backend):
         layer = XVolution(8, 8, stride=2, attention=attention, backend=backend)
-        x = torch.randn(2, 8, 9, 12)
+        layer.to(device_of(backend))
+        x = torch.randn(2, 8, 9, 12).to(device_of(backend))
         compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend='aot_eager')
         compiled(x).square().sum().backward()
         layer(x).square().sum().backward()

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import device_of
 from torch import Tensor, nn
 
 from acmix_mm.layers import ACmix
@@ -16,14 +17,10 @@ from acmix_mm.ops import (
     norm_relu_conv,
     patch_weights,
 )
-from acmix_mm.ops.backends import native_backend, triton_backend
+from acmix_mm.ops.backends import native_backend
 
 BACKENDS = available_backends()
 HEADS, DIM, SIZE = 2, 2, (5, 6)
-
-
-def device_of(backend: str) -> str:
-    return 'cuda' if backend == 'triton' and not triton_backend.INTERPRETED else 'cpu'
 
 
 def random(*shape: int, dtype=torch.float64, device='cpu') -> Tensor:

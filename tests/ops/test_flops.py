@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import device_of
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,17 +27,12 @@ from acmix_mm.ops import (
     local_attention,
     patch_weights,
 )
-from acmix_mm.ops.backends import triton_backend
 
 BACKENDS = available_backends()
 needs_native = pytest.mark.skipif('native' not in BACKENDS, reason='native kernels not built')
 # Batch, heads, head dimension, height, width; all different.
 B, N, D, H, W = 2, 3, 4, 5, 7
 C = N * D
-
-
-def device(backend: str) -> str:
-    return 'cuda' if backend == 'triton' and not triton_backend.INTERPRETED else 'cpu'
 
 
 def count(function, *leaves) -> tuple[int, int]:
@@ -77,7 +73,7 @@ def test_every_operator_has_a_formula():
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 3)])
 def test_local_attention(backend, stride, dilation):
-    key = torch.randn(B, N, D, H, W, device=device(backend))
+    key = torch.randn(B, N, D, H, W, device=device_of(backend))
     tensors = (key[..., ::stride, ::stride], key, key)
     product = 2 * 9 * B * C * math.ceil(H / stride) * math.ceil(W / stride)
     got = count(lambda *t: local_attention(*t, 3, stride, dilation, backend=backend), *tensors)
@@ -124,7 +120,7 @@ def test_group_conv(backend, groups, stride, dilation):
     inputs = 3 * N
     maps, weight = torch.randn(B, groups, inputs, H, W), torch.randn(C, inputs, 3, 3)
     flops = 2 * 9 * inputs * B * C * math.ceil(H / stride) * math.ceil(W / stride)
-    maps, weight = maps.to(device(backend)), weight.to(device(backend))
+    maps, weight = maps.to(device_of(backend)), weight.to(device_of(backend))
     got = count(lambda *t: group_conv(*t, stride, dilation, backend=backend), maps, weight)
     # PyTorch's own formula counts the gradient of the weight as if each group had all channels.
     gradients = 2 if backend == 'native' else 1 + groups
@@ -255,7 +251,7 @@ def test_backends_count_the_same(name):
     build, shape = LAYERS[name]
     counts = {}
     for backend in BACKENDS:
-        with torch.device(device(backend)):
+        with torch.device(device_of(backend)):
             layer, x = build(backend).eval(), torch.randn(B, *shape)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             layer(x)

@@ -10,6 +10,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
+from devices import device_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -33,11 +34,9 @@ TOLERANCE = {
     torch.bfloat16: 2**-7,
     torch.float16: 2**-10,
 }
-DEVICE = dict.fromkeys(BACKENDS, 'cpu')
+DEVICE = {backend: device_of(backend) for backend in BACKENDS}
 # Triton's interpreter takes seconds for what the others do in milliseconds.
 INTERPRETED = triton_backend.INTERPRETED
-if not INTERPRETED:
-    DEVICE['triton'] = 'cuda'
 
 
 SLOW_IN_THE_INTERPRETER = [
