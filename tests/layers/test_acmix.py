@@ -54,14 +54,10 @@ def straightforward(module: ACmix, x: torch.Tensor) -> torch.Tensor:
         maps.append(out.unflatten(1, (heads, dim)))
     query, key, value = maps
     height, width = x.shape[-2:]
-    grid = torch.stack(
-        [
-            torch.linspace(-1, 1, width, dtype=x.dtype, device=x.device).expand(height, width),
-            torch.linspace(-1, 1, height, dtype=x.dtype, device=x.device)[:, None].expand(
-                height, width
-            ),
-        ]
+    x_axis, y_axis = (
+        torch.linspace(-1, 1, size, dtype=torch.float64).to(x) for size in (width, height)
     )
+    grid = torch.stack([x_axis.expand(height, width), y_axis[:, None].expand(height, width)])
     position = torch.einsum('dc,chw->dhw', module.conv_p['weight'].flatten(1), grid)
     index = oracles.neighbours(height, width, module.attn_kernel_size, stride, dilation)
     relative = position[:, ::stride, ::stride, None] - position.flatten(1)[:, index]
