@@ -252,11 +252,11 @@ class _Plan:
         logits = torch.bmm(query.mT, key).mul_(scale).masked_fill_(~inside, -math.inf)
         return self.zero_outside_(logits.softmax(-1), inside)
 
-    def grad_logits(
-        self, weights: Tensor, grad: Tensor, value: Tensor, scale: float, inside: Tensor
+    def grad_logits_(
+        self, grad_weights: Tensor, weights: Tensor, scale: float, inside: Tensor
     ) -> Tensor:
-        """Softmax's gradient, w * (dw - sum(w * dw)), times ``scale``."""
-        result = self.zero_outside_(torch.bmm(grad.mT, value).mul_(weights), inside)
+        """Softmax's gradient, w * (dw - sum(w * dw)), times ``scale``, in place."""
+        result = self.zero_outside_(grad_weights.mul_(weights), inside)
         total = result.sum(-1, keepdim=True)
         return self.zero_outside_(result.addcmul_(weights, total, value=-1).mul_(scale), inside)
 
@@ -321,8 +321,9 @@ def _attend(
                     q = plan.gather_queries(query_tiles, chunk)
                     weights = plan.weights(q, plan.gather_keys(keys, chunk), scale, inside)
                     v = plan.gather_keys(values, chunk)
-                    out = plan.product(v, weights.mT, inside.mT)
-                    plan.scatter_queries(output_tiles, chunk, out)
+                    plan.scatter_queries(
+                        output_tiles, chunk, plan.product(v, weights.mT, inside.mT)
+                    )
                 plan.write(output[batch], output_tiles, phase)
     return [output]
 
@@ -376,6 +377,10 @@ def _differentiate(
             for phase in plan.phases():
                 query_tiles = plan.tiles(query[batch], phase)
                 grad_tiles = plan.tiles(grad[batch], phase)
+                if need_key:
+                    grad_keys = plan.regions(padded_grad_key, phase)
+                if need_value:
+                    grad_values = plan.regions(padded_grad_value, phase)
                 if need_query:
                     grad_query_tiles = torch.empty_like(query_tiles, memory_format=contiguous)
                 keys = plan.regions(padded_key, phase)
@@ -387,18 +392,17 @@ def _differentiate(
                     g = plan.gather_queries(grad_tiles, chunk)
                     weights = plan.weights(q, k, scale, inside)
                     if need_value:
-                        regions = plan.regions(padded_grad_value, phase)
-                        plan.add_keys_(regions, chunk, plan.product(g, weights, inside))
+                        plan.add_keys_(grad_values, chunk, plan.product(g, weights, inside))
                     if not (need_query or need_key):
                         continue
-                    v = plan.gather_keys(values, chunk)
-                    grad_logits = plan.grad_logits(weights, g, v, scale, inside)
+                    grad_weights = torch.bmm(g.mT, plan.gather_keys(values, chunk))
+                    grad_logits = plan.grad_logits_(grad_weights, weights, scale, inside)
                     if need_key:
-                        regions = plan.regions(padded_grad_key, phase)
-                        plan.add_keys_(regions, chunk, plan.product(q, grad_logits, inside))
+                        plan.add_keys_(grad_keys, chunk, plan.product(q, grad_logits, inside))
                     if need_query:
-                        part = plan.product(k, grad_logits.mT, inside.mT)
-                        plan.scatter_queries(grad_query_tiles, chunk, part)
+                        plan.scatter_queries(
+                            grad_query_tiles, chunk, plan.product(k, grad_logits.mT, inside.mT)
+                        )
                 if need_query:
                     plan.write(grad_query[batch], grad_query_tiles, phase)
             for target, padded in (

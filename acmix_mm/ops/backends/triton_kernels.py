@@ -425,7 +425,6 @@ def grad_key_value_kernel(
     grads = grad + _channels(grad_d, DIM_BLOCK, WIDE)
     acc_key = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
     acc_value = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
-    odd_query = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
     odd_grad = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
     for start in range(0, REGION_Y * REGION_X, BLOCK):
         m = start + tl.arange(0, BLOCK)
@@ -464,11 +463,10 @@ def grad_key_value_kernel(
             grad_logits = weights * (grad_weights - row_delta[None, :])
             if CAREFUL:
                 grad_logits = tl.where(inside, grad_logits, 0)
-                odd_query += _odd_seen(inside, q)
+            # Of a query that is not finite, no weight is finite: there is nothing to mark.
             acc_key += _dot(grad_logits.to(q.dtype), tl.trans(_clean(q, CAREFUL)))
 
     if CAREFUL:
-        acc_key = tl.where(odd_query > 0, float('nan'), acc_key)
         acc_value = tl.where(odd_grad > 0, float('nan'), acc_value)
     places = _contiguous(row, col, padded_height, padded_width, DIM_BLOCK, WIDE)
     written = real & ((row < padded_height) & (col < padded_width))[None, :]
