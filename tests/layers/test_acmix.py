@@ -6,7 +6,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from devices import device_of
+from devices import device_of, slow_if_interpreted
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -169,7 +169,7 @@ def test_channels_last():
     torch.testing.assert_close(out, module(x))
 
 
-@pytest.mark.parametrize('backend', available_backends())
+@pytest.mark.parametrize('backend', slow_if_interpreted(available_backends()))
 def test_compiles_as_one_graph(backend):
     module = ACmix(8, 8, backend=backend).to(device_of(backend))
     x = torch.randn(1, 8, 9, 12).to(device_of(backend))
@@ -202,11 +202,7 @@ def test_checkpointing_gives_the_same_gradients(backend):
     torch.testing.assert_close(torch.autograd.grad(again, parameters), plain)
 
 
-@pytest.mark.parametrize(
-    'backend',
-    # In Triton's interpreter, a minute.
-    [pytest.param(b, marks=[pytest.mark.slow] * (b == 'triton')) for b in available_backends()],
-)
+@pytest.mark.parametrize('backend', slow_if_interpreted(available_backends()))
 def test_distributed_gradients(backend, tmp_path):
     """Two processes with half of the batch each average to the gradients of the whole batch."""
     program = Path(__file__).with_name('ddp_gradients.py')

@@ -4,7 +4,7 @@ import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import device_of
+from devices import device_of, slow_if_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -204,7 +204,7 @@ class TestAsAModule:
         out = layer(x.contiguous(memory_format=torch.channels_last))
         torch.testing.assert_close(out, layer(x))
 
-    @pytest.mark.parametrize('backend', available_backends())
+    @pytest.mark.parametrize('backend', slow_if_interpreted(available_backends()))
     def test_compiles_as_one_graph(self, attention, backend):
         layer = XVolution(8, 8, stride=2, attention=attention, backend=backend)
         layer.to(device_of(backend))

@@ -10,7 +10,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from devices import device_of
+from devices import device_of, slow_if_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -37,12 +37,6 @@ TOLERANCE = {
 DEVICE = {backend: device_of(backend) for backend in BACKENDS}
 # Triton's interpreter takes seconds for what the others do in milliseconds.
 INTERPRETED = triton_backend.INTERPRETED
-
-
-SLOW_IN_THE_INTERPRETER = [
-    pytest.param(b, marks=[pytest.mark.slow] if b == 'triton' and INTERPRETED else [])
-    for b in BACKENDS
-]
 
 
 def examples(backend):
@@ -101,7 +95,7 @@ def assert_agree_with_oracle(backend, tensors, kernel_size, stride=1, dilation=1
         )
 
 
-@pytest.mark.parametrize('backend', SLOW_IN_THE_INTERPRETER)
+@pytest.mark.parametrize('backend', slow_if_interpreted(BACKENDS))
 def test_equals_unfolded_attention(backend):
     @examples(backend)
     def check(shape, kernel_size, stride, dilation, seed):
@@ -199,7 +193,7 @@ def test_chunks_do_not_change_results(backend, monkeypatch):
         torch.testing.assert_close(other, results[0])
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', slow_if_interpreted(BACKENDS))
 def test_opcheck(backend):
     """Schema, fake kernel and autograd registration, as torch.compile needs them."""
     tensors = inputs(backend, (1, 2, 3, 7, 6), 2, torch.float32)
@@ -208,7 +202,7 @@ def test_opcheck(backend):
     torch.library.opcheck(op, (*tensors, 3, 2, 1, 0.5))
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', slow_if_interpreted(BACKENDS))
 def test_compiles_as_one_graph(backend):
     tensors = inputs(backend, (1, 2, 4, 9, 10), 1, torch.float32)
 
@@ -302,7 +296,7 @@ NON_FINITE = list(
 )
 
 
-@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('backend', slow_if_interpreted(BACKENDS))
 @pytest.mark.parametrize(
     ('shape', 'kernel_size', 'stride', 'dilation', 'dtype'),
     [
@@ -458,7 +452,7 @@ def test_fake_kernels_have_the_layout_of_results(backend, layout, needed):
         assert described[0] == described[1]
 
 
-@pytest.mark.parametrize('backend', FROM_PYTHON)
+@pytest.mark.parametrize('backend', slow_if_interpreted(FROM_PYTHON))
 def test_opcheck_with_channels_last(backend):
     """Of both directions, with some gradients needed."""
     query, key, value = (
@@ -498,6 +492,6 @@ def test_second_order_gradients_are_refused(backend, twice):
     plain = torch.autograd.grad(out.square().sum(), tensors, retain_graph=True)
     gradients = torch.autograd.grad(out.square().sum(), tensors, create_graph=True)
     torch.testing.assert_close(gradients, plain)
-    message = rf'local_attention has no second-order gradients \(backend {backend}\)'
+    message = rf'local_attention has no second-order gradients \(backend {backend!r}\)'
     with pytest.raises(NotImplementedError, match=message):
         torch.autograd.grad(gradients[twice].sum(), tensors)

@@ -92,6 +92,7 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+@pytest.mark.slow
 class TestRuns:
     def test_metrics_are_those_of_the_logs(self, work_dir):
         rows = table(work_dir / 'comparison.csv')

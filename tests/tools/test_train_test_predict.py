@@ -88,7 +88,7 @@ def test_training_changes_every_weight(run):
     assert not same
 
 
-@pytest.mark.parametrize('how', ['checkpoint', 'auto'])
+@pytest.mark.parametrize('how', [pytest.param('checkpoint', marks=pytest.mark.slow), 'auto'])
 def test_resume_equals_uninterrupted(run, options, tmp_path, how):
     """From the checkpoint after epoch 1, the second epoch has the same losses and weights."""
     resume = ['--resume', str(run / 'epoch_1.pth')]
@@ -146,6 +146,7 @@ def test_evaluate(run, options, tmp_path):
     assert f'predictions: {out}' in said
 
 
+@pytest.mark.slow
 def test_backends_train_alike(options, tmp_path):
     """The losses of 50 iterations and more, with the same seed, differ by rounding only."""
     losses = {}
@@ -230,7 +231,14 @@ model = dict(
 """
 
 
-@pytest.mark.parametrize('head', ['mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn'])
+@pytest.mark.parametrize(
+    'head',
+    [
+        'mask-rcnn',
+        pytest.param('cascade-rcnn', marks=pytest.mark.slow),
+        pytest.param('cascade-mask-rcnn', marks=pytest.mark.slow),
+    ],
+)
 def test_two_stage_detectors(head, digits_options, pytestconfig, tmp_path):
     """Three iterations and an evaluation of boxes, and of masks where there are any."""
     config, metric = 'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py', 'segm'
