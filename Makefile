@@ -36,7 +36,7 @@ test: lint
 	$(RUN) $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist worksteal
 
 test-slow: $(READY)
-	$(RUN) $(BIN)/python -m pytest -m slow --durations 0
+	$(RUN) $(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
 
 clean:
 	rm -rf $(VENV) build *.egg-info data/scene_digits work_dirs/demo
