@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -86,8 +87,10 @@ def test_checkpoints_of_the_other_form_are_refused(name, tmp_path):
         (deployed, {}, 'form for inference, .* deploy=True'),
     ):
         file = str(tmp_path / 'checkpoint.pth')
-        torch.save({'state_dict': state.state_dict()}, file)
-        init_cfg = {'type': 'Pretrained', 'checkpoint': file}
+        prefix = 'backbone.' if 'Swin' in name else ''  # which mmdet's class expects
+        weights = {prefix + key: value for key, value in state.state_dict().items()}
+        torch.save({'state_dict': weights}, file)
+        init_cfg = ConfigDict(type='Pretrained', checkpoint=file)
         model = build(name, **options, init_cfg=init_cfg)
         with pytest.raises(ValueError, match=message):
             model.init_weights()

@@ -4,6 +4,7 @@ Each process takes its share of the batch, by the backend argv[1] on the device 
 writes the averaged gradients to argv[3].
 """
 
+import os
 import sys
 
 import torch
@@ -23,7 +24,6 @@ parallel = DistributedDataParallel(module)
 parallel(x.chunk(processes)[rank]).square().mean().backward()
 if rank == 0:
     torch.save({name: p.grad for name, p in module.named_parameters()}, sys.argv[3])
-# Threads of the process group must not outlive it: all at one point, nothing holding it.
+# Past the destructors: once in many runs, a thread of the process group outlives it, and aborts.
 distributed.barrier()
-del parallel
-distributed.destroy_process_group()
+os._exit(0)
