@@ -21,7 +21,15 @@ PROGRESS_SECONDS = 15
 
 def pip(*arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> bool:
     """Install the pinned versions; with ``log``, show that a long build is alive and may fail."""
-    command = [sys.executable, '-m', 'pip', 'install', '--disable-pip-version-check']
+    # Bytecode is written where a module is first imported: all of it at once takes a while.
+    command = [
+        sys.executable,
+        '-m',
+        'pip',
+        'install',
+        '--disable-pip-version-check',
+        '--no-compile',
+    ]
     command += ['--constraint', str(ROOT / 'constraints.txt'), *arguments]
     # Settings of a surrounding environment must not send packages elsewhere.
     for name in ('PYTHONPATH', 'PYTHONHOME', 'PIP_TARGET', 'PIP_PREFIX', 'PIP_USER'):
