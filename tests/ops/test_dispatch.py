@@ -142,8 +142,5 @@ def test_reason_of_the_build_is_kept(monkeypatch, tmp_path, reason):
 
 
 def test_setup_writes_where_it_is_read(pytestconfig):
-    root = pytestconfig.rootpath
-    assert (
-        f"REASON_FILE = '{native_backend.REASON_FILE.relative_to(root)}'"
-        in (root / 'setup.py').read_text()
-    )
+    file = '/'.join(native_backend.REASON_FILE.parts[-3:])
+    assert f"REASON_FILE = '{file}'" in (pytestconfig.rootpath / 'setup.py').read_text()
