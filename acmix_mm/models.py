@@ -3,6 +3,7 @@
 from torch import nn
 
 from .layers.deployable import Deployable
+from .ops._batch_norm import is_batch_norm
 from .ops._dispatch import check_backend
 
 
@@ -16,7 +17,8 @@ def deploy(model: nn.Module) -> nn.Module:
 
     A block says so with an attribute ``operator_norms``, a dict from the operator's name to the
     name of the norm that is applied to its output. A module with a method ``fuse_convolutions``
-    gets the call afterwards, for what it can fold beside the operators.
+    gets the call afterwards, for what it can fold beside the operators. A norm without running
+    statistics stays.
 
     Args:
         model (nn.Module): Any model with layers of this package, or one of these layers.
@@ -28,7 +30,8 @@ def deploy(model: nn.Module) -> nn.Module:
     for block in modules:
         for operator_name, norm_name in getattr(block, 'operator_norms', {}).items():
             operator, norm = getattr(block, operator_name), getattr(block, norm_name)
-            foldable = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            # Without running statistics it takes those of the batch, in evaluation mode, too.
+            foldable = getattr(norm, 'running_var', None) is not None and is_batch_norm(norm)
             if isinstance(operator, Deployable) and foldable and not operator.deployed:
                 operator.switch_to_deploy(norm)
                 setattr(block, norm_name, nn.Identity())
@@ -56,7 +59,8 @@ def set_backend(model: nn.Module, backend: str | None) -> nn.Module:
     """
     check_backend(backend)
     for module in model.modules():
-        # Modules of others may have an attribute of that name, too.
-        if hasattr(module, 'backend') and type(module).__module__.startswith('acmix_mm.'):
+        # Modules of others may have an attribute of that name, too; subclasses of ours are ours.
+        ours = any(kind.__module__.startswith('acmix_mm.') for kind in type(module).__mro__)
+        if ours and hasattr(module, 'backend'):
             module.backend = backend
     return model

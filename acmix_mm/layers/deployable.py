@@ -53,22 +53,16 @@ class Deployable(nn.Module):
 def _check_form(module: Deployable, state_dict: dict, prefix: str, *args) -> None:
     """Refuse a state dict of the other form, of which next to nothing would be loaded."""
     if module.deployed:
-        foreign, form, advice = (
-            module._training_names,
-            'for training',
-            (
-                'load it into the model as it is trained, without deploy=True, then call '
-                'acmix_mm.deploy(model)'
-            ),
+        foreign, form = module._training_names, 'for training'
+        advice = (
+            'load it into the model as it is trained, without deploy=True, then call '
+            'acmix_mm.deploy(model)'
         )
     else:
-        foreign, form, advice = (
-            module.deployed_names,
-            'for inference',
-            (
-                'load it into the deployed model: build the backbone with deploy=True, or call '
-                'acmix_mm.deploy(model) first'
-            ),
+        foreign, form = module.deployed_names, 'for inference'
+        advice = (
+            'load it into the deployed model: build the backbone with deploy=True, or call '
+            'acmix_mm.deploy(model) first'
         )
     found = next((prefix + name for name in foreign if prefix + name in state_dict), None)
     if found is not None:

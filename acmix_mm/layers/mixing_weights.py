@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import group_conv
-from .norms import batch_norm_affine
+from ..ops._batch_norm import batch_norm_affine
 
 
 def shift_kernel(out_channels: int, groups: int, kernel_size: int) -> Tensor:
@@ -40,6 +40,9 @@ def folding_pays(
     folded = positions * num_maps * out_channels
     two_steps = positions * num_maps * groups * stride**2 + positions**2 * out_channels
     return folded <= two_steps
+
+
+TENSORS = ('fc', 'fc_bias', 'kernel', 'scale', 'bias')  # of MixingWeights, in a state dict
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,3 @@ class MixingWeights:
             return out if self.bias is None else out + self.bias.to(out.dtype).view(-1, 1, 1)
         convolution = self.convolve(maps, backend)
         return convolution if attention is None else torch.addcmul(convolution, attention, scale)
-
-
-TENSORS = ('fc', 'fc_bias', 'kernel', 'scale', 'bias')

@@ -1,6 +1,6 @@
-"""Batch norms: made from a config, and read for folding."""
+"""Batch norms made from a config."""
 
-from torch import Tensor, nn
+from torch import nn
 
 BATCH_NORMS = {'BN': nn.BatchNorm2d, 'BN2d': nn.BatchNorm2d, 'SyncBN': nn.SyncBatchNorm}
 
@@ -28,19 +28,3 @@ def build_batch_norm(norm_cfg: dict | None, channels: int) -> nn.Module:
     options = {key: value for key, value in norm_cfg.items() if key != 'type'}
     requires_grad = options.pop('requires_grad', True)
     return kind(channels, **options).requires_grad_(requires_grad)
-
-
-def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Factor and shift, (C,) each, that a batch norm multiplies and adds in evaluation mode.
-
-    Raises:
-        ValueError: If norm is no batch norm with running statistics.
-    """
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
-        raise ValueError(
-            f'norm must be a batch norm with running statistics, got {type(norm).__name__}'
-        )
-    factor = (norm.running_var + norm.eps).rsqrt()
-    factor = factor if norm.weight is None else factor * norm.weight
-    shift = -norm.running_mean * factor
-    return factor, shift if norm.bias is None else shift + norm.bias

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import local_attention
+from ..ops._batch_norm import batch_norm_affine
 from ..ops._checks import check_positive
 from ..ops._dispatch import check_backend
 from ..ops._reflection import reflect
 from .conv_arguments import check_divisible, set_conv_attributes
 from .deployable import Deployable
-from .norms import batch_norm_affine, build_batch_norm
+from .norms import build_batch_norm
 
 ATTENTIONS = ('pixel_shift', 'local')
 NEIGHBOURS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0))

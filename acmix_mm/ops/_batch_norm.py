@@ -137,6 +137,25 @@ def update_statistics(norm: nn.Module, mean: Tensor | None, variance: Tensor | N
         norm.running_var.lerp_(variance.to(norm.running_var.dtype), factor)
 
 
+def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Factor and shift, (C,) each, that a batch norm multiplies and adds in evaluation mode.
+
+    Args:
+        norm (nn.Module): The batch norm, of C channels.
+
+    Raises:
+        ValueError: If norm is no batch norm with running statistics.
+    """
+    if not isinstance(norm, _BatchNorm) or norm.running_var is None:
+        raise ValueError(
+            f'norm must be a batch norm with running statistics, got {type(norm).__name__}'
+        )
+    factor = (norm.running_var + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    shift = -norm.running_mean * factor
+    return factor, shift if norm.bias is None else shift + norm.bias
+
+
 def local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, (C,), in float32 or more; 0 of an empty map."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))

@@ -71,10 +71,12 @@ def select(operator: str, backend: str | None, *args) -> str:
     """
     implementations = OPERATORS[operator]
     device = args[0].device
-    if backend is not None:
-        check_backend(backend)
-        if device.type == 'meta':  # nothing is computed
-            return 'torch'
+    demanded = backend is not None
+    asked = backend if demanded else os.environ.get(BACKEND_VARIABLE) or None
+    check_backend(asked, 'backend' if demanded else BACKEND_VARIABLE)
+    if device.type == 'meta':  # nothing is computed
+        return 'torch'
+    if demanded:
         missing = _missing(backend)
         if missing is not None:
             raise ValueError(f'backend {backend!r} is not available: {missing}')
@@ -84,13 +86,9 @@ def select(operator: str, backend: str | None, *args) -> str:
         if needs is not None:
             raise ValueError(f'backend {backend!r} of {operator} needs {needs}')
         return backend
-    preferred = os.environ.get(BACKEND_VARIABLE) or None
-    check_backend(preferred, BACKEND_VARIABLE)
-    if device.type == 'meta':
-        return 'torch'
     # Interpreted, 'triton' takes the CPU's tensors too, but only on request.
     automatic = {'cpu': 'native', 'cuda': 'triton'}.get(device.type)
-    for name in (preferred, automatic):
+    for name in (asked, automatic):
         if name not in implementations:
             continue
         missing = _missing(name)

@@ -7,15 +7,14 @@ backend computes only to mask it are not. Backward passes are counted
 with what they compute anew, for the gradients that are needed.
 
 A formula takes what it needs of an operator's arguments, by their names in its schema, and ``out``,
-the result; tensors are shapes. Where an operator has boolean arguments they are ``needs``, one
-after the other: whether a gradient is needed, in the order of the tensors it belongs to.
+the result; tensors are shapes. ``needed`` tells which gradients are, in the order of the tensors
+they belong to; where an operator does not have it, all are.
 """
 
 from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 Shape = Sequence[int]
@@ -27,14 +26,14 @@ def _local_attention(query: Shape, kernel_size: int, **_) -> int:
 
 
 def _local_attention_backward(
-    query: Shape, kernel_size: int, needs: Sequence[bool] = (True,) * 3, **_
+    query: Shape, kernel_size: int, needed: Sequence[bool] = (True,) * 3, **_
 ) -> int:
     """``10 k^2 B N d Hq Wq``, five products, as in PyTorch's formula for attention.
 
     They are the logits anew, the gradient of the weights (for query and key only), and those of
     query, key and value.
     """
-    query_needed, key_needed, value_needed = needs
+    query_needed, key_needed, value_needed = needed
     products = 1 + (query_needed or key_needed) + query_needed + key_needed + value_needed
     return 2 * products * kernel_size**2 * prod(query)
 
@@ -73,14 +72,14 @@ def _fused_acmix_backward(
     kernel: Shape,
     scale: Shape,
     attn_kernel_size: int,
-    needs: Sequence[bool] = (True,) * 6,
+    needed: Sequence[bool] = (True,) * 6,
     **_,
 ) -> int:
     """The projections anew and their two gradients, and the backward passes of both paths.
 
     The gradient of one scale a channel takes attention anew, once more.
     """
-    x_needed, weight_needed, bias_needed, slopes_needed, kernel_needed, scale_needed = needs
+    x_needed, weight_needed, bias_needed, slopes_needed, kernel_needed, scale_needed = needed
     maps_needed = x_needed or weight_needed or bias_needed
     flops = (1 + x_needed + weight_needed) * _projection(x, weight)
     flops += (maps_needed + kernel_needed) * _group_conv(kernel, grad)
@@ -102,10 +101,10 @@ def _local_aggregation(kernel_size: int, out: Shape, **_) -> int:
 
 
 def _local_aggregation_backward(
-    grad: Shape, kernel_size: int, needs: Sequence[bool] = (True,) * 2, **_
+    grad: Shape, kernel_size: int, needed: Sequence[bool] = (True,) * 2, **_
 ) -> int:
     """As much as the forward pass, for each of values and weights."""
-    return sum(needs) * _local_aggregation(kernel_size, grad)
+    return sum(needed) * _local_aggregation(kernel_size, grad)
 
 
 def _patch_weights(weight: Shape, out: Shape, **_) -> int:
@@ -158,10 +157,6 @@ def _by_name(operator: torch._ops.OpOverloadPacket, formula: Callable[..., int])
     names = [argument.name for argument in operator.default._schema.arguments]
 
     def flops(*arguments, out_shape, **named) -> int:
-        values, _ = tree_flatten((arguments, named))
-        named.update(zip(names, arguments, strict=False))
-        if needs := [value for value in values if isinstance(value, bool)]:
-            named['needs'] = needs
-        return formula(**named, out=out_shape)
+        return formula(**dict(zip(names, arguments, strict=False)), **named, out=out_shape)
 
     return flops

@@ -203,10 +203,10 @@ def _backward(
     attn_kernel_size: int,
     stride: int,
     dilation: int,
-    needs: Sequence[bool],
+    needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of those of x, weight, bias, slopes, kernel and scale that ``needs`` names."""
-    of_x, of_weight, of_bias, of_slopes, of_kernel, of_scale = needs
+    """Gradients of those of x, weight, bias, slopes, kernel and scale that are ``needed``."""
+    of_x, of_weight, of_bias, of_slopes, of_kernel, of_scale = needed
     of_maps = of_x or of_weight or of_bias
     one_scale = scale.numel() == 1
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
@@ -269,15 +269,15 @@ def _backward(
     # channels-last gradients.
     return [
         gradient.to(tensor.dtype).contiguous()
-        for gradient, tensor, needed in zip(gradients, inputs, needs, strict=True)
-        if needed
+        for gradient, tensor, need in zip(gradients, inputs, needed, strict=True)
+        if need
     ]
 
 
 @_backward.register_fake
-def _(grad, lse, x, weight, bias, slopes, kernel, scale, *geometry_and_needs):
-    inputs, needs = (x, weight, bias, slopes, kernel, scale), geometry_and_needs[-1]
-    return [t.new_empty(t.shape) for t, needed in zip(inputs, needs, strict=True) if needed]
+def _(grad, lse, x, weight, bias, slopes, kernel, scale, *geometry_and_needed):
+    inputs, needed = (x, weight, bias, slopes, kernel, scale), geometry_and_needed[-1]
+    return [t.new_empty(t.shape) for t, need in zip(inputs, needed, strict=True) if need]
 
 
 def _setup_context(ctx, inputs, output):
@@ -287,11 +287,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad, grad_lse):
-    needs = list(ctx.needs_input_grad[:7])
-    of_kernel_bias = needs.pop(5)
+    needed = list(ctx.needs_input_grad[:7])
+    of_kernel_bias = needed.pop(5)
     gradients = [None] * 6
-    if any(needs):
-        gradients = spread(_backward(grad, *ctx.saved_tensors, *ctx.geometry, needs), needs)
+    if any(needed):
+        gradients = spread(_backward(grad, *ctx.saved_tensors, *ctx.geometry, needed), needed)
     grad_bias = grad.sum((0, 2, 3)) if of_kernel_bias else None
     return *gradients[:5], grad_bias, gradients[5], None, None, None, None
 
@@ -304,16 +304,12 @@ def _native(*args) -> Tensor:
     return _forward(*args)[0]
 
 
-def _native_refuses(x: Tensor, *args) -> str | None:
-    return native_backend.refuses(x)
-
-
 def _triton_refuses(x: Tensor, weight: Tensor, bias, slopes: Tensor, *args) -> str | None:
     return triton_backend.refuses(x, head_dim=slopes.size(0))
 
 
 OPERATORS['fused_acmix'] = {
     'torch': Implementation(partial(_by_parts, backend='torch')),
-    'native': Implementation(_native, _native_refuses),
+    'native': Implementation(_native, native_backend.refuses),
     'triton': Implementation(partial(_by_parts, backend='triton'), _triton_refuses),
 }

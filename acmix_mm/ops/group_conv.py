@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._checks import check_positive
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend
 
@@ -22,8 +23,8 @@ def group_conv(
     Args:
         maps (Tensor): Shape (B, d, M, H, W).
         weight (Tensor): Shape (C, M, k, k), C a multiple of d, k odd.
-        stride (int): Default: 1.
-        dilation (int): Default: 1.
+        stride (int): Stride of the convolution. Default: 1.
+        dilation (int): Dilation of the convolution. Default: 1.
         bias (Tensor | None): Shape (C,). Default: None.
         backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel of
             its own here, made for few channels a group, all others take ``F.conv2d``.
@@ -32,10 +33,23 @@ def group_conv(
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)); under autocast, of its dtype.
 
     Raises:
-        RuntimeError: If shapes or dtypes do not fit together.
+        ValueError: If a shape or another argument is not as described; the message names it.
+        RuntimeError: If dtypes or devices do not fit together.
     """
+    check_positive('stride', stride)
+    check_positive('dilation', dilation)
+    if maps.dim() != 5:
+        raise ValueError(f'maps must have shape (B, d, M, H, W), got {tuple(maps.shape)}')
+    groups, num_maps, kernel_size = maps.size(1), maps.size(2), weight.size(-1)
+    expected = (num_maps, kernel_size, kernel_size)
+    fits = weight.dim() == 4 and tuple(weight.shape[1:]) == expected
+    if not fits or weight.size(0) % groups or kernel_size % 2 == 0:
+        raise ValueError(
+            f'weight must have shape (C, {num_maps}, k, k), C a multiple of {groups}, k odd, for '
+            f'maps of shape {tuple(maps.shape)}, got {tuple(weight.shape)}'
+        )
     inputs, weight, bias = autocast_tensors(maps.flatten(1, 2), weight, bias)
-    return dispatch('group_conv', backend, inputs, weight, bias, stride, dilation, maps.size(1))
+    return dispatch('group_conv', backend, inputs, weight, bias, stride, dilation, groups)
 
 
 def conv2d(

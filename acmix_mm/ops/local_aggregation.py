@@ -1,5 +1,7 @@
 """Sum of a neighbourhood's values by given weights, which groups of channels share (SAN)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -110,10 +112,10 @@ def _backward(
     kernel_size: int,
     stride: int,
     dilation: int,
-    of_padded: bool,
-    of_weight: bool,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of those of padded and weight that are asked for."""
+    """Gradients of those of padded and weight that are ``needed``."""
+    of_padded, of_weight = needed
     geometry = (kernel_size, stride, dilation)
     sum_dtype = torch.promote_types(weight.dtype, torch.float32)
     grad = grad.unflatten(1, (-1, weight.size(1))).to(sum_dtype)
@@ -132,9 +134,9 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, padded, weight, kernel_size, stride, dilation, of_padded, of_weight):
-    needed = ((padded, of_padded), (weight, of_weight))
-    return [tensor.new_empty(tensor.shape) for tensor, asked in needed if asked]
+def _(grad, padded, weight, kernel_size, stride, dilation, needed):
+    tensors = zip((padded, weight), needed, strict=True)
+    return [tensor.new_empty(tensor.shape) for tensor, need in tensors if need]
 
 
 def _setup_context(ctx, inputs, output):
@@ -143,9 +145,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd_backward(ctx, grad):
-    needs = ctx.needs_input_grad[:2]
-    gradients = _backward(grad, *ctx.saved_tensors, *ctx.geometry, *needs)
-    return *spread(gradients, needs), None, None, None
+    needed = ctx.needs_input_grad[:2]
+    gradients = _backward(grad, *ctx.saved_tensors, *ctx.geometry, needed)
+    return *spread(gradients, needed), None, None, None
 
 
 _forward.register_autograd(_autograd_backward, setup_context=_setup_context)

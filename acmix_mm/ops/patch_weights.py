@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._batch_norm import (
+    batch_norm_affine,
     is_batch_norm,
     local_statistics,
     prepare_statistics,
@@ -156,17 +157,13 @@ def _by_kernel(
     geometry: tuple[int, int, int],
 ) -> Tensor:
     """The same; in inference by the native kernel, which has one dtype and no gradients."""
-    source, mean, variance = statistics
+    source = statistics[0]
     same = query.dtype == padded.dtype == weight.dtype in (torch.float32, torch.float64)
     lower = torch.is_autocast_enabled('cpu')
     if source != 'fixed' or torch.is_grad_enabled() or not same or lower:
         return _by_rows(query, padded, weight, norm, statistics, geometry)
-    scale = (variance + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -mean * scale
-    shift = shift if norm.bias is None else shift + norm.bias
-    weight = weight.flatten(1)
-    channels = query.size(1)
+    scale, shift = batch_norm_affine(norm)
+    weight, channels = weight.flatten(1), query.size(1)
     own = [t[:channels].view(-1, 1, 1) for t in (scale, shift)]
     out = F.conv2d((query * own[0] + own[1]).relu_(), weight[:, :channels, None, None])
     rest = (scale[channels:], shift[channels:], weight.T[channels:])

@@ -114,12 +114,10 @@ def test_backward_under_another_autocast(name, forward_in_autocast):
     assert all(g.dtype == torch.float32 for g in results[1])
 
 
-@every_layer
+@pytest.mark.parametrize('name', [n for n in LAYERS if n != 'SpatialReductionACmix'])  # no tokens
 def test_channels_last_changes_nothing(name):
     layer = LAYERS[name]().double()
     x, *rest = arguments(name, layer, dtype=torch.float64)
-    if x.dim() != 4:
-        pytest.skip('tokens have one layout')
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     leaves = tuple(layer.parameters())
     results = []
@@ -162,6 +160,11 @@ def test_backend_of_a_model():
     assert model[1].backend == 'of somebody else'
     acmix_mm.set_backend(model, None)
     assert model[0].backend is None
+
+    class Mine(ACmix):
+        """A user's."""
+
+    assert acmix_mm.set_backend(Mine(8, 8), 'torch').backend == 'torch'
     with pytest.raises(ValueError, match=r"backend must be None or one of .* got 'fast'"):
         acmix_mm.set_backend(model, 'fast')
 
@@ -169,3 +172,24 @@ def test_backend_of_a_model():
 def test_a_backend_of_another_machine_is_accepted_when_built():
     for backend in ('torch', 'native', 'triton'):
         assert ACmix(8, 8, backend=backend).backend == backend
+
+
+def test_norm_without_statistics_stays():
+    """It takes those of the batch in evaluation mode, too, so that it cannot be folded."""
+
+    class Block(nn.Module):
+        operator_norms = {'conv': 'norm'}  # noqa: RUF012
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = ACmix(8, 8), nn.BatchNorm2d(8, track_running_stats=False)
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    block, x = Block().eval(), torch.randn(2, 8, 5, 6)
+    expected = block(x)
+    acmix_mm.deploy(block)
+    assert block.conv.deployed
+    assert isinstance(block.norm, nn.BatchNorm2d)
+    torch.testing.assert_close(block(x), expected)

@@ -148,7 +148,7 @@ def custom_operators(dtype=torch.float32) -> dict[str, tuple]:
         'local_aggregation': (torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, *SIZE), 3, 1, 1),
         'local_aggregation_backward': (
             torch.randn(2, 4, *SIZE), torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, *SIZE),
-            3, 1, 1, True, True,
+            3, 1, 1, [True, True],
         ),
         'patch_weights_native': (
             torch.randn(2, 2, 7, 8), torch.randn(18), torch.randn(18), torch.randn(18, 4), 3, 1, 1,

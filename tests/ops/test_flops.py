@@ -96,7 +96,7 @@ def test_local_attention(backend, stride, dilation):
 
 
 @pytest.mark.parametrize(
-    ('needs', 'products'),
+    ('needed', 'products'),
     [
         ((True, True, True), 5),
         ((False, False, True), 2),  # logits, gradient of value
@@ -104,13 +104,11 @@ def test_local_attention(backend, stride, dilation):
         ((False, True, True), 4),
     ],
 )
-def test_masks_of_attention(needs, products):
-    """Booleans among the arguments are the gradients needed, however the schema packs them."""
+def test_needed_gradients_of_attention(needed, products):
     shape = (B, N, D, H, W)
     formula = flop_registry[torch.ops.acmix_mm.local_attention_torch_backward]
-    for tail in (needs, [needs]):
-        flops = formula(shape, shape, shape, shape, 3, 1, 1, 0.5, *tail, out_val=(shape,) * 3)
-        assert flops == 2 * products * 9 * B * C * H * W
+    arguments = (shape, shape, shape, shape, 3, 1, 1, 0.5, needed)
+    assert formula(*arguments, out_val=(shape,) * 3) == 2 * products * 9 * B * C * H * W
 
 
 @pytest.mark.usefixtures('fake')

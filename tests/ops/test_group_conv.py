@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from acmix_mm.ops import group_conv
 from acmix_mm.ops.backends import native_backend
 
 pytestmark = pytest.mark.skipif(
@@ -184,3 +185,21 @@ def test_wrong_arguments(change, message):
     }
     with pytest.raises(RuntimeError, match=message):
         native_backend.group_conv(**{**arguments, **change})
+
+
+@pytest.mark.parametrize('backend', [None, 'torch'])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'maps': torch.ones(1, 6, 4, 5)}, r'maps must have shape \(B, d, M, H, W\), got'),
+        ({'weight': torch.ones(4, 3, 2, 2)}, r'weight must have shape \(C, 3, k, k\), .* k odd'),
+        ({'weight': torch.ones(3, 3, 3, 3)}, r'weight must have shape \(C, 3, k, k\), C a mult'),
+        ({'weight': torch.ones(4, 2, 3, 3)}, r'weight must have shape \(C, 3, k, k\), .* got'),
+        ({'stride': 0}, 'stride must be a positive integer, got 0'),
+    ],
+)
+def test_wrong_arguments_of_the_front(change, message, backend):
+    """The same with every backend."""
+    arguments = {'maps': torch.ones(1, 2, 3, 4, 5), 'weight': torch.ones(4, 3, 3, 3)}
+    with pytest.raises(ValueError, match=message):
+        group_conv(**{**arguments, **change}, backend=backend)

@@ -1,7 +1,7 @@
 """A C++ compiler that reads PyTorch's headers once for many files; install.py builds mmcv with it.
 
 It runs the compiler named by ``ACMIX_CXX`` (default c++), with two changes. Debug information is
-left out. And <ATen/ATen.h>, whose parsing takes most of the time of an ordinary file, is compiled
+left out. And <torch/types.h>, whose parsing takes most of the time of an ordinary file, is compiled
 once, in the folder ``ACMIX_CXX_FOLDER``, and reused by all files of the same flags. Should that
 fail, the file is compiled as it would have been without.
 """

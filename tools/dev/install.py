@@ -1,7 +1,7 @@
 """Install acmix_mm and everything it needs, in tested versions, into the running Python.
 
 Made for ``make``: run it with the virtual environment's own Python. Standard library only. The one
-long step is compiling mmcv's operators, about three minutes on two cores; pip keeps the result, so
+long step is compiling mmcv's operators, about four minutes on two cores; pip keeps the result, so
 that later environments of the same machine get it in seconds.
 """
 
@@ -21,16 +21,9 @@ PROGRESS_SECONDS = 15
 
 def pip(*arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> bool:
     """Install the pinned versions; with ``log``, show that a long build is alive and may fail."""
+    command = [sys.executable, '-m', 'pip', 'install', '--disable-pip-version-check']
     # Bytecode is written where a module is first imported: all of it at once takes a while.
-    command = [
-        sys.executable,
-        '-m',
-        'pip',
-        'install',
-        '--disable-pip-version-check',
-        '--no-compile',
-    ]
-    command += ['--constraint', str(ROOT / 'constraints.txt'), *arguments]
+    command += ['--no-compile', '--constraint', str(ROOT / 'constraints.txt'), *arguments]
     # Settings of a surrounding environment must not send packages elsewhere.
     for name in ('PYTHONPATH', 'PYTHONHOME', 'PIP_TARGET', 'PIP_PREFIX', 'PIP_USER'):
         os.environ.pop(name, None)
@@ -117,7 +110,7 @@ def main() -> None:
     print('[1/3] torch and build tools', flush=True)
     pip('torch', 'numpy', 'ninja', 'psutil', 'setuptools', 'wheel')
     print(
-        '[2/3] mmcv with compiled operators: about 3 minutes on 2 cores the first time, '
+        '[2/3] mmcv with compiled operators: about 4 minutes on 2 cores the first time, '
         "seconds from pip's cache",
         flush=True,
     )

@@ -10,6 +10,7 @@ PyTorch's own.
 """
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,66 +104,49 @@ def _register_group_conv() -> None:
         shape = (grad.size(1), input.size(1) // groups, kernel_size, kernel_size)
         return grad.new_empty(shape)
 
-    def setup_forward(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-        ctx.geometry = inputs[3:]
+    def convolve(input, weight, geometry):
+        return ops.group_conv_native(input, weight, None, *geometry)
 
-    def forward(ctx, grad):
-        input, weight = ctx.saved_tensors
-        of_input, of_weight, of_bias = ctx.needs_input_grad[:3]
+    def grad_input(grad, weight, input, geometry):
+        return ops.group_conv_native_grad_input(grad, weight, *input.shape[2:], *geometry)
+
+    def grad_weight(grad, input, weight, geometry):
+        return ops.group_conv_native_grad_weight(grad, input, weight.size(-1), *geometry)
+
+    # By operator: the gradient g of the result, taken to its first tensor a and to its second, b.
+    formulas = {
+        'group_conv_native': (
+            lambda g, a, b, geometry: grad_input(g, b, a, geometry),
+            lambda g, a, b, geometry: grad_weight(g, a, b, geometry),
+        ),
+        'group_conv_native_grad_input': (
+            lambda g, a, b, geometry: convolve(g, b, geometry),
+            lambda g, a, b, geometry: grad_weight(a, g, b, geometry),
+        ),
+        'group_conv_native_grad_weight': (
+            lambda g, a, b, geometry: convolve(b, g, geometry),
+            lambda g, a, b, geometry: grad_input(a, g, b, geometry),
+        ),
+    }
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.inputs, ctx.geometry = len(inputs), inputs[-3:]
+
+    def differentiate(to_first, to_second, ctx, grad):
+        arguments = (grad, *ctx.saved_tensors, ctx.geometry)
+        of_first, of_second, of_bias, *_ = ctx.needs_input_grad
         return (
-            ops.group_conv_native_grad_input(grad, weight, *input.shape[2:], *ctx.geometry)
-            if of_input
-            else None,
-            ops.group_conv_native_grad_weight(grad, input, weight.size(-1), *ctx.geometry)
-            if of_weight
-            else None,
-            grad.sum((0, 2, 3)) if of_bias else None,
-            *(None,) * 3,
+            to_first(*arguments) if of_first else None,
+            to_second(*arguments) if of_second else None,
+            grad.sum((0, 2, 3)) if of_bias else None,  # the third is a tensor in the first alone
+            *(None,) * (ctx.inputs - 3),
         )
 
-    def setup_grad_input(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-        ctx.geometry = inputs[4:]
-
-    def grad_input(ctx, grad_grad_input):
-        grad, weight = ctx.saved_tensors
-        of_grad, of_weight = ctx.needs_input_grad[:2]
-        return (
-            ops.group_conv_native(grad_grad_input, weight, None, *ctx.geometry)
-            if of_grad
-            else None,
-            ops.group_conv_native_grad_weight(grad, grad_grad_input, weight.size(-1), *ctx.geometry)
-            if of_weight
-            else None,
-            *(None,) * 5,
+    for name, formula in formulas.items():
+        torch.library.register_autograd(
+            f'acmix_mm::{name}', partial(differentiate, *formula), setup_context=setup_context
         )
-
-    def setup_grad_weight(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-        ctx.geometry = inputs[3:]
-
-    def grad_weight(ctx, grad_grad_weight):
-        grad, input = ctx.saved_tensors
-        of_grad, of_input = ctx.needs_input_grad[:2]
-        return (
-            ops.group_conv_native(input, grad_grad_weight, None, *ctx.geometry)
-            if of_grad
-            else None,
-            ops.group_conv_native_grad_input(
-                grad, grad_grad_weight, *input.shape[2:], *ctx.geometry
-            )
-            if of_input
-            else None,
-            *(None,) * 4,
-        )
-
-    for name, function, setup_context in (
-        ('group_conv_native', forward, setup_forward),
-        ('group_conv_native_grad_input', grad_input, setup_grad_input),
-        ('group_conv_native_grad_weight', grad_weight, setup_grad_weight),
-    ):
-        torch.library.register_autograd(f'acmix_mm::{name}', function, setup_context=setup_context)
 
 
 def _register_patch_weights() -> None:
