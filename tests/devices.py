@@ -4,7 +4,16 @@ from collections.abc import Iterable
 
 import pytest
 
+from acmix_mm.ops import available_backends
 from acmix_mm.ops.backends import triton_backend
+
+needs_native = pytest.mark.skipif(
+    'native' not in available_backends(),
+    reason='the native kernels are not built: this installation has no C++ compiler',
+)
+needs_triton = pytest.mark.skipif(
+    'triton' not in available_backends(), reason='Triton is not installed, which is for Linux'
+)
 
 
 def device_of(backend: str) -> str:

@@ -4,10 +4,10 @@ argv[1] holds models and a batch, of which each process takes half. Both process
 averaged gradients and buffers go to argv[2].
 """
 
-import os
 import sys
 
 import torch
+from processes import save_both_and_leave
 from torch import distributed
 
 
@@ -30,13 +30,7 @@ def main() -> None:
                 'buffers': dict(model.named_buffers()),
             }
         )
-    gathered = [None, None]
-    distributed.all_gather_object(gathered, results)
-    if rank == 0:
-        torch.save(gathered, sys.argv[2])
-    # Not through the destructors: once in many runs, a thread outlives its group, and aborts.
-    distributed.barrier()
-    os._exit(0)
+    save_both_and_leave(results, sys.argv[2])
 
 
 if __name__ == '__main__':

@@ -1,13 +1,12 @@
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS
+from processes import run_two_processes
 from torch import nn
 
 from acmix_mm.backbones import SAN, ACmixSAN
@@ -166,11 +165,8 @@ def test_sync_bn_of_two_processes_is_bn_of_the_whole_batch(tmp_path):
     synchronised = [convert_sync_batchnorm(copy.deepcopy(model)) for model in models]
     torch.save((synchronised, x), tmp_path / 'models.pth')
     program = Path(__file__).with_name('synchronised_training.py')
-    launcher = ['torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     files = [tmp_path / 'models.pth', tmp_path / 'results.pth']
-    command = [sys.executable, '-m', *launcher, program, *files]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    run_two_processes(program, *files)
     for model, *results in zip(models, *torch.load(files[1]), strict=True):
         outputs, grads, buffers = step(model, x)
         for i, expected in enumerate(outputs):

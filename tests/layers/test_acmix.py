@@ -1,12 +1,11 @@
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import oracles
 import pytest
 import torch
-from devices import device_of, slow_if_interpreted
+from devices import device_of, needs_native, slow_if_interpreted
+from processes import run_two_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -205,19 +204,16 @@ def test_checkpointing_gives_the_same_gradients(backend):
 @pytest.mark.parametrize('backend', slow_if_interpreted(available_backends()))
 def test_distributed_gradients(backend, tmp_path):
     """Two processes with half of the batch each average to the gradients of the whole batch."""
+    out = tmp_path / 'gradients.pth'
     program = Path(__file__).with_name('ddp_gradients.py')
-    launcher = ['torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    out, device = tmp_path / 'gradients.pth', device_of(backend)
-    command = [sys.executable, '-m', *launcher, program, backend, device, out]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    averaged = torch.load(out, map_location='cpu')
+    run_two_processes(program, backend, device_of(backend), out)
     torch.manual_seed(0)
     module = ACmix(8, 8)
     module(torch.randn(4, 8, 6, 7)).square().mean().backward()
-    assert averaged.keys() == dict(module.named_parameters()).keys()
-    for name, parameter in module.named_parameters():
-        torch.testing.assert_close(averaged[name], parameter.grad)
+    for averaged in torch.load(out):
+        assert averaged.keys() == dict(module.named_parameters()).keys()
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(averaged[name], parameter.grad)
 
 
 def test_output_bias():
@@ -285,7 +281,7 @@ def test_deploy_refuses_what_it_cannot_fold():
         layer.switch_to_deploy(nn.BatchNorm2d(8))
 
 
-@pytest.mark.skipif('native' not in available_backends(), reason='native kernels are not built')
+@needs_native
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize('arguments', [{}, {'stride': 2}, {'mix': 'sum', 'dilation': 2}])
 def test_fused_operator_equals_its_parts(dtype, arguments):
@@ -313,7 +309,7 @@ def test_fused_operator_equals_its_parts(dtype, arguments):
         )
 
 
-@pytest.mark.skipif('native' not in available_backends(), reason='native kernels are not built')
+@needs_native
 def test_training_saves_the_input_instead_of_the_projections():
     layer, x = ACmix(16, 16), torch.randn(1, 16, 30, 40, requires_grad=True)
     saved = []

@@ -4,10 +4,10 @@ argv[1] holds a list of cases: (name of the operator, keyword arguments, batches
 gradients of both outputs). Both processes' results go to argv[2].
 """
 
-import os
 import sys
 
 import torch
+from processes import save_both_and_leave
 from torch import distributed
 
 from acmix_mm import ops
@@ -26,13 +26,7 @@ def main() -> None:
         out = function(*inputs, **kwargs)
         result = {'grads': torch.autograd.grad(out, [*inputs, *parameters], grads[rank])}
         results.append({**result, 'output': out.detach(), 'state': norm.state_dict()})
-    gathered = [None, None]
-    distributed.all_gather_object(gathered, results)
-    if rank == 0:
-        torch.save(gathered, sys.argv[2])
-    # Not through the destructors: once in many runs, a thread outlives its group, and aborts.
-    distributed.barrier()
-    os._exit(0)
+    save_both_and_leave(results, sys.argv[2])
 
 
 if __name__ == '__main__':

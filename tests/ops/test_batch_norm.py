@@ -1,19 +1,14 @@
 import copy
-import subprocess
-import sys
 from pathlib import Path
 
 import oracles
 import pytest
 import torch
+from norms import BATCH_NORMS, OtherForward
+from processes import run_two_processes
 from torch import nn
 
 from acmix_mm.ops._batch_norm import batch_norm, is_batch_norm
-
-
-class OtherForward(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 class OtherChecks(nn.BatchNorm2d):
@@ -22,9 +17,7 @@ class OtherChecks(nn.BatchNorm2d):
 
 
 def test_is_batch_norm():
-    reverted = pytest.importorskip('mmengine.model').revert_sync_batchnorm(nn.SyncBatchNorm(3))
-    assert not isinstance(reverted, nn.BatchNorm2d)
-    for norm in (nn.BatchNorm2d(3), nn.SyncBatchNorm(3), OtherChecks(3), reverted):
+    for norm in (*(kind(3) for kind in BATCH_NORMS), OtherChecks(3)):
         assert is_batch_norm(norm)
         assert is_batch_norm(type(norm))
     others = (OtherForward(3), nn.InstanceNorm2d(3), nn.GroupNorm(1, 3), nn.LazyBatchNorm2d())
@@ -109,11 +102,8 @@ def of_two_processes(tmp_path_factory):
         tasks.append((name, kwargs, batches, grad.to(dtype).split(images)))
     torch.save(tasks, folder / 'cases.pth')
     program = Path(__file__).with_name('synchronised_norms.py')
-    launcher = ['torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     files = [folder / 'cases.pth', folder / 'results.pth']
-    command = [sys.executable, '-m', *launcher, program, *files]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    run_two_processes(program, *files)
     return list(zip(*torch.load(files[1]), strict=True))
 
 

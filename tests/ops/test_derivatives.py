@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from devices import device_of
+from devices import device_of, needs_native
 from torch import Tensor, nn
 
 from acmix_mm.layers import ACmix
@@ -104,10 +104,9 @@ def test_only_needed_gradients(name, backend):
         torch.testing.assert_close(gradient, expected)
 
 
+@needs_native
 def test_work_that_nobody_needs_is_left(monkeypatch):
     """By calls of the native kernels: of a deployed layer, what is trained, and nothing else."""
-    if 'native' not in BACKENDS:
-        pytest.skip('native kernels are not built')
     calls = []
     for name in ('local_attention_add_', 'local_attention_backward_add_'):
         kernel = getattr(native_backend, name)

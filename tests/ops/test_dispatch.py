@@ -2,6 +2,7 @@ import logging
 
 import pytest
 import torch
+from devices import needs_native, needs_triton
 from torch._subclasses import FakeTensorMode
 
 from acmix_mm.ops import available_backends, group_conv, local_attention
@@ -16,8 +17,6 @@ from acmix_mm.ops._dispatch import (
 from acmix_mm.ops.backends import native_backend, triton_backend
 
 QUERY = torch.zeros(1, 1, 2, 3, 3)
-needs_native = pytest.mark.skipif('native' not in available_backends(), reason='not built')
-needs_triton = pytest.mark.skipif('triton' not in available_backends(), reason='no Triton')
 
 
 @pytest.fixture(autouse=True)

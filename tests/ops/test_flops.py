@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import device_of
+from devices import device_of, needs_native
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -29,7 +29,6 @@ from acmix_mm.ops import (
 )
 
 BACKENDS = available_backends()
-needs_native = pytest.mark.skipif('native' not in BACKENDS, reason='native kernels not built')
 # Batch, heads, head dimension, height, width; all different.
 B, N, D, H, W = 2, 3, 4, 5, 7
 C = N * D

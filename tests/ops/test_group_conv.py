@@ -1,15 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from devices import needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acmix_mm.ops import group_conv
 from acmix_mm.ops.backends import native_backend
 
-pytestmark = pytest.mark.skipif(
-    native_backend.MISSING is not None, reason='native kernels not built'
-)
+pytestmark = needs_native
 
 # (B, C, H, W) with other strides than a contiguous tensor's.
 LAYOUTS = {

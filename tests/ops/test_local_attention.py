@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import math
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 import oracles
 import pytest
 import torch
-from devices import device_of, slow_if_interpreted
+from devices import device_of, needs_triton, slow_if_interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
@@ -238,7 +237,7 @@ def test_training_saves_inputs_only(backend):
     assert 3 * query.numel() <= numbers <= 4 * query.numel() + query[:, :, 0].numel()
 
 
-@pytest.mark.skipif('triton' not in BACKENDS, reason='needs Triton')
+@needs_triton
 @pytest.mark.parametrize(('dtype', 'dim'), [(torch.float64, 4), (torch.float32, 129)])
 def test_triton_refuses_what_it_does_not_support(dtype, dim):
     tensors = inputs('triton', (1, 1, dim, 3, 4), 1, dtype)
@@ -249,7 +248,7 @@ def test_triton_refuses_what_it_does_not_support(dtype, dim):
     torch.testing.assert_close(local_attention(*tensors, 1), tensors[2])
 
 
-@pytest.mark.skipif(importlib.util.find_spec('triton') is None, reason='needs Triton')
+@needs_triton
 def test_triton_kernels_compile(tmp_path):
     """For an NVIDIA GPU, in a process in which Triton is not interpreted."""
     program = Path(__file__).with_name('compile_triton_kernels.py')
@@ -384,7 +383,7 @@ def test_torch_computes_needed_gradients_only(needed, products, monkeypatch):
     assert len(calls) == products
 
 
-@pytest.mark.skipif('triton' not in BACKENDS, reason='needs Triton')
+@needs_triton
 @pytest.mark.parametrize(
     ('needed', 'computed'),
     [

@@ -5,24 +5,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norms import BATCH_NORMS, OtherForward
 from torch import nn
 
 from acmix_mm.ops import norm_relu_conv
 
-
-class OtherForward(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-def reverted(channels: int, **kwargs) -> nn.Module:
-    """As mmengine makes it from nn.SyncBatchNorm: no nn.BatchNorm2d."""
-    return pytest.importorskip('mmengine.model').revert_sync_batchnorm(
-        nn.SyncBatchNorm(channels, **kwargs)
-    )
-
-
-NORMS = [nn.BatchNorm2d, nn.SyncBatchNorm, reverted, OtherForward]
+NORMS = [*BATCH_NORMS, OtherForward]
 
 
 def make_norm(channels: int = 6, **kwargs) -> nn.BatchNorm2d:
@@ -189,7 +177,7 @@ def test_other_norms_are_called():
 
 
 @pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('kind', [nn.BatchNorm2d, nn.SyncBatchNorm, reverted])
+@pytest.mark.parametrize('kind', BATCH_NORMS)
 def test_training_keeps_the_input_only(kind, training):
     """And what is of a channel's size; the chain as modules keeps the ReLU's output, too."""
     norm, conv = kind(64).double().train(training), nn.Conv2d(64, 256, 1).double()

@@ -3,11 +3,13 @@ import copy
 import oracles
 import pytest
 import torch
+from devices import needs_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norms import BATCH_NORMS, OtherForward
 from torch import nn
 
-from acmix_mm.ops import available_backends, patch_weights
+from acmix_mm.ops import patch_weights
 from acmix_mm.ops.backends import native_backend
 
 
@@ -60,16 +62,9 @@ def test_equals_its_definition(size, kernel_size, stride, dilation, norm, traini
         torch.testing.assert_close(value, other.state_dict()[name])
 
 
-def reverted(channels: int, **kwargs) -> nn.Module:
-    """As mmengine makes it from nn.SyncBatchNorm: no nn.BatchNorm2d."""
-    return pytest.importorskip('mmengine.model').revert_sync_batchnorm(
-        nn.SyncBatchNorm(channels, **kwargs)
-    )
-
-
 @settings(deadline=None)
 @given(
-    kind=st.sampled_from([nn.BatchNorm2d, nn.SyncBatchNorm, reverted]),
+    kind=st.sampled_from(BATCH_NORMS),
     training=st.booleans(),
     affine=st.booleans(),
     bias=st.booleans(),
@@ -166,7 +161,7 @@ def test_meta(training, momentum):
     assert key.grad.shape == key.shape
 
 
-@pytest.mark.skipif('native' not in available_backends(), reason='no compiled kernels')
+@needs_native
 @settings(deadline=None)
 @given(
     batch=st.integers(0, 2),
@@ -199,7 +194,7 @@ def test_native_patch_weights(
     torch.testing.assert_close(out.double(), expected, **tolerance)
 
 
-@pytest.mark.skipif('native' not in available_backends(), reason='no compiled kernels')
+@needs_native
 def test_native_is_taken_for_inference(monkeypatch):
     norm, conv = modules(2, 3)
     norm.eval()
@@ -227,11 +222,6 @@ def test_training_keeps_nothing_of_the_patchs_size():
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     patch = 49 * key.numel() * key.element_size()
     assert sum(sizes.values()) < patch / 5
-
-
-class OtherForward(nn.BatchNorm2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
 
 
 MAP = (1, 3, 5, 6)
