@@ -10,12 +10,12 @@ RUN := env -u PYTHONPATH -u PYTHONHOME PYTHONNOUSERSITE=1
 .PHONY: help setup demo test test-slow lint clean
 
 help:
-	@echo 'make demo   make a small real data set, train, evaluate, draw predictions (CPU);'
-	@echo '           TASK=detection (default), instance or semantic'
-	@echo 'make test   lint and run the tests, one process a core'
+	@echo 'make demo       make a small real data set, train, evaluate, draw predictions (CPU);'
+	@echo '                TASK=detection (default), instance or semantic'
+	@echo 'make test       lint and run the tests, one process a core'
 	@echo 'make test-slow  run the tests that take long'
-	@echo 'make setup  only create .venv with everything installed'
-	@echo 'make clean  remove .venv and what the demo made'
+	@echo 'make setup      only create .venv with everything installed'
+	@echo 'make clean      remove .venv and what the demo made'
 
 $(READY): constraints.txt setup.py tools/dev/install.py tools/dev/cxx.py $(wildcard acmix_mm/ops/csrc/*)
 	@$(RUN) $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python >= 3.10 is needed; choose one with make PYTHON=...")'

@@ -34,6 +34,8 @@ class SANBlock(nn.Module):
             Default: nn.BatchNorm2d.
     """
 
+    operator_norms: ClassVar = {'sam': 'bn2'}  # for acmix_mm.deploy
+
     def __init__(
         self,
         channels: int,
@@ -47,8 +49,6 @@ class SANBlock(nn.Module):
         self.bn2 = norm_layer(channels // 4)
         self.conv = nn.Conv2d(channels // 4, channels, 1)
         self.with_cp = with_cp
-
-    operator_norms: ClassVar = {'sam': 'bn2'}  # for acmix_mm.deploy
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
