@@ -39,7 +39,8 @@ def scene_digits(tmp_path_factory) -> Path:
     from scene_digits import main as make_scene_digits  # scikit-image, which few tests need
 
     out = tmp_path_factory.mktemp('scene_digits')
-    make_scene_digits([str(out), '--train', '12', '--val', '4', '--size', '96'])
+    sizes = {'train': 12, 'val': 4, 'size': 96, 'single-train': 20, 'single-val': 10}
+    make_scene_digits([str(out), *(f'--{name}={number}' for name, number in sizes.items())])
     return out
 
 

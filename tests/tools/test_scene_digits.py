@@ -53,6 +53,45 @@ def test_label_maps_agree_with_instances(scene_digits, split, name):
         assert ade == coco
 
 
+@pytest.mark.parametrize(('split', 'count'), [('train', 20), ('val', 10)])
+def test_single_digits(scene_digits, split, count):
+    """As many of each class, at their own size."""
+    folder = scene_digits / 'imagenet' / split
+    assert sorted(p.name for p in folder.iterdir()) == list('0123456789')
+    for digit in folder.iterdir():
+        files = list(digit.iterdir())
+        assert len(files) == count / 10
+        for file in files:
+            assert cv2.imread(str(file)).shape == (64, 64, 3)
+
+
+def test_single_digit_is_of_its_class(tmp_path, monkeypatch):
+    """On black photographs, the digit that is left looks most like the glyphs of its class."""
+    black = np.zeros((80, 80, 3), np.uint8)
+    monkeypatch.setattr(program, 'photographs', lambda split, size: [black])
+    program.write_single_digits(tmp_path, 'val', 50, 64, (40, 40), 0)
+    glyphs, labels = program.digits('val', np.random.default_rng(0))
+    drawn = np.stack([program.stamp(glyph, 40) for glyph in glyphs])
+    right = 0
+    for file in (tmp_path / 'imagenet/val').glob('*/*.jpg'):
+        picture = cv2.imread(str(file)).max(2) > 80
+        ys, xs = np.nonzero(picture)
+        patch = picture[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+        best = max(range(len(drawn)), key=lambda i: overlap(patch, drawn[i] > 0.5))
+        right += labels[best] == int(file.parent.name)
+    assert right >= 49
+
+
+def overlap(patch, glyph):
+    """Intersection over union of two masks, each cut to its pixels."""
+    ys, xs = np.nonzero(glyph)
+    glyph = glyph[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
+    shape = np.maximum(patch.shape, glyph.shape)
+    a, b = (np.pad(m, [(0, s - n) for s, n in zip(shape, m.shape, strict=True)])
+            for m in (patch, glyph))  # fmt: skip
+    return (a & b).sum() / (a | b).sum()
+
+
 def test_mmdet_loads_it(scene_digits):
     dataset = CocoDataset(
         data_root=str(scene_digits / 'coco'),
@@ -79,7 +118,9 @@ def test_splits_share_nothing():
 
 
 def test_same_seed_repeats_and_force(scene_digits, tmp_path):
-    arguments = [str(tmp_path), '--train', '3', '--val', '1', '--size', '96']
+    arguments = [
+        str(tmp_path), '--train', '3', '--val', '1', '--single-train', '10', '--single-val', '10'
+    ]  # fmt: skip
     program.main(arguments)
     first = (tmp_path / 'coco/annotations/instances_train2017.json').read_bytes()
     assert (tmp_path / 'coco/train2017/000000000002.jpg').read_bytes() == (
@@ -89,7 +130,7 @@ def test_same_seed_repeats_and_force(scene_digits, tmp_path):
         program.main(arguments)
     program.main([*arguments, '--force', '--seed', '1'])
     assert (tmp_path / 'coco/annotations/instances_train2017.json').read_bytes() != first
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['ade', 'coco']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ade', 'coco', 'imagenet']
 
 
 @pytest.mark.parametrize(
@@ -97,7 +138,8 @@ def test_same_seed_repeats_and_force(scene_digits, tmp_path):
     [
         (['--train', '0'], '--train must be at least 1, got 0'),
         (['--digits', '5', '2'], '--digits must satisfy 0 <= MIN <= MAX, got 5 2'),
-        (['--digit-size', '20', '200'], r'--digit-size must satisfy 8 <= MIN <= MAX <= --size'),
+        (['--digit-size', '20', '70'], r'must satisfy 8 <= MIN <= MAX <= image side \(64\)'),
+        (['--single-val', '9'], '--single-val must be at least 10, got 9'),
         (['--seed', '-1'], '--seed must be at least 0, got -1'),
     ],
 )

@@ -3,12 +3,13 @@
 Handwritten digits (the 1,797 of scikit-learn) stand at random places, sizes and colours, partly
 over one another, on random crops of real photographs (scikit-image's and scikit-learn's). Train and
 val share neither digits nor photographs; half of the training crops are recoloured. The same images
-are written in two layouts:
+are written in two layouts, and smaller ones with a single digit in a third:
 
   OUT/coco/{train2017,val2017}/*.jpg                    COCO instances: boxes, areas, RLE masks
   OUT/coco/annotations/instances_{train,val}2017.json
   OUT/ade/images/{training,validation}/*.jpg            ADE20K: label maps, 0 is background,
   OUT/ade/annotations/{training,validation}/*.png       digit d is d + 1
+  OUT/imagenet/{train,val}/{0,...,9}/*.jpg              ImageNet: a folder for each class
 """
 
 import argparse
@@ -50,6 +51,8 @@ PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
     },
 }
 ADE_NAMES = {'train': 'training', 'val': 'validation'}
+LAYOUTS = ('coco', 'ade', 'imagenet')
+JPEG = (cv2.IMWRITE_JPEG_QUALITY, 95)
 DIGIT_SHARE_TRAIN = 0.8
 MIN_CONTRAST = 160  # least Euclidean distance of a digit's RGB colour to the mean behind it
 MAX_COVERED = 0.25  # of an earlier digit's visible pixels, by a later one
@@ -177,7 +180,7 @@ def annotation(digit: Digit, image_id: int, annotation_id: int) -> dict:
     }
 
 
-def write_split(
+def write_scenes(
     root: Path,
     split: str,
     num_images: int,
@@ -186,7 +189,7 @@ def write_split(
     digit_size: tuple[int, int],
     seed: int,
 ) -> None:
-    """Write one split under ``root``."""
+    """Write one split with several digits an image, in the layouts of COCO and ADE20K."""
     glyphs, labels = digits(split, np.random.default_rng(seed))
     images = photographs(split, size)
     rng = np.random.default_rng((seed, list(PHOTOGRAPHS).index(split)))
@@ -203,9 +206,7 @@ def write_split(
             images, glyphs, labels, size, count, digit_size, split == 'train', rng
         )
         name = f'{image_id:012d}'
-        cv2.imwrite(
-            str(coco_images / f'{name}.jpg'), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95]
-        )
+        cv2.imwrite(str(coco_images / f'{name}.jpg'), picture[..., ::-1], JPEG)
         shutil.copyfile(coco_images / f'{name}.jpg', ade_images / f'{name}.jpg')
         label_map = np.zeros((size, size), np.uint8)
         for digit in placed:
@@ -223,6 +224,26 @@ def write_split(
     coco_json.write_text(json.dumps(content))
 
 
+def write_single_digits(
+    root: Path, split: str, num_images: int, size: int, digit_size: tuple[int, int], seed: int
+) -> None:
+    """Write one split with one digit an image, as many of each, in the layout of ImageNet."""
+    glyphs, labels = digits(split, np.random.default_rng(seed))
+    images = photographs(split, size)
+    rng = np.random.default_rng((seed, list(PHOTOGRAPHS).index(split), 1))
+    folder = root / 'imagenet' / split
+    for digit in range(10):
+        (folder / str(digit)).mkdir(parents=True)
+    for index in tqdm(range(num_images), desc=f'single digits {split}', unit='image'):
+        digit = index % 10
+        chosen = labels == digit
+        picture, _ = draw(
+            images, glyphs[chosen], labels[chosen], size, (1, 1), digit_size, split == 'train', rng
+        )
+        file = folder / str(digit) / f'{index:06d}.jpg'
+        cv2.imwrite(str(file), picture[..., ::-1], JPEG)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -231,6 +252,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--train', type=int, default=2400, help='training images (%(default)s)')
     parser.add_argument('--val', type=int, default=200, help='validation images (%(default)s)')
     parser.add_argument('--size', type=int, default=96, help='image side, pixels (%(default)s)')
+    parser.add_argument(
+        '--single-train', type=int, default=6000, help='training images of one digit (%(default)s)'
+    )
+    parser.add_argument(
+        '--single-val', type=int, default=1000, help='validation images of one digit (%(default)s)'
+    )
+    parser.add_argument('--single-size', type=int, default=64, help='their side (%(default)s)')
     parser.add_argument(
         '--digits',
         type=int,
@@ -249,25 +277,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
     parser.add_argument(
-        '--force', action='store_true', help='replace OUT/coco and OUT/ade where they exist'
+        '--force', action='store_true', help='replace the folders in OUT where they exist'
     )
     args = parser.parse_args(argv)
-    for name in ('train', 'val', 'size'):
-        if getattr(args, name) < 1:
-            parser.error(f'--{name} must be at least 1, got {getattr(args, name)}')
-    if args.seed < 0:
-        parser.error(f'--seed must be at least 0, got {args.seed}')
-    for name, least, most in (('digits', 0, None), ('digit_size', 8, args.size)):
+    least_values = {
+        'train': 1,
+        'val': 1,
+        'size': 1,
+        'single_train': 10,
+        'single_val': 10,
+        'seed': 0,
+    }
+    for name, least in least_values.items():
+        if getattr(args, name) < least:
+            option = name.replace('_', '-')
+            parser.error(f'--{option} must be at least {least}, got {getattr(args, name)}')
+    most_size = min(args.size, args.single_size)
+    for name, least, most in (('digits', 0, None), ('digit_size', 8, most_size)):
         low, high = getattr(args, name)
         if not least <= low <= high or (most is not None and high > most):
-            bound = f'{least} <= MIN <= MAX' + (f' <= --size ({most})' if most else '')
+            bound = f'{least} <= MIN <= MAX' + (f' <= image side ({most})' if most else '')
             parser.error(f'--{name.replace("_", "-")} must satisfy {bound}, got {low} {high}')
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    existing = [args.out / name for name in ('coco', 'ade') if (args.out / name).exists()]
+    existing = [args.out / name for name in LAYOUTS if (args.out / name).exists()]
     if existing and not args.force:
         sys.exit(
             f'error: {" and ".join(map(str, existing))} exist; give --force to replace, '
@@ -276,15 +312,19 @@ def main(argv: list[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     # Written beside its place and moved there when complete: what exists stays until then.
     with tempfile.TemporaryDirectory(dir=args.out, prefix='.partial-') as partial:
-        for split, number in (('train', args.train), ('val', args.val)):
-            write_split(
-                Path(partial), split, number, args.size, args.digits, args.digit_size, args.seed
-            )
-        for name in ('coco', 'ade'):
+        new = Path(partial)
+        for split, scenes, single in (
+            ('train', args.train, args.single_train),
+            ('val', args.val, args.single_val),
+        ):
+            write_scenes(new, split, scenes, args.size, args.digits, args.digit_size, args.seed)
+            write_single_digits(new, split, single, args.single_size, args.digit_size, args.seed)
+        for name in LAYOUTS:
             shutil.rmtree(args.out / name, ignore_errors=True)
-            (Path(partial) / name).rename(args.out / name)
-    print(f'COCO layout: {args.out / "coco"}')
-    print(f'ADE20K layout: {args.out / "ade"}')
+            (new / name).rename(args.out / name)
+    print(f'COCO layout:     {args.out / "coco"}')
+    print(f'ADE20K layout:   {args.out / "ade"}')
+    print(f'ImageNet layout: {args.out / "imagenet"}')
 
 
 if __name__ == '__main__':
