@@ -1,0 +1,6 @@
+# Classifiers in small experiments: log often, keep the last checkpoint only.
+_base_ = './classification_runtime.py'
+
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
+log_processor = dict(window_size=20)
+randomness = dict(seed=0)
