@@ -77,10 +77,10 @@ def register() -> None:
     """
     from mmengine.registry import MODELS
 
-    from .layers import ACmix, XVolution
+    from .layers import ACmix, LastMapPooling, XVolution
 
     backbones = sys.modules.get('acmix_mm.backbones')
-    entries = {'ACmix': ACmix, 'XVolution': XVolution}
+    entries = {cls.__name__: cls for cls in (ACmix, LastMapPooling, XVolution)}
     entries |= {name: getattr(backbones, name, None) or _backbone(name) for name in BACKBONES}
     for name, entry in entries.items():
         taken = MODELS.module_dict.get(name)
