@@ -98,6 +98,9 @@ setup(
             'ftfy',
             'regex',
         ],
+        # Image classifiers (configs/imagenet), beside one of the two families.
+        'classification': ['onedl-mmpretrain>=1.3.6'],
+        'classification-openmmlab': ['mmpretrain>=1.2.0'],
         # The data set scene digits.
         'demo': ['scikit-image', 'scikit-learn', 'tqdm'],
         # tools/model_converters/export_onnx.py.

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import os
 import pickle
 import sys
@@ -56,11 +57,20 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(file: str, options: dict | None = None) -> Config:
-    """The config file with ``--cfg-options``; exits with a message if it does not exist."""
+    """The config file with ``--cfg-options``.
+
+    Exits with a message if it does not exist, or is for mmpretrain, the one package of OpenMMLab
+    that is optional, where that is not installed.
+    """
     if not Path(file).is_file():
         sys.exit(f'error: config {file} does not exist')
     make_checkpoints_loadable()
     cfg = Config.fromfile(file)
+    if cfg.get('default_scope') == 'mmpretrain' and importlib.util.find_spec('mmpretrain') is None:
+        sys.exit(
+            f'error: config {file} is for mmpretrain, which is not installed: '
+            f'pip install onedl-mmpretrain==1.3.6'
+        )
     if options:
         cfg.merge_from_dict(options)
     return cfg

@@ -5,13 +5,15 @@ import names: OneDL (``onedl-*``, maintained, tested) and the original OpenMMLab
 are those that were tried.
 """
 
+import contextlib
 import copyreg
 import importlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch.utils.flop_counter import flop_registry
@@ -59,6 +61,7 @@ def connect() -> None:
     for module, action in (
         ('mmengine.registry', register),
         ('mmengine.analysis.complexity_analysis', register_flop_formulas),
+        ('mmpretrain', spare_torchvision),
     ):
         if module in sys.modules:
             action()
@@ -74,10 +77,10 @@ def register() -> None:
     """
     from mmengine.registry import MODELS
 
-    from .layers import ACmix, XVolution
+    from .layers import ACmix, LastMapPooling, XVolution
 
     backbones = sys.modules.get('acmix_mm.backbones')
-    entries = {'ACmix': ACmix, 'XVolution': XVolution}
+    entries = {cls.__name__: cls for cls in (ACmix, LastMapPooling, XVolution)}
     entries |= {name: getattr(backbones, name, None) or _backbone(name) for name in BACKBONES}
     for name, entry in entries.items():
         taken = MODELS.module_dict.get(name)
@@ -129,6 +132,47 @@ def _handle(
 def _shape(value: torch.Value):
     """The shape of a tensor, other constants as they are; None for what the graph computes."""
     return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
+
+
+class _Absent(ModuleType):
+    """Stands for a module that is not installed: what is taken from it raises when called."""
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith('__'):
+            raise AttributeError(name)
+
+        def refuse(*args, **kwargs):
+            raise ImportError(f'{self.__name__}.{name} is needed, but torchvision is not installed')
+
+        return type(name, (), {'__new__': refuse})
+
+
+@contextlib.contextmanager
+def _absent_torchvision() -> Iterator[None]:
+    """Let ``import torchvision`` succeed, with nothing in it, where it is not installed."""
+    names = ['torchvision', 'torchvision.ops', 'torchvision.ops.boxes', 'torchvision.transforms']
+    names += ['torchvision.transforms.functional', 'torchvision.transforms.transforms']
+    sys.modules.update({name: _Absent(name) for name in names})
+    for name in names[1:]:
+        parent, _, child = name.rpartition('.')
+        setattr(sys.modules[parent], child, sys.modules[name])
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
+def spare_torchvision() -> None:
+    """Import mmpretrain's parts so that they do without torchvision where it is not installed.
+
+    They import it for a few transforms and box functions, which image classifiers do not use, but
+    mmpretrain does not require it, and there is none beside torch's CPU build from PyPI.
+    """
+    if importlib.util.find_spec('torchvision') is None:
+        with _absent_torchvision():
+            for part in ('datasets', 'evaluation', 'models'):
+                importlib.import_module(f'mmpretrain.{part}')
 
 
 @dataclass(frozen=True)

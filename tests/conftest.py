@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
@@ -70,3 +71,35 @@ def digits_options(scene_digits) -> list[str]:
 def label_map_options(scene_digits) -> list[str]:
     """--cfg-options with which a segmentor's config runs on the very small data set."""
     return very_small_run(scene_digits / 'ade')
+
+
+COLOURS = {
+    'n07': (200, 40, 40), 'n01': (40, 200, 40), 'n12': (40, 40, 200),
+    'n03': (200, 200, 40), 'n05': (40, 200, 200), 'n02': (200, 40, 200),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='session')
+def image_folders(tmp_path_factory) -> Path:
+    """Images in ImageNet's layout: six classes, each of one colour with noise."""
+    root = tmp_path_factory.mktemp('imagenet')
+    rng = np.random.default_rng(0)
+    for split, count in (('train', 8), ('val', 3)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.normal(0, 30, (40, 50, 3))
+                picture = np.clip(noise + colour, 0, 255).astype(np.uint8)
+                Image.fromarray(picture).save(folder / f'{name}_{i}.JPEG')
+    return root
+
+
+@pytest.fixture(scope='session')
+def image_folders_options(image_folders) -> list[str]:
+    """--cfg-options with which a classifier's config runs on the very small data set."""
+    classes = ','.join(f"'{name}'" for name in sorted(COLOURS))
+    return [
+        *very_small_run(image_folders),
+        *(f'{s}_dataloader.dataset.metainfo.classes=[{classes}]' for s in ('train', 'val', 'test')),
+    ]

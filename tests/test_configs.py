@@ -13,7 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from acmix_mm.backbones import ACmixResNet
 
 ROOT = Path(__file__).resolve().parents[1] / 'configs'
-CONFIGS = sorted(str(p.relative_to(ROOT)) for p in ROOT.rglob('*.py') if '_base_' not in p.parts)
+CONFIGS = sorted(  # of detectors and segmentors; those of classifiers: test_imagenet_configs.py
+    str(p.relative_to(ROOT))
+    for p in ROOT.rglob('*.py')
+    if not {'_base_', 'imagenet'} & set(p.parts)
+)
 HEADS = ('retinanet', 'mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn')
 SIZES = {'resnet': ['r50'], 'pvt': ['pvt-t', 'pvt-s'], 'swin': ['swin-t', 'swin-s']}
 

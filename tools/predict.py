@@ -5,6 +5,8 @@ The JSON is a list with one entry an image. A detector's:
                                    "bbox": [x1, y1, x2, y2] in pixels, "mask": RLE if any}]}
 A segmentor's, whose label maps are PNG files with the class index as pixel value:
   {"image": NAME, "label_map": FILE, "shares": {CLASS: its share of the pixels, largest first}}
+An image classifier's, the five best classes:
+  {"image": NAME, "predictions": [{"category": NAME, "label": INDEX, "score": SCORE}]}
 """
 
 import argparse
@@ -73,10 +75,12 @@ def find_images(path: Path) -> list[Path]:
 
 
 def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> BaseInferencer:
-    """mmdet's or mmseg's inferencer with the checkpoint's weights, which must all be there."""
+    """Inferencer of the config's package with the checkpoint's weights, which must all be there."""
     import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
     if is_segmentor(cfg):
         from mmseg.apis import MMSegInferencer as Inferencer
+    elif is_classifier(cfg):
+        from mmpretrain.apis import ImageClassificationInferencer as Inferencer
     else:
         from mmdet.apis import DetInferencer as Inferencer
 
@@ -86,8 +90,13 @@ def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) ->
 
 
 def is_segmentor(cfg: Config) -> bool:
-    """Whether a config is mmseg's; otherwise it is mmdet's."""
+    """Whether a config is mmseg's; otherwise it is mmdet's or mmpretrain's."""
     return cfg.get('default_scope') == 'mmseg'
+
+
+def is_classifier(cfg: Config) -> bool:
+    """Whether a config is mmpretrain's."""
+    return cfg.get('default_scope') == 'mmpretrain'
 
 
 def readable(prediction: dict, classes: tuple[str, ...], score_thr: float) -> list[dict]:
@@ -157,13 +166,41 @@ def segment(inferencer: BaseInferencer, images: list[Path], args: argparse.Names
     return entries
 
 
+def classify(
+    inferencer: BaseInferencer, images: list[Path], args: argparse.Namespace
+) -> list[dict]:
+    """Entries of the best classes; writes the pictures."""
+    classes = inferencer.classes or ()
+    if len(classes) != inferencer.model.head.num_classes:
+        sys.exit(
+            f'error: checkpoint {args.checkpoint} must name the classes of its data set: it names '
+            f'{len(classes)}, the model has {inferencer.model.head.num_classes}'
+        )
+    folder = args.out_dir / 'vis'
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [str(image) for image in images]
+    starts = tqdm(range(0, len(paths), args.batch_size), desc='predict', unit='batch')
+    entries = []
+    for start, batch in zip(starts, inferencer.preprocess(paths, args.batch_size), strict=True):
+        samples = inferencer.forward(batch)
+        inferencer.visualize(paths[start : start + len(samples)], samples, show_dir=folder)
+        for image, sample in zip(images[start:], samples, strict=False):
+            scores, labels = sample.pred_score.topk(min(5, len(classes)))
+            rows = [
+                {'category': classes[label], 'label': label, 'score': score}
+                for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+            ]
+            entries.append({'image': image.name, 'predictions': rows})
+    return entries
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     images = find_images(args.input)[: args.limit]
     cfg = load_config(args.config, args.cfg_options)
     keep_freed_memory()
     inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)
-    predict = segment if is_segmentor(cfg) else detect
+    predict = segment if is_segmentor(cfg) else classify if is_classifier(cfg) else detect
     entries = predict(inferencer, images, args)
     file = args.out_dir / 'predictions.json'
     file.write_text(json.dumps(entries, indent=1))

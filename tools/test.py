@@ -1,4 +1,4 @@
-"""Evaluate a detector or segmenter from a config and a checkpoint."""
+"""Evaluate a detector, segmenter or image classifier from a config and a checkpoint."""
 
 import argparse
 import sys
@@ -50,8 +50,13 @@ def build_config(args: argparse.Namespace) -> Config:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if hook is None:
             sys.exit(f'error: --show: {args.config} has no default_hooks.visualization')
-        hook.update(draw=True, show=args.show, wait_time=args.wait_time)
-        if args.show_dir and hook.type == 'SegVisualizationHook':  # has no folder of its own
+        hook.update(show=args.show, wait_time=args.wait_time)
+        if hook.type == 'VisualizationHook':  # mmpretrain's
+            hook.update(enable=True, interval=1)
+        else:
+            hook.draw = True
+        # The two that have no folder of their own, or none below the time stamp.
+        if args.show_dir and hook.type in ('SegVisualizationHook', 'VisualizationHook'):
             for backend in cfg.visualizer.vis_backends:
                 if backend.type == 'LocalVisBackend':
                     # Below the time stamp's vis_data.

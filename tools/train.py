@@ -1,4 +1,4 @@
-"""Train a detector or segmenter from a config."""
+"""Train a detector, segmenter or image classifier from a config."""
 
 import argparse
 import sys

@@ -4,6 +4,7 @@ from .acmix import ACmix
 from .depthwise import DepthwiseBlock, HomogeneousDepthwiseConv, InhomogeneousDepthwiseConv
 from .mixed_operator import MixedOperator, ProjectedMixedOperator
 from .patch_attention import PatchACmix, PatchAttention
+from .pooling import LastMapPooling
 from .spatial_reduction_acmix import SpatialReductionACmix
 from .window_acmix import WindowACmix
 from .x_volution import XVolution
@@ -13,6 +14,7 @@ __all__ = [
     'DepthwiseBlock',
     'HomogeneousDepthwiseConv',
     'InhomogeneousDepthwiseConv',
+    'LastMapPooling',
     'MixedOperator',
     'PatchACmix',
     'PatchAttention',

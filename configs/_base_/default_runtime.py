@@ -15,7 +15,6 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-randomness = dict(seed=0)
 
 visualizer = dict(
     type='DetLocalVisualizer', name='visualizer', vis_backends=[dict(type='LocalVisBackend')]

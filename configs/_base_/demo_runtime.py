@@ -1,5 +1,7 @@
-# Runtime for small experiments: log often, keep the last checkpoint only.
+# Runtime for small experiments: log often, keep the last checkpoint
+# only, and repeat.
 _base_ = './default_runtime.py'
 
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
 log_processor = dict(window_size=20)
+randomness = dict(seed=0)

@@ -1,3 +1,4 @@
+# This project's choice: Cascade R-CNN with the appendix's schedule for PVT.
 _base_ = [
     '../_base_/models/cascade-rcnn_fpn.py',
     '../_base_/backbones/acmix-pvt-t.py',
@@ -5,4 +6,4 @@ _base_ = [
     '../_base_/schedules/pvt_1x.py',
     '../_base_/default_runtime.py',
 ]
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
+model = dict(backbone=_base_.pop('backbone'), neck=dict(in_channels=_base_.pop('channels')))

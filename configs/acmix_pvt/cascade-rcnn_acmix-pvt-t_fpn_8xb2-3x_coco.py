@@ -1,3 +1,4 @@
+# This project's choice: PVT's optimiser with Swin's 3x schedule and multi-scale training.
 _base_ = [
     '../_base_/models/cascade-rcnn_fpn.py',
     '../_base_/backbones/acmix-pvt-t.py',
@@ -5,4 +6,4 @@ _base_ = [
     '../_base_/schedules/pvt_3x.py',
     '../_base_/default_runtime.py',
 ]
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
+model = dict(backbone=_base_.pop('backbone'), neck=dict(in_channels=_base_.pop('channels')))

@@ -1,4 +1,4 @@
-_base_ = './mask-rcnn_acmix-pvt-t_fpn_8xb2-3x_coco.py'
-model = dict(
-    backbone=dict(num_layers=[3, 4, 6, 3], init_cfg=dict(checkpoint='checkpoints/pvt_small.pth'))
-)
+# This project's choice: PVT's optimiser with Swin's 3x schedule and multi-scale training.
+_base_ = ['./mask-rcnn_acmix-pvt-t_fpn_8xb2-3x_coco.py', '../_base_/backbones/acmix-pvt-s.py']
+model = dict(backbone=_base_.pop('backbone'))
+_base_.pop('channels')  # the same

@@ -1,3 +1,4 @@
+# This project's choice: Semantic FPN with MMSegmentation's schedule for ResNet.
 _base_ = [
     '../_base_/models/semantic-fpn.py',
     '../_base_/backbones/acmix-r50.py',
@@ -8,10 +9,10 @@ _base_ = [
 # Everything is trained, with statistics over all GPUs.
 model = dict(
     backbone=dict(
-        _base_.backbone,
+        _base_.pop('backbone'),
         frozen_stages=-1,
         norm_eval=False,
         norm_cfg=dict(type='SyncBN', requires_grad=True),
     ),
-    neck=dict(in_channels=_base_.channels),
+    neck=dict(in_channels=_base_.pop('channels')),
 )

@@ -1,3 +1,4 @@
+# This project's choice: Semantic FPN with MMSegmentation's schedule for ResNet.
 _base_ = [
     '../_base_/models/semantic-fpn.py',
     '../_base_/backbones/acmix-san19.py',
@@ -7,5 +8,6 @@ _base_ = [
 ]
 # All weights are trained; norms keep the statistics of the ImageNet weights.
 model = dict(
-    backbone=dict(_base_.backbone, frozen_stages=-1), neck=dict(in_channels=_base_.channels)
+    backbone=dict(_base_.pop('backbone'), frozen_stages=-1),
+    neck=dict(in_channels=_base_.pop('channels')),
 )

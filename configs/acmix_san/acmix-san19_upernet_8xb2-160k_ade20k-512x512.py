@@ -1,3 +1,4 @@
+# This project's choice: UperNet with MMSegmentation's schedule for ResNet.
 _base_ = [
     '../_base_/models/upernet.py',
     '../_base_/backbones/acmix-san19.py',
@@ -7,7 +8,7 @@ _base_ = [
 ]
 # All weights are trained; norms keep the statistics of the ImageNet weights.
 model = dict(
-    backbone=dict(_base_.backbone, frozen_stages=-1),
+    backbone=dict(_base_.pop('backbone'), frozen_stages=-1),
     decode_head=dict(in_channels=_base_.channels),
-    auxiliary_head=dict(in_channels=_base_.channels[2]),
+    auxiliary_head=dict(in_channels=_base_.pop('channels')[2]),
 )

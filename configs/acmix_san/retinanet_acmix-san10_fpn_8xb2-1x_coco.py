@@ -1,2 +1,4 @@
-_base_ = './retinanet_acmix-san19_fpn_8xb2-1x_coco.py'
-model = dict(backbone=dict(depth=10, init_cfg=dict(checkpoint='checkpoints/acmix-san10_in1k.pth')))
+# ACmix, appendix (the paper's pair).
+_base_ = ['./retinanet_acmix-san19_fpn_8xb2-1x_coco.py', '../_base_/backbones/acmix-san10.py']
+model = dict(backbone=_base_.pop('backbone'))
+_base_.pop('channels')  # the same

@@ -1,3 +1,4 @@
+# This project's choice: Semantic FPN with Swin's optimiser.
 _base_ = [
     '../_base_/models/semantic-fpn.py',
     '../_base_/backbones/acmix-swin-t.py',
@@ -6,6 +7,6 @@ _base_ = [
     '../_base_/segmentation_runtime.py',
 ]
 model = dict(
-    backbone=dict(_base_.backbone, drop_path_rate=0.3),
-    neck=dict(in_channels=_base_.channels),
+    backbone=dict(_base_.pop('backbone'), drop_path_rate=0.3),
+    neck=dict(in_channels=_base_.pop('channels')),
 )

@@ -1,7 +1,7 @@
-_base_ = './cascade-mask-rcnn_acmix-swin-t_fpn_8xb2-1x_coco.py'
-model = dict(
-    backbone=dict(
-        depths=[2, 2, 18, 2],
-        init_cfg=dict(checkpoint='checkpoints/swin_small_patch4_window7_224.pth'),
-    )
-)
+# ACmix, appendix (the paper's pair); as Swin's release for Swin-T, but in single precision.
+_base_ = [
+    './cascade-mask-rcnn_acmix-swin-t_fpn_8xb2-1x_coco.py',
+    '../_base_/backbones/acmix-swin-s.py',
+]
+model = dict(backbone=_base_.pop('backbone'))
+_base_.pop('channels')  # the same

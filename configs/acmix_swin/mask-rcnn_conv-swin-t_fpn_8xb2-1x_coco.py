@@ -1,13 +1,4 @@
-# The paper's control Conv-Swin, convolution in place of window attention: the convolution path
-# alone, on maps that are not shifted, is one 3x3 convolution, factorised into 1x1, fc and grouped
-# 3x3. It needs ImageNet weights of its own; plain Swin's are of attention.
-_base_ = './mask-rcnn_acmix-swin-t_fpn_8xb2-1x_coco.py'
-model = dict(
-    backbone=dict(
-        mix='conv',
-        conv_on_shifted=False,
-        warm_start=False,
-        convert_weights=False,
-        init_cfg=dict(checkpoint='checkpoints/conv-swin-t_in1k.pth'),
-    )
-)
+# This project's choice: the paper's control Conv-Swin in the recipe of Swin-ACmix.
+_base_ = ['./mask-rcnn_acmix-swin-t_fpn_8xb2-1x_coco.py', '../_base_/backbones/conv-swin-t.py']
+model = dict(backbone=_base_.pop('backbone'))
+_base_.pop('channels')  # the same

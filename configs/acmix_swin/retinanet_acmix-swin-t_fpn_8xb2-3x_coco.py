@@ -1,3 +1,4 @@
+# This project's choice: RetinaNet with the schedule of Swin's release for Mask R-CNN.
 _base_ = [
     '../_base_/models/retinanet_fpn.py',
     '../_base_/backbones/acmix-swin-t.py',
@@ -7,6 +8,6 @@ _base_ = [
 ]
 # Stage 1 has no level in RetinaNet: its output norm would have no gradient.
 model = dict(
-    backbone=dict(_base_.backbone, out_indices=(1, 2, 3)),
-    neck=dict(in_channels=_base_.channels[1:], start_level=0),
+    backbone=dict(_base_.pop('backbone'), drop_path_rate=0.2, out_indices=(1, 2, 3)),
+    neck=dict(in_channels=_base_.pop('channels')[1:], start_level=0),
 )

@@ -11,7 +11,7 @@ _base_ = [
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     backbone=dict(
-        _base_.backbone,
+        _base_.pop('backbone'),
         pretrain_img_size=96,
         embed_dims=32,
         num_heads=[1, 2, 4, 8],
@@ -21,5 +21,6 @@ model = dict(
         init_cfg=None,
     ),
     neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, norm_cfg=_base_.demo_head.norm_cfg),
-    decode_head=dict(_base_.demo_head, in_channels=[64, 64, 64, 64]),
+    decode_head=dict(_base_.pop('demo_head'), in_channels=[64, 64, 64, 64]),
 )
+_base_.pop('channels')  # this network is narrower

@@ -11,7 +11,7 @@ _base_ = [
 model = dict(
     data_preprocessor=dict(size=(96, 96)),
     backbone=dict(
-        _base_.backbone,
+        _base_.pop('backbone'),
         embed_dims=32,
         depths=[2, 2, 2, 2],
         num_heads=[2, 4, 8, 16],
@@ -21,5 +21,6 @@ model = dict(
         init_cfg=None,
     ),
     decode_head=dict(_base_.demo_head, in_channels=[32, 64, 128, 256]),
-    auxiliary_head=dict(_base_.demo_head, in_channels=128),
+    auxiliary_head=dict(_base_.pop('demo_head'), in_channels=128),
 )
+_base_.pop('channels')  # this network is narrower

@@ -7,11 +7,9 @@ _base_ = [
     '../_base_/demo_runtime.py',
 ]
 
-norm_cfg = dict(type='BN')  # neck and heads start from random weights
-strides = [4, 8, 16, 32]
 model = dict(
     backbone=dict(
-        _base_.backbone,
+        _base_.pop('backbone'),
         embed_dims=32,
         depths=[2, 2, 2, 2],
         num_heads=[2, 4, 8, 16],
@@ -20,17 +18,24 @@ model = dict(
         warm_start=False,
         init_cfg=None,
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4, norm_cfg=norm_cfg),
+    # Neck and heads start from random weights.
+    neck=dict(
+        in_channels=[32, 64, 128, 256], out_channels=64, num_outs=4, norm_cfg=dict(type='BN')
+    ),
     # Digits are 10 to 46 pixels large: anchors from 16 pixels.
     rpn_head=dict(
-        in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4], strides=strides)
+        in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4], strides=[4, 8, 16, 32])
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, finest_scale=14),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=10),
         mask_roi_extractor=dict(out_channels=64, finest_scale=14),
         mask_head=dict(
-            in_channels=64, conv_out_channels=64, num_convs=2, num_classes=10, norm_cfg=norm_cfg
+            in_channels=64,
+            conv_out_channels=64,
+            num_convs=2,
+            num_classes=10,
+            norm_cfg=dict(type='BN'),
         ),
     ),
     train_cfg=dict(
@@ -40,3 +45,4 @@ model = dict(
     ),
     test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100), rcnn=dict(max_per_img=20)),
 )
+_base_.pop('channels')  # this network is narrower

@@ -1,3 +1,4 @@
+# DWNet's release, but in single precision.
 _base_ = [
     '../_base_/models/cascade-mask-rcnn_4conv1fc_fpn.py',
     '../_base_/backbones/dwnet-t.py',
@@ -5,4 +6,7 @@ _base_ = [
     '../_base_/schedules/swin_3x.py',
     '../_base_/default_runtime.py',
 ]
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
+model = dict(
+    backbone=dict(_base_.pop('backbone'), drop_path_rate=0.2),
+    neck=dict(in_channels=_base_.pop('channels')),
+)

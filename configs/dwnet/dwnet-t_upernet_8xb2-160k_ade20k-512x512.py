@@ -1,3 +1,4 @@
+# DWNet's release.
 _base_ = [
     '../_base_/models/upernet.py',
     '../_base_/backbones/dwnet-t.py',
@@ -6,7 +7,7 @@ _base_ = [
     '../_base_/segmentation_runtime.py',
 ]
 model = dict(
-    backbone=dict(_base_.backbone, drop_path_rate=0.3),
+    backbone=dict(_base_.pop('backbone'), drop_path_rate=0.3),
     decode_head=dict(in_channels=_base_.channels),
-    auxiliary_head=dict(in_channels=_base_.channels[2]),
+    auxiliary_head=dict(in_channels=_base_.pop('channels')[2]),
 )

@@ -1,8 +1,12 @@
+# This project's choice: Mask R-CNN with the schedule of Swin's release for Mask R-CNN.
 _base_ = [
     '../_base_/models/mask-rcnn_fpn.py',
     '../_base_/backbones/dwnet-t.py',
-    '../_base_/datasets/coco_instance.py',
+    '../_base_/datasets/coco_instance_multi-scale.py',
     '../_base_/schedules/swin_1x.py',
     '../_base_/default_runtime.py',
 ]
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
+model = dict(
+    backbone=dict(_base_.pop('backbone'), drop_path_rate=0.1),
+    neck=dict(in_channels=_base_.pop('channels')),
+)

@@ -1,7 +1,4 @@
-_base_ = './retinanet_dwnet-t_fpn_8xb2-1x_coco.py'
-model = dict(
-    backbone=dict(
-        dynamic='inhomogeneous',
-        init_cfg=dict(checkpoint='checkpoints/i_dynamic_dwnet_tiny_224.pth'),
-    )
-)
+# This project's choice: RetinaNet with the schedule of Swin's release for Mask R-CNN.
+_base_ = ['./retinanet_dwnet-t_fpn_8xb2-1x_coco.py', '../_base_/backbones/i-dynamic-dwnet-t.py']
+model = dict(backbone=_base_.pop('backbone'))
+_base_.pop('channels')  # the same

@@ -1,8 +1,7 @@
+# This project's choice: the ACmix recipe, with the plain network in place of ACmix.
 _base_ = [
-    '../_base_/models/cascade-mask-rcnn_fpn.py',
+    '../acmix_san/cascade-mask-rcnn_acmix-san19_fpn_8xb2-1x_coco.py',
     '../_base_/backbones/san19.py',
-    '../_base_/datasets/coco_instance.py',
-    '../_base_/schedules/schedule_1x.py',
-    '../_base_/default_runtime.py',
 ]
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
+model = dict(backbone=dict(_base_.pop('backbone'), _delete_=True))
+_base_.pop('channels')  # the same

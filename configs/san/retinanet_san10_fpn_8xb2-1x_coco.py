@@ -1,2 +1,4 @@
-_base_ = './retinanet_san19_fpn_8xb2-1x_coco.py'
-model = dict(backbone=dict(depth=10, init_cfg=dict(checkpoint='checkpoints/san10_patchwise.pth')))
+# ACmix, appendix (the plain network of the paper's pair).
+_base_ = ['../acmix_san/retinanet_acmix-san10_fpn_8xb2-1x_coco.py', '../_base_/backbones/san10.py']
+model = dict(backbone=dict(_base_.pop('backbone'), _delete_=True))
+_base_.pop('channels')  # the same

@@ -1,8 +1,4 @@
-_base_ = [
-    '../_base_/models/retinanet_fpn.py',
-    '../_base_/backbones/san19.py',
-    '../_base_/datasets/coco_detection.py',
-    '../_base_/schedules/schedule_1x.py',
-    '../_base_/default_runtime.py',
-]
-model = dict(backbone=_base_.backbone, neck=dict(in_channels=_base_.channels))
+# ACmix, appendix (the plain network of the paper's pair).
+_base_ = ['../acmix_san/retinanet_acmix-san19_fpn_8xb2-1x_coco.py', '../_base_/backbones/san19.py']
+model = dict(backbone=dict(_base_.pop('backbone'), _delete_=True))
+_base_.pop('channels')  # the same

@@ -116,7 +116,7 @@ def main() -> None:
     )
     install_mmcv()
     print('[3/3] the other packages and acmix_mm', flush=True)
-    pip('--no-build-isolation', '--editable', f'{ROOT}[onedl,demo,onnx,dev]')
+    pip('--no-build-isolation', '--editable', f'{ROOT}[onedl,classification,demo,onnx,dev]')
     check = 'import acmix_mm; print("acmix_mm", acmix_mm.__version__, "is ready")'
     sys.exit(subprocess.run([sys.executable, '-c', check], cwd=Path(sys.prefix)).returncode)
 

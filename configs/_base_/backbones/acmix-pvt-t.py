@@ -1,10 +1,4 @@
-# PVT-ACmix-T from plain PVT's published ImageNet weights (pvt_tiny.pth): at the start of training
-# the attention path counts alone.
-backbone = dict(
-    type='ACmixPyramidVisionTransformer',
-    num_layers=[2, 2, 2, 2],
-    warm_start=True,
-    convert_weights=True,
-    init_cfg=dict(type='Pretrained', checkpoint='checkpoints/pvt_tiny.pth'),
-)
-channels = [64, 128, 320, 512]
+# PVT-ACmix-T from plain PVT's ImageNet weights: at the start of training the attention path counts
+# alone.
+_base_ = './pvt-t.py'
+backbone = dict(type='ACmixPyramidVisionTransformer', warm_start=True)

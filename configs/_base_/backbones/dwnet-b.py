@@ -1,8 +1,10 @@
-# DWNet-B, otherwise as dwnet-t.py; stochastic depth for detection and segmentation.
+# DWNet-B, otherwise as dwnet-t.py.
 _base_ = './dwnet-t.py'
 backbone = dict(
     arch='base',
-    drop_path_rate=0.3,
-    init_cfg=dict(checkpoint='checkpoints/dwnet_base_224.pth'),
+    init_cfg=dict(
+        checkpoint='https://github.com/Atten4Vis/DemystifyLocalViT/releases/download/prerelease/'
+        'dwnet_base_224.pth'
+    ),
 )
 channels = [128, 256, 512, 1024]

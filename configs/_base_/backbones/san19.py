@@ -1,4 +1,6 @@
-# SAN 19 from its authors' ImageNet weights: stem and first two stages frozen, as in ResNets.
+# SAN 19 (patchwise) from its authors' ImageNet weights: stem and first two stages frozen, as in
+# ResNets. Their release is a folder whose files are all called model_best.pth; docs/recipes.md says
+# what to rename.
 backbone = dict(
     type='SAN',
     depth=19,

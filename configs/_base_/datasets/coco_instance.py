@@ -1,12 +1,13 @@
 # COCO 2017 boxes and masks, otherwise as coco_detection.py.
 _base_ = './coco_detection.py'
 
-with_masks = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
 train_pipeline = [
-    with_masks if step.type == 'LoadAnnotations' else step for step in _base_.train_pipeline
+    dict(step, with_mask=True) if step.type == 'LoadAnnotations' else step
+    for step in _base_.train_pipeline
 ]
 test_pipeline = [
-    with_masks if step.type == 'LoadAnnotations' else step for step in _base_.test_pipeline
+    dict(step, with_mask=True) if step.type == 'LoadAnnotations' else step
+    for step in _base_.test_pipeline
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))

@@ -2,6 +2,7 @@
 _base_ = ['./coco_instance.py', './multi_scale_resize.py']
 
 train_pipeline = [
-    _base_.multi_scale_resize if step.type == 'Resize' else step for step in _base_.train_pipeline
+    _base_.pop('multi_scale_resize') if step.type == 'Resize' else step
+    for step in _base_.train_pipeline
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

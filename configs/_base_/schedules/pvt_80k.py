@@ -1,7 +1,4 @@
-# ACmix, appendix: AdamW for PVT, poly decay to zero.
-_base_ = ['./schedule_80k.py', './decay_rules.py']
-optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4),
-    paramwise_cfg=_base_.paramwise_cfg,
-)
+# PVT's release for Semantic FPN: AdamW, with weight decay on everything, poly decay to zero.
+_base_ = './schedule_80k.py'
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4))
 param_scheduler = [dict(_base_.param_scheduler[0], eta_min=0.0)]

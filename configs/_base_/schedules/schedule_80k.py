@@ -1,4 +1,4 @@
-# 80k iterations, 16 images a step, with MMSegmentation's usual SGD for ResNets.
+# MMSegmentation's 80k iterations of SGD for ResNets, 16 images a step.
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=80_000, val_interval=8000)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

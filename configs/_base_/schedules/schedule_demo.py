@@ -1,6 +1,5 @@
 # For small data on a CPU, from random weights: AdamW with a short warm-up and a cosine.
-max_epochs = 4
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=4, val_interval=4)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
@@ -15,8 +14,8 @@ param_scheduler = [
         type='CosineAnnealingLR',
         by_epoch=True,
         begin=0,
-        end=max_epochs,
-        T_max=max_epochs,
+        end=4,
+        T_max=4,
         eta_min=1e-6,
         convert_to_iter_based=True,
     ),

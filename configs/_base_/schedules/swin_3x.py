@@ -1,4 +1,4 @@
-# 36 epochs, times 0.1 after epochs 27 and 33.
+# Swin's release: 36 epochs, times 0.1 after epochs 27 and 33.
 _base_ = './swin_1x.py'
 train_cfg = dict(max_epochs=36)
 param_scheduler = [

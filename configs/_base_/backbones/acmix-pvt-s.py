@@ -1,0 +1,4 @@
+# PVT-ACmix-S from plain PVT's ImageNet weights: at the start of training the attention path counts
+# alone.
+_base_ = './pvt-s.py'
+backbone = dict(type='ACmixPyramidVisionTransformer', warm_start=True)

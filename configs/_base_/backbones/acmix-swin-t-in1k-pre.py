@@ -1,0 +1,7 @@
+# Swin-ACmix-T from its authors' ImageNet weights, to be downloaded from the links in their README
+# (github.com/LeapLabTHU/ACmix).
+_base_ = './acmix-swin-t.py'
+backbone = dict(
+    warm_start=False,
+    init_cfg=dict(checkpoint='checkpoints/acmix_swin_tiny_patch4_window7_224.pth'),
+)

@@ -1,0 +1,9 @@
+# This project's choice: Faster R-CNN with the appendix's schedule for ResNet.
+_base_ = [
+    '../_base_/models/faster-rcnn_fpn.py',
+    '../_base_/backbones/acmix-r50.py',
+    '../_base_/datasets/coco_detection.py',
+    '../_base_/schedules/schedule_1x.py',
+    '../_base_/default_runtime.py',
+]
+model = dict(backbone=_base_.pop('backbone'), neck=dict(in_channels=_base_.pop('channels')))

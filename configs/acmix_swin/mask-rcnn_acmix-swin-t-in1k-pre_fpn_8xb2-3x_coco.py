@@ -1,0 +1,8 @@
+# ACmix, appendix (the paper's pair), from the ImageNet weights of ACmix's release; otherwise the
+# recipe from plain Swin's.
+_base_ = [
+    './mask-rcnn_acmix-swin-t_fpn_8xb2-3x_coco.py',
+    '../_base_/backbones/acmix-swin-t-in1k-pre.py',
+]
+model = dict(backbone=_base_.pop('backbone'))
+_base_.pop('channels')  # the same

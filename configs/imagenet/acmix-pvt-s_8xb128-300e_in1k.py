@@ -1,0 +1,3 @@
+# PVT-ACmix-S by the paper's recipe, which is PVT's (ACmix, appendix B).
+_base_ = './pvt-s_8xb128-300e_in1k.py'
+model = dict(backbone=dict(type='ACmixPyramidVisionTransformer'))

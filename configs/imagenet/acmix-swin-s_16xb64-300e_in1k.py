@@ -1,0 +1,3 @@
+# Swin-ACmix-S by the paper's recipe, which is Swin's (ACmix, appendix B, and its release).
+_base_ = './swin-s_16xb64-300e_in1k.py'
+model = dict(backbone=dict(type='ACmixSwinTransformer'))

@@ -1,0 +1,4 @@
+# PVT's release.
+_base_ = ['../acmix_pvt/mask-rcnn_acmix-pvt-t_fpn_8xb2-1x_coco.py', '../_base_/backbones/pvt-t.py']
+model = dict(backbone=dict(_base_.pop('backbone'), _delete_=True))
+_base_.pop('channels')  # the same

@@ -1,0 +1,3 @@
+# Swin's release.
+_base_ = './cascade-mask-rcnn_swin-t_fpn_8xb2-1x_coco.py'
+optim_wrapper = dict(type='AmpOptimWrapper', loss_scale='dynamic')
