@@ -35,17 +35,23 @@ class _Watch(importlib.abc.MetaPathFinder):
     def __init__(self, module: str, action: Callable[[], None]):
         self.module = module
         self.action = action
+        self.searching = False
 
     def find_spec(self, name: str, path=None, target=None):
-        if name != self.module:
+        if name != self.module or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_act(module) -> None:
                 execute(module)
+                # Not before: who asks for a spec need not import the module.
+                sys.meta_path.remove(self)
                 self.action()
 
             spec.loader.exec_module = execute_and_act

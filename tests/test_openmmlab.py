@@ -59,6 +59,20 @@ assert MODELS.get('XVolution') is acmix_mm.layers.XVolution
     assert result.returncode == 0, result.stderr
 
 
+def test_module_looked_for_before_its_import(tmp_path):
+    """What is to happen after an import waits for it, also where the module was looked for only."""
+    (tmp_path / 'companion.py').write_text('')
+    code = """
+import importlib.util
+from acmix_mm.openmmlab import _Watch
+sys.meta_path.insert(0, _Watch('companion', lambda: print('acted')))
+assert importlib.util.find_spec('companion')
+print('found')
+import companion
+"""
+    assert run(code, tmp_path).stdout.split() == ['found', 'acted']
+
+
 def test_without_openmmlab(tmp_path):
     """A backbone says what it needs; for the layers, see test_torch_alone.py."""
     without(tmp_path, 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
