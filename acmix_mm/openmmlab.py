@@ -40,12 +40,17 @@ class _Watch(importlib.abc.MetaPathFinder):
         if name != self.module:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)  # who asks for a spec does not always import
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_and_act(module) -> None:
                 execute(module)
+                with contextlib.suppress(ValueError):
+                    sys.meta_path.remove(self)
                 self.action()
 
             spec.loader.exec_module = execute_and_act
@@ -63,7 +68,7 @@ def connect() -> None:
         ('mmengine.analysis.complexity_analysis', register_flop_formulas),
         ('mmpretrain', spare_torchvision),
     ):
-        if module in sys.modules:
+        if sys.modules.get(module) is not None:
             action()
         else:
             sys.meta_path.insert(0, _Watch(module, action))
