@@ -1,5 +1,6 @@
 """The programs on image classifiers, with a very small data set in ImageNet's layout."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def test_train_test_predict(run, options, image_folders, tmp_path):
         for entry in entries:
             rows = entry['predictions']
             assert len(rows) == 5
-            assert [row['score'] for row in rows] == sorted((r['score'] for r in rows))[::-1]
+            assert [row['score'] for row in rows] == sorted(r['score'] for r in rows)[::-1]
             assert sum(row['score'] for row in rows) <= 1 + 1e-6
             names = sorted(p.name for p in (image_folders / 'train').iterdir())
             assert all(names[row['label']] == row['category'] for row in rows)
@@ -138,11 +139,10 @@ def test_classes_of_another_data_set(run, options, tmp_path, image_folders, caps
 @pytest.mark.parametrize('name', ['train', 'test', 'predict'])
 def test_without_mmpretrain(name, monkeypatch, tmp_path):
     """One line says what to install."""
-    import importlib
-
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    arguments = {'train': [CONFIG], 'test': [CONFIG, 'x.pth'],
-                 'predict': [CONFIG, CONFIG, 'x.pth', '--out-dir', str(tmp_path)]}[name]  # fmt: skip
+    arguments = [CONFIG] if name == 'train' else [CONFIG, 'x.pth']
+    if name == 'predict':
+        arguments = [CONFIG, *arguments, '--out-dir', str(tmp_path)]
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main(arguments)
     assert str(stop.value) == (
