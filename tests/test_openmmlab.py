@@ -177,3 +177,25 @@ def test_history_buffers_load_safely(tmp_path):
     for value in range(4):  # the greatest length came back, too
         loss.update(value)
     assert loss.data[0].tolist() == [2, 0, 1, 2, 3]
+
+
+def test_mmpretrain_without_torchvision():
+    """Its classifiers' parts import, also after somebody asked whether it is there at all."""
+    pytest.importorskip('mmpretrain')
+    result = run("""
+import importlib.util, sys
+sys.modules['torchvision'] = None
+import acmix_mm
+assert importlib.util.find_spec('mmpretrain') is not None
+import mmpretrain.datasets, mmpretrain.evaluation, mmpretrain.models
+assert not [name for name in sys.modules if name.startswith('torchvision')]
+try:
+    mmpretrain.models.utils.box_utils.boxes.box_iou(1, 2)
+except ImportError as error:
+    print(error)
+""")
+    assert result.returncode == 0, result.stderr
+    # mmpretrain prints something, too.
+    assert result.stdout.splitlines()[-1] == (
+        'torchvision.ops.boxes.box_iou is needed, but torchvision is not installed'
+    )
