@@ -127,6 +127,16 @@ def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torc
     return model
 
 
+def check_out(out: Path, suffix: str) -> None:
+    """Exits with a message unless a file ``out`` of that suffix can be written anew."""
+    if out.suffix != suffix:
+        sys.exit(f'error: OUT must end in {suffix}, got {out}')
+    if not out.parent.is_dir():
+        sys.exit(f'error: folder {out.parent} does not exist')
+    if out.exists():
+        sys.exit(f'error: {out} exists already')
+
+
 def relative_error(outputs: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:
     """Largest deviation of any output, relative to the largest value that it should have."""
     pairs = zip(outputs, expected, strict=True)

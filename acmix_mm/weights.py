@@ -1,4 +1,4 @@
-"""Checkpoints: read without running code in them, and where those come from that models start from."""
+"""Checkpoints: read without running code in them; those from which models start."""
 
 import contextlib
 import pickle
@@ -93,8 +93,8 @@ def read_checkpoint(file: str) -> dict:
         found = re.search(r'GLOBAL:? (\w+(\.\w+)+)', str(error))
         if found:
             raise ValueError(
-                f'checkpoint {file} is not loaded: it holds {found[1]}, and what is neither weights '
-                'nor plain values may run code'
+                f'checkpoint {file} is refused: it holds {found[1]}, which is neither a weight nor '
+                'a plain value and may run code'
             ) from None
         raise ValueError(
             f'checkpoint {file} cannot be read, it may be damaged or no checkpoint '
@@ -150,11 +150,11 @@ class _Start:
         """The message: what is wrong, where the file comes from, how to go on without it."""
         name = Path(self.file).name
         source = next((text for pattern, text in SOURCES.items() if fnmatch(name, pattern)), None)
-        lines = [problem, f'of {self.place}']
+        lines = [f'{problem}, and {self.place} starts from it']
         if source:
             lines.append(f'it comes from {source.format(name=name.removesuffix("_in1k.pth"))}')
         if is_url(self.file):
-            lines.append(f'{FOLDER / name}, put there by hand, takes precedence')
+            lines.append(f'a file {FOLDER / name} is taken in its place')
         if self.module:
             options = [f'{self.place}.init_cfg=None'] + [
                 f'{self.place}.{key}={value}'
@@ -163,7 +163,9 @@ class _Start:
                 )
                 if self.module.get(key) not in (None, value)
             ]  # fmt: skip
-            lines.append(f'without it, with more epochs: --cfg-options {" ".join(options)}')
+            lines.append(
+                f'to go on without it, with more epochs: --cfg-options {" ".join(options)}'
+            )
         return '; '.join(lines)
 
 
