@@ -111,8 +111,10 @@ def names_loaded(module: nn.Module) -> Iterator[set[str]]:
     shapes = {name: value.shape for name, value in module.state_dict().items()}
     loaded: set[str] = set()
 
-    def inspect(module: nn.Module, state_dict: dict[str, Tensor], *args) -> None:
-        loaded.update(n for n, v in state_dict.items() if shapes.get(n) == v.shape)
+    def inspect(module: nn.Module, state_dict: dict, *args) -> None:
+        for name in shapes.keys() & state_dict.keys():
+            if shapes[name] == state_dict[name].shape:
+                loaded.add(name)
 
     hook = module.register_load_state_dict_pre_hook(inspect)
     try:

@@ -141,9 +141,8 @@ class ResNet:
         blocks = counts(weights, r'layer(\d+)\.(\d+)\.', first=1)
         depths = {kinds[1]: depth for depth, kinds in ACmixResNet.arch_settings.items()}
         if blocks not in depths:
-            sys.exit(
-                f'error: stages must have {" or ".join(map(str, depths))} blocks, got {blocks}'
-            )
+            known = ' or '.join(map(str, depths))
+            raise ValueError(f'its stages must have {known} blocks, got {blocks}')
         fc = weights['layer1.0.conv2.fc.weight']
         return ACmixResNet(
             depths[blocks],
