@@ -1,6 +1,7 @@
 """Checkpoints: read without running code in them; those from which models start."""
 
 import contextlib
+import copy
 import pickle
 import re
 import sys
@@ -223,7 +224,12 @@ def check_starts(cfg: Config) -> None:
 def _check_use(cfg: Config, start: _Start) -> None:
     import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    module = MODELS.build(start.module)
+    config = copy.deepcopy(start.module)
+    if is_url(start.file):
+        # mmengine would wait for all processes of a job before it takes the file from there.
+        file = Path(torch.hub.get_dir(), 'checkpoints', start.file.rsplit('/', 1)[-1])
+        checkpoint_of(config['init_cfg'])['checkpoint'] = str(file)
+    module = MODELS.build(config)
     logger = MMLogger.get_current_instance()
     logger.disabled = True  # training says all of it again
     try:
