@@ -244,16 +244,20 @@ def structure(cfg: Config) -> str:
 
 
 @pytest.mark.parametrize('folder', sorted({name.split('/')[0] for name in RECIPES}))
-def test_builds(folder):
+def test_builds(folder, monkeypatch):
     """All recipes of a folder, with weight decay where it should be."""
+    for method in ('uniform_', 'normal_'):  # no matter here, and half of the time
+        monkeypatch.setattr(torch.Tensor, method, lambda tensor, *args, **kwargs: tensor)
     names = [name for name in RECIPES if name.startswith(f'{folder}/')]
     names.sort(key=lambda name: structure(read(name)))
     for _, same in itertools.groupby(names, lambda name: structure(read(name))):
-        model = None
+        model, checked = None, []
         for name in same:
             cfg = read(name)
             model = model or build(cfg)
-            check_decay(model, cfg)
+            if cfg.optim_wrapper not in checked:
+                check_decay(model, cfg)
+                checked.append(cfg.optim_wrapper)
 
 
 def is_new(name: str) -> bool:
