@@ -42,6 +42,16 @@ def read(name: str) -> Config:
     return copy.deepcopy(_read(name))
 
 
+def family(name: str) -> str:
+    folder = name.split('/')[0].removeprefix('acmix_')
+    return 'swin' if folder == 'dwnet' else folder  # whose recipe DWNet's authors take
+
+
+def head_of(name: str) -> str:
+    file = name.split('/')[1]
+    return file.split('_')[1 if 'ade20k' in name else 0]
+
+
 def build(cfg: Config) -> torch.nn.Module:
     init_default_scope(cfg.default_scope)
     return MODELS.build(cfg.model)
@@ -260,26 +270,20 @@ def test_builds(folder, monkeypatch):
                 checked.append(cfg.optim_wrapper)
 
 
-def is_new(name: str) -> bool:
-    """Whether a backbone of this project stands in a recipe with a head for the first time."""
-    if name in DEMOS:
-        return True
-    if name.split('/')[0] in ('resnet', 'pvt', 'swin'):  # mmdet's
-        return False
-    return bool(re.search(
-        '_(acmix-)?(r26|san19|pvt-t|swin-t|conv-swin-t)_(?!.*-3x_)'
-        '|_acmix-r50_|/acmix-(r50|san19|pvt-t|swin-t)_|/san19_|x-volution'
-        '|dwnet-t_(?!.*mask-rcnn_dynamic)',
-        name,
-    )) and '-amp-' not in name  # fmt: skip
+# Of each kind of network of this project with each head the last by name, which is a small one.
+NEW = {
+    (name.split('/')[0], *re.findall('i-dynamic|dynamic|conv', name), head_of(name)): name
+    for name in RECIPES
+    if not name.startswith(('resnet/', 'pvt/', 'swin/')) and '-amp-' not in name
+}
 
 
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(n, marks=[] if is_new(n) else [pytest.mark.slow])
+        pytest.param(n, marks=[] if n in (*DEMOS, *NEW.values()) else [pytest.mark.slow])
         for n in (*DEMOS, *RECIPES)
-        if '-amp-' not in n
+        if '-amp-' not in n  # needs a GPU
     ],
 )
 def test_trains_and_predicts(name, scene_digits):
@@ -359,16 +363,6 @@ ADE20K = {
 }
 
 
-def family(name: str) -> str:
-    folder = name.split('/')[0].removeprefix('acmix_')
-    return 'swin' if folder == 'dwnet' else folder  # whose recipe DWNet's authors take
-
-
-def head_of(name: str) -> str:
-    file = name.split('/')[1]
-    return file.split('_')[1 if 'ade20k' in name else 0]
-
-
 @pytest.mark.parametrize('name', [name for name in RECIPES if name.endswith('_coco.py')])
 def test_coco_recipe(name):
     """ACmix (CVPR 2022), appendix, and the families' releases."""
@@ -432,7 +426,7 @@ def test_ade20k_recipe(name):
 
 @pytest.mark.parametrize('name', [n for n in RECIPES if family(n) in ('swin', 'pvt')])
 def test_drop_path(name):
-    """Swin's release, and DWNet's; none in PVT's, whose network has 0.1 by default, as mmdet's."""
+    """As Swin's release, and DWNet's; PVT's has 0.1, which is the network's default in mmdet."""
     backbone = read(name).model.backbone
     if family(name) == 'pvt':
         assert 'drop_path_rate' not in backbone
