@@ -1,25 +1,56 @@
 """Every config of the repository trains and predicts; users' configs inherit mmdet's and ours."""
 
+import copy
+import functools
+import inspect
+import itertools
+import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from mmdet.models.backbones import SwinTransformer
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import Runner
-from torch.nn.modules.batchnorm import _BatchNorm
+from mmengine.runner import Runner, load_checkpoint
+from starts import CONFIGS as ROOT
+from starts import LONGER, STARTS, longer, recipes, start_of, with_options
 
-from acmix_mm.backbones import ACmixResNet
+from acmix_mm.backbones import ACmixResNet, DWNet
 
-ROOT = Path(__file__).resolve().parents[1] / 'configs'
-CONFIGS = sorted(  # of detectors and segmentors; those of classifiers: test_imagenet_configs.py
-    str(p.relative_to(ROOT))
-    for p in ROOT.rglob('*.py')
-    if not {'_base_', 'imagenet'} & set(p.parts)
-)
+RECIPES = recipes()
+# Of detectors and segmentors; classifiers: test_imagenet_configs.py.
+DEMOS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('demo/*_*_scene-digits.py'))
 HEADS = ('retinanet', 'mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn')
-SIZES = {'resnet': ['r50'], 'pvt': ['pvt-t', 'pvt-s'], 'swin': ['swin-t', 'swin-s']}
+SIZES = {
+    'resnet': ['r50'],
+    'san': ['san19'],
+    'pvt': ['pvt-t', 'pvt-s'],
+    'swin': ['swin-t', 'swin-s'],
+}
+
+
+@functools.cache
+def _read(name: str) -> Config:
+    return Config.fromfile(ROOT / name)
+
+
+def read(name: str) -> Config:
+    """A config by its path under configs/."""
+    return copy.deepcopy(_read(name))
+
+
+def family(name: str) -> str:
+    folder = name.split('/')[0].removeprefix('acmix_')
+    return 'swin' if folder == 'dwnet' else folder  # whose recipe DWNet's authors take
+
+
+def head_of(name: str) -> str:
+    file = name.split('/')[1]
+    return file.split('_')[1 if 'ade20k' in name else 0]
 
 
 def build(cfg: Config) -> torch.nn.Module:
@@ -27,49 +58,114 @@ def build(cfg: Config) -> torch.nn.Module:
     return MODELS.build(cfg.model)
 
 
+def grid(mixed: str) -> set[str]:
+    """The recipes that there are with ACmix ('acmix') and without ('')."""
+    folder, mixed = (mixed and f'{mixed}_'), (mixed and f'{mixed}-')
+    names = {
+        f'{folder}{family}/{head}_{mixed}{size}_fpn_8xb2-{length}_coco.py'
+        for family, sizes in SIZES.items()
+        for size in sizes
+        for head in HEADS
+        for length in (['1x'] if family in ('resnet', 'san') else ['1x', '3x'])
+    } | {
+        f'{folder}{family}/{mixed}{size}_{head}_ade20k-512x512.py'
+        for family, sizes in SIZES.items()
+        for size in sizes
+        for head in ('fpn_8xb2-80k', 'upernet_8xb2-160k')
+    }
+    assert len(names) == 40 + 12
+    names |= {
+        f'{folder}swin/{head}_{mixed}swin-{size}_fpn_8xb2-amp-{length}_coco.py'
+        for head in ('mask-rcnn', 'cascade-mask-rcnn')
+        for size in 'ts'
+        for length in ('1x', '3x')
+    }
+    return names | {
+        f'{folder}{family}/{head}_{mixed}{size}_fpn_8xb2-1x_coco.py'
+        for family, head, sizes in (
+            ('resnet', 'retinanet', ('r26', 'r38')),
+            ('resnet', 'faster-rcnn', ('r26', 'r38', 'r50')),
+            ('san', 'retinanet', ('san10', 'san15')),
+        )
+        for size in sizes
+    }
+
+
 def test_grid():
-    """Every backbone has a config with every head."""
-    expected = {
-        f'acmix_{family}/{head}_acmix-{size}_fpn_8xb2-{length}_coco.py'
-        for family, sizes in SIZES.items()
-        for size in sizes
-        for head in HEADS
-        for length in (['1x'] if family == 'resnet' else ['1x', '3x'])
-    }
+    """Every backbone has a config with every head, with ACmix and without."""
+    expected = grid('acmix') | grid('')
     expected |= {
-        f'acmix_{family}/acmix-{size}_{head}_ade20k-512x512.py'
-        for family, sizes in SIZES.items()
-        for size in sizes
-        for head in ('fpn_8xb2-80k', 'upernet_8xb2-160k')
+        f'acmix_swin/{name}.py'
+        for size in ('acmix-swin-t-in1k-pre', 'acmix-swin-s-in1k-pre')
+        for name in (
+            f'mask-rcnn_{size}_fpn_8xb2-1x_coco',
+            f'mask-rcnn_{size}_fpn_8xb2-3x_coco',
+            f'cascade-mask-rcnn_{size}_fpn_8xb2-1x_coco',
+            f'cascade-mask-rcnn_{size}_fpn_8xb2-3x_coco',
+            f'{size}_upernet_8xb2-160k_ade20k-512x512',
+        )
     }
-    assert len(expected) == 36 + 10
-    expected |= {
-        f'{folder}/{head}_{name}19_fpn_8xb2-1x_coco.py'
-        for folder, name in (('san', 'san'), ('acmix_san', 'acmix-san'))
-        for head in HEADS
-    }
-    expected |= {
-        f'acmix_san/acmix-san19_{head}_ade20k-512x512.py'
-        for head in ('fpn_8xb2-80k', 'upernet_8xb2-160k')
-    }
+    expected.add('acmix_swin/mask-rcnn_conv-swin-t_fpn_8xb2-1x_coco.py')
     expected |= {
         f'dwnet/{head}_{dynamic}dwnet-t_fpn_8xb2-1x_coco.py'
         for head in ('retinanet', 'mask-rcnn')
         for dynamic in ('', 'dynamic-')
     }
+    expected.add('dwnet/retinanet_i-dynamic-dwnet-t_fpn_8xb2-1x_coco.py')
     expected |= {
         f'dwnet/{name}.py'
-        for size in ('t', 'b')
+        for size in ('dwnet-t', 'dwnet-b', 'dynamic-dwnet-t', 'dynamic-dwnet-b')
         for name in (
-            f'cascade-mask-rcnn_dwnet-{size}_fpn_8xb2-3x_coco',
-            f'dwnet-{size}_upernet_8xb2-160k_ade20k-512x512',
+            f'cascade-mask-rcnn_{size}_fpn_8xb2-3x_coco',
+            f'{size}_upernet_8xb2-160k_ade20k-512x512',
         )
     }
     expected |= {
         f'x_volution/{head}_x-volution-r50_fpn_8xb2-1x_coco.py'
         for head in ('retinanet', 'mask-rcnn')
     }
-    assert expected <= set(CONFIGS)
+    assert set(RECIPES) == expected
+
+
+SOURCE = re.compile(
+    r"ACmix, appendix \((the paper's pair|the plain network of the paper's pair)\)"
+    r"|(Swin|PVT|DWNet)'s release|This project's choice: \w"
+)
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_first_comment_names_the_source(name):
+    comment = (ROOT / name).read_text().split('_base_')[0]
+    assert comment.startswith('# ')
+    assert SOURCE.match(comment[2:].replace('\n# ', ' ')), comment
+    papers = {
+        'resnet': ['retinanet'], 'san': ['retinanet'], 'pvt': ['retinanet', 'fpn'],
+        'swin': ['mask-rcnn', 'cascade-mask-rcnn', 'upernet'],
+    }  # fmt: skip
+    if name.startswith('acmix_') and 'conv-swin' not in name:
+        papers_own = head_of(name) in papers[family(name)]
+        if family(name) == 'pvt' and '-3x_' in name:
+            papers_own = False
+        assert ("(the paper's pair)" in comment) == papers_own
+
+
+@pytest.mark.parametrize('name', [*RECIPES, *DEMOS])
+def test_nothing_stale(name):
+    """The keys of a config are what is read of it; the pipelines are those of the data sets."""
+    known = {*inspect.signature(Runner.__init__).parameters, 'custom_imports', 'auto_scale_lr'}
+    known |= {'tta_model', 'tta_pipeline', 'train_pipeline', 'test_pipeline'}
+    known |= {'dataset_type', 'data_root', 'metainfo'}
+    cfg = read(name)
+    assert set(cfg) <= known
+    train, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
+    assert cfg.train_pipeline == train.pipeline
+    assert cfg.test_pipeline == test.pipeline == cfg.val_dataloader.dataset.pipeline
+    for key, value in (('type', cfg.dataset_type), ('data_root', cfg.data_root)):
+        assert train[key] == test[key] == value
+    if 'metainfo' in cfg:
+        assert train.metainfo == test.metainfo == cfg.metainfo
+    # Upstream leaves seeds free; demos are to repeat.
+    assert cfg.get('randomness') == ({'seed': 0} if name in DEMOS else None)
 
 
 def shrink(steps: list) -> list:
@@ -86,7 +182,7 @@ def shrink(steps: list) -> list:
 
 def small_config(name: str, scene_digits: Path) -> Config:
     """A config on the very small data set, with fewer pixels and proposals; else as it is."""
-    cfg = Config.fromfile(ROOT / name)
+    cfg = read(name)
     segmentor = cfg.default_scope == 'mmseg'
     for loader in (cfg.train_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = str(scene_digits / ('ade' if segmentor else 'coco'))
@@ -113,65 +209,89 @@ def take(loader: Config, count: int) -> dict:
     return pseudo_collate([dataset[i] for i in range(count)])
 
 
+def exempt(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """What has no weight decay in the families' releases.
+
+    Swin's and DWNet's exempt what is called norm, and that is not the batch norms of DWNet's blocks
+    and of heads; with it the two rates, as ACmix's release of Swin does. PVT's exempts nothing.
+    """
+    backbone = model.backbone
+    if not isinstance(backbone, SwinTransformer):  # DWNet is one
+        return
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            yield from module.parameters()
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in ('relative_position_bias_table', 'rate1', 'rate2'):
+                yield parameter
+    if isinstance(backbone, DWNet):
+        for i in backbone.out_indices:
+            yield from getattr(backbone, f'norm{i}').parameters()
+
+
 def check_decay(model: torch.nn.Module, cfg: Config) -> None:
-    """Norms, position parameters and rates have no weight decay, all others have it."""
-    optim_wrapper = Runner.build_optim_wrapper(
-        type('Builder', (), {'model': model})(), cfg.optim_wrapper
-    )
+    wrapper = dict(cfg.optim_wrapper, type='OptimWrapper')  # the other one needs a GPU
+    wrapper.pop('loss_scale', None)
+    groups = Runner.build_optim_wrapper(type('Builder', (), {'model': model})(), wrapper)
     decay = {
         id(parameter): group['weight_decay']
-        for group in optim_wrapper.param_groups
+        for group in groups.param_groups
         for parameter in group['params']
-        if parameter.requires_grad
     }
     base = cfg.optim_wrapper.optimizer.weight_decay
     assert base > 0
-    free = {'norms': 0, 'relative_position_bias_table': 0, 'pos_embed': 0, 'rate1': 0, 'rate2': 0}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad:
-                continue
-            norm = isinstance(module, (_BatchNorm, torch.nn.LayerNorm, torch.nn.GroupNorm))
-            kind = 'norms' if norm else name
-            if cfg.optim_wrapper.optimizer.type == 'AdamW' and kind in free:
-                assert decay.pop(id(parameter)) == 0, name
-                free[kind] += 1
-            else:
-                assert decay.pop(id(parameter)) == base, name
-    assert not decay
-    if cfg.optim_wrapper.optimizer.type == 'AdamW':
-        expected = {
-            'ACmixSwinTransformer': {'rate1', 'rate2', 'relative_position_bias_table'},
-            'ACmixPyramidVisionTransformer': {'rate1', 'rate2', 'pos_embed'},
-            'DWNet': set(),
-        }[cfg.model.backbone.type]
-        if cfg.model.backbone.get('mix') == 'conv':
-            expected = set()
-        assert {kind for kind, count in free.items() if count} == {'norms', *expected}
+    free = {id(parameter) for parameter in exempt(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert decay[id(parameter)] == (0 if id(parameter) in free else base), name
 
 
-def trains_long(name: str) -> bool:
-    """3x is 1x for longer, with the same model."""
-    return '-3x_' in name and name.replace('-3x_', '-1x_') in CONFIGS
+def structure(cfg: Config) -> str:
+    """What recipes of the same network and head have in common."""
+    model = copy.deepcopy(cfg.model.to_dict())
+    for key in ('init_cfg', 'warm_start', 'convert_weights', 'drop_path_rate'):
+        model['backbone'].pop(key, None)
+    return json.dumps(model, sort_keys=True)
 
 
-@pytest.mark.parametrize('name', filter(trains_long, CONFIGS))
-def test_builds(name, scene_digits):
-    cfg = small_config(name, scene_digits)
-    check_decay(build(cfg), cfg)
+@pytest.mark.parametrize('folder', sorted({name.split('/')[0] for name in RECIPES}))
+def test_builds(folder, monkeypatch):
+    """All recipes of a folder, with weight decay where it should be."""
+    for method in ('uniform_', 'normal_'):  # no matter here, and half of the time
+        monkeypatch.setattr(torch.Tensor, method, lambda tensor, *args, **kwargs: tensor)
+    names = [name for name in RECIPES if name.startswith(f'{folder}/')]
+    names.sort(key=lambda name: structure(read(name)))
+    for _, same in itertools.groupby(names, lambda name: structure(read(name))):
+        model, checked = None, []
+        for name in same:
+            cfg = read(name)
+            model = model or build(cfg)
+            if cfg.optim_wrapper not in checked:
+                check_decay(model, cfg)
+                checked.append(cfg.optim_wrapper)
+
+
+# Of each kind of network of this project with each head the last by name, which is a small one.
+NEW = {
+    (name.split('/')[0], *re.findall('i-dynamic|dynamic|conv', name), head_of(name)): name
+    for name in RECIPES
+    if not name.startswith(('resnet/', 'pvt/', 'swin/')) and '-amp-' not in name
+}
 
 
 @pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.slow] * trains_long(n)) for n in CONFIGS]
+    'name',
+    [
+        pytest.param(n, marks=[] if n in (*DEMOS, *NEW.values()) else [pytest.mark.slow])
+        for n in (*DEMOS, *RECIPES)
+        if '-amp-' not in n  # needs a GPU
+    ],
 )
 def test_trains_and_predicts(name, scene_digits):
     """One loss, with a gradient for all that is trained, and one prediction."""
     cfg = small_config(name, scene_digits)
     assert cfg.custom_imports.imports == ['acmix_mm']
     model = build(cfg)
-    if 'scene-digits' not in name:
-        check_decay(model, cfg)
-
     model.train()
     losses = model(**model.data_preprocessor(take(cfg.train_dataloader, 2), True), mode='loss')
     loss, _ = model.parse_losses(losses)
@@ -193,8 +313,8 @@ def test_trains_and_predicts(name, scene_digits):
 
 def test_ade20k_tta(scene_digits):
     """Six scales of the test size, each also mirrored, merged at the image's own size."""
-    name = 'acmix_pvt/acmix-pvt-t_fpn_8xb2-80k_ade20k-512x512.py'
-    scales = [step.scale for step in Config.fromfile(ROOT / name).tta_pipeline[1].transforms[0]]
+    name = 'acmix_swin/acmix-swin-t_fpn_8xb2-80k_ade20k-512x512.py'
+    scales = [step.scale for step in read(name).tta_pipeline[1].transforms[0]]
     assert [scale[1] for scale in scales] == [256, 384, 512, 640, 768, 896]
     assert {long / short for long, short in scales} == {4}
     cfg = small_config(name, scene_digits)
@@ -208,13 +328,33 @@ def test_ade20k_tta(scene_digits):
     assert sample.pred_sem_seg.shape == (96, 96)
 
 
+@pytest.mark.parametrize('name', [n for n in RECIPES if 'pvt' in n and 'ade20k' in n])
+def test_pvt_is_tested_on_multiples_of_32(name, scene_digits):
+    """An image of 96x96 at a shorter side of 80 pixels becomes 96x96, with --tta too."""
+    cfg = read(name)
+    for pipeline in (cfg.test_pipeline, cfg.tta_pipeline):
+        dataset = copy.deepcopy(cfg.test_dataloader.dataset)
+        dataset.data_root = str(scene_digits / 'ade')
+        dataset.pipeline = pipeline
+        for step in [*pipeline, *(pipeline[1].get('transforms') or [[]])[0]]:
+            if 'scale' in step:
+                step.scale = (320, 80)
+        sample = DATASETS.build(dataset)[0]
+        inputs = sample['inputs'] if pipeline is cfg.tta_pipeline else [sample['inputs']]
+        assert {tuple(image.shape) for image in inputs} == {(3, 96, 96)}
+        label = sample['data_samples']
+        label = label[0] if pipeline is cfg.tta_pipeline else label
+        assert (label.img_shape, label.ori_shape) == ((96, 96), (96, 96))
+    assert not [step for step in cfg.train_pipeline if step.type == 'ResizeToMultiple']
+
+
 # By family: optimiser, learning rate, weight decay, warm-up iterations.
 COCO = {
     'resnet': ('SGD', 0.01, 1e-4, 500),
     'san': ('SGD', 0.01, 1e-4, 500),
     'x_volution': ('SGD', 0.01, 1e-4, 500),
     'pvt': ('AdamW', 1e-4, 1e-4, 500),
-    'swin': ('AdamW', 1e-4, 0.05, 1000),
+    'swin': ('AdamW', 1e-4, 0.05, 500),
 }
 ADE20K = {
     'resnet': ('SGD', 0.01, 5e-4, 0),
@@ -224,21 +364,19 @@ ADE20K = {
 }
 
 
-def family(name: str) -> str:
-    folder = name.split('/')[0].removeprefix('acmix_')
-    return 'swin' if folder == 'dwnet' else folder  # whose recipe DWNet's authors take
-
-
-@pytest.mark.parametrize('name', [name for name in CONFIGS if name.endswith('_coco.py')])
+@pytest.mark.parametrize('name', [name for name in RECIPES if name.endswith('_coco.py')])
 def test_coco_recipe(name):
-    """ACmix (CVPR 2022), appendix."""
-    cfg = Config.fromfile(ROOT / name)
+    """ACmix (CVPR 2022), appendix, and the families' releases."""
+    cfg = read(name)
     warmup, steps = cfg.param_scheduler
     optimizer = cfg.optim_wrapper.optimizer
     recipe = (optimizer.type, optimizer.lr, optimizer.weight_decay, warmup.end)
-    assert recipe == COCO[family(name)]
+    expected = COCO[family(name)]
+    if (family(name), head_of(name)) == ('pvt', 'mask-rcnn'):
+        expected = ('AdamW', 2e-4, 1e-4, 500)
+    assert recipe == expected
     assert optimizer.get('betas', (0.9, 0.999)) == (0.9, 0.999)
-    assert (warmup.type, warmup.by_epoch) == ('LinearLR', False)
+    assert (warmup.type, warmup.by_epoch, warmup.start_factor) == ('LinearLR', False, 0.001)
     epochs, milestones = (36, [27, 33]) if '-3x_' in name else (12, [8, 11])
     assert cfg.train_cfg.max_epochs == steps.end == epochs
     assert (steps.milestones, steps.gamma) == (milestones, 0.1)
@@ -246,20 +384,29 @@ def test_coco_recipe(name):
     train, test = (x.dataset for x in (cfg.train_dataloader, cfg.test_dataloader))
     assert train.data_root == test.data_root == 'data/coco/'
     assert [t.scale for t in test.pipeline if t.type == 'Resize'] == [(1333, 800)]
-    if '-3x_' in name:
+    if '-3x_' in name or family(name) == 'swin':
         (choice,) = [t for t in train.pipeline if t.type == 'RandomChoice']
-        (whole,), (_, crop, enlarge) = choice.transforms
+        (whole,), (first, crop, enlarge) = choice.transforms
         assert whole == enlarge
-        assert sorted(side for side, _ in whole.scales) == [*range(480, 801, 32)]
-        assert crop.crop_size == (384, 600)
+        assert sorted(whole.scales) == [(side, 1333) for side in range(480, 801, 32)]
+        assert first.scales == [(400, 1333), (500, 1333), (600, 1333)]
+        assert (crop.crop_type, crop.crop_size) == ('absolute_range', (384, 600))
     else:
         assert [t.scale for t in train.pipeline if t.type == 'Resize'] == [(1333, 800)]
 
 
-@pytest.mark.parametrize('name', [name for name in CONFIGS if 'ade20k' in name])
+def test_coco_checkpoints():
+    """As mmdet: one an epoch; what papers report is the last."""
+    hook = read('acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py').default_hooks.checkpoint
+    assert hook == {'type': 'CheckpointHook', 'interval': 1}
+
+
+@pytest.mark.parametrize('name', [name for name in RECIPES if 'ade20k' in name])
 def test_ade20k_recipe(name):
     """ACmix (CVPR 2022), appendix; SGD as in MMSegmentation's ResNet configs."""
-    cfg = Config.fromfile(ROOT / name)
+    cfg = read(name)
+    hook = cfg.default_hooks.checkpoint
+    assert (hook.max_keep_ckpts, hook.save_best) == (2, 'mIoU')
     *warmup, poly = cfg.param_scheduler
     optimizer = cfg.optim_wrapper.optimizer
     recipe = (optimizer.type, optimizer.lr, optimizer.weight_decay, poly.begin)
@@ -278,63 +425,178 @@ def test_ade20k_recipe(name):
     assert {'RandomFlip', 'PhotoMetricDistortion'} <= steps.keys()
 
 
+@pytest.mark.parametrize('name', [n for n in RECIPES if family(n) in ('swin', 'pvt')])
+def test_drop_path(name):
+    """As Swin's release, and DWNet's; PVT's has 0.1, which is the network's default in mmdet."""
+    backbone = read(name).model.backbone
+    if family(name) == 'pvt':
+        assert 'drop_path_rate' not in backbone
+    elif 'ade20k' in name:
+        assert backbone.drop_path_rate == 0.3
+    elif '-3x_' in name:
+        assert backbone.drop_path_rate == (0.3 if 'dwnet-b' in name else 0.2)
+    else:
+        assert backbone.drop_path_rate == (0.0 if 'cascade' in head_of(name) else 0.1)
+
+
+@pytest.mark.parametrize('name', [n for n in RECIPES if '-amp-' in n])
+def test_mixed_precision(name):
+    """The recipe of the same name, with AMP and a loss scale that adapts."""
+    amp, full = (read(n).to_dict() for n in (name, name.replace('-amp-', '-')))
+    wrapper = amp['optim_wrapper']
+    assert wrapper.pop('type') == 'AmpOptimWrapper'
+    assert wrapper.pop('loss_scale') == 'dynamic'
+    assert full['optim_wrapper'].pop('type') == 'OptimWrapper'
+    assert amp == full
+
+
+PLAIN = {
+    'ACmixResNet': 'mmdet.ResNet',
+    'ACmixSAN': 'SAN',
+    'ACmixPyramidVisionTransformer': 'mmdet.PyramidVisionTransformer',
+    'ACmixSwinTransformer': 'mmdet.SwinTransformer',
+}
+
+
+@pytest.mark.parametrize('name', sorted(grid('acmix')))
+def test_pairs_differ_in_the_operator_only(name):
+    plain_name = name.replace('acmix_', '').replace('acmix-', '')
+    mixed, plain = (read(n).to_dict() for n in (name, plain_name))
+    ours, theirs = (cfg['model'].pop('backbone') for cfg in (mixed, plain))
+    assert plain == mixed
+    same_file = ours.pop('init_cfg') == theirs.pop('init_cfg')
+    # From the plain network's weights, or from own ones.
+    assert ours.pop('warm_start', False) == same_file == (family(name) != 'resnet')
+    if re.search('_r(26|38)_', plain_name):  # which mmdet does not have
+        assert theirs.pop('stage_with_acmix') == (False,) * 4
+    else:
+        assert theirs.pop('type') == PLAIN[ours.pop('type')]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize('name', [n for n in RECIPES if 'in1k-pre' in n])
+def test_released_weights_in_the_same_recipe(name):
+    released, warm = (read(n).to_dict() for n in (name, name.replace('-in1k-pre', '')))
+    ours, theirs = (cfg['model']['backbone'] for cfg in (released, warm))
+    assert ours.pop('init_cfg') != theirs.pop('init_cfg')
+    assert not ours.pop('warm_start')
+    assert theirs.pop('warm_start')
+    assert released == warm
+
+
 @pytest.mark.parametrize(
-    ('size', 'arguments', 'weights'),
+    ('size', 'arguments'),
     [
-        ('pvt-t', {'num_layers': [2, 2, 2, 2]}, 'pvt_tiny'),
-        ('pvt-s', {'num_layers': [3, 4, 6, 3]}, 'pvt_small'),
-        ('swin-t', {'depths': [2, 2, 6, 2], 'embed_dims': 96}, 'swin_tiny_patch4_window7_224'),
-        ('swin-s', {'depths': [2, 2, 18, 2], 'embed_dims': 96}, 'swin_small_patch4_window7_224'),
+        (size, {key: value, **more})
+        for family, key, more, values in (
+            ('r', 'depth', {}, {'26': 26, '38': 38, '50': 50}),
+            ('san', 'depth', {}, {'10': 10, '15': 15, '19': 19}),
+            ('pvt', 'num_layers', {}, {'-t': [2, 2, 2, 2], '-s': [3, 4, 6, 3]}),
+            ('swin', 'depths', {'embed_dims': 96, 'num_heads': [3, 6, 12, 24], 'window_size': 7},
+             {'-t': [2, 2, 6, 2], '-s': [2, 2, 18, 2]}),
+            ('dwnet', 'arch', {}, {'-t': 'tiny', '-b': 'base'}),
+        )
+        for suffix, value in values.items()
+        for size in [f'{family}{suffix}']
     ],
-)
-def test_sizes_and_initial_weights(size, arguments, weights):
-    names = [n for n in CONFIGS if f'acmix-{size}_' in n and not n.startswith('demo/')]
-    assert len(names) == 10
+)  # fmt: skip
+def test_sizes(size, arguments):
+    """Of the network and, where weights are public, of the file."""
+    names = [n for n in RECIPES if re.search(f'[/_-]{size}(-in1k-pre)?_', n)]
+    assert len(names) >= 2
+    words = {'t': ('tiny',), 's': ('small',), 'b': ('base',)}.get(size[-1], (size,))
     for name in names:
-        backbone = Config.fromfile(ROOT / name).model.backbone
+        backbone = read(name).model.backbone
         assert {key: backbone[key] for key in arguments} == arguments
-        assert backbone.init_cfg.checkpoint == f'checkpoints/{weights}.pth'
-        assert backbone.warm_start
-        assert backbone.convert_weights
+        file = backbone.init_cfg.checkpoint.rsplit('/')[-1]
+        assert '_in1k' in file or any(
+            word in file for word in (*words, size.replace('r50', 'resnet50'))
+        )
 
 
-@pytest.mark.parametrize('depth', [26, 38, 50])
-def test_resnet_depths(depth):
-    cfg = Config.fromfile(ROOT / f'acmix_resnet/retinanet_acmix-r{depth}_fpn_8xb2-1x_coco.py')
-    assert cfg.model.backbone.type == 'ACmixResNet'
-    assert cfg.model.backbone.depth == depth
-    assert f'acmix-r{depth}' in cfg.model.backbone.init_cfg.checkpoint
+def test_plain_resnet_is_resnet():
+    """Of 26 and 38 blocks: the parameters that SAN's authors print for them, in millions."""
+    for depth, millions in ((26, 13.7), (38, 19.6)):
+        cfg = read(f'resnet/retinanet_r{depth}_fpn_8xb2-1x_coco.py')
+        backbone = MODELS.build(dict(cfg.model.backbone, init_cfg=None))
+        classifier = 2048 * 1000 + 1000
+        count = sum(p.numel() for p in backbone.parameters()) + classifier
+        assert round(count / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize(('folder', 'name'), [('san', 'san'), ('acmix_san', 'acmix-san')])
-@pytest.mark.parametrize('depth', [10, 15, 19])
-def test_san_depths(folder, name, depth):
-    cfg = Config.fromfile(ROOT / f'{folder}/retinanet_{name}{depth}_fpn_8xb2-1x_coco.py')
-    assert cfg.model.backbone.type == ('ACmixSAN' if folder == 'acmix_san' else 'SAN')
-    assert cfg.model.backbone.depth == depth
-    assert f'{name}{depth}_' in cfg.model.backbone.init_cfg.checkpoint
-
-
-@pytest.mark.parametrize('name', [name for name in CONFIGS if name.startswith('dwnet/')])
+@pytest.mark.parametrize('name', [name for name in RECIPES if name.startswith('dwnet/')])
 def test_dwnets(name):
     """Kind of network and the file of its weights, as its authors name it."""
-    cfg = Config.fromfile(ROOT / name)
-    backbone = cfg.model.backbone
-    arch = 'base' if 'dwnet-b' in name else 'tiny'
+    backbone = read(name).model.backbone
     kind = 'homogeneous' if 'dynamic-' in name else None
     if 'i-dynamic-' in name:
-        kind = 'inhomogeneous'
-    assert (backbone.arch, backbone.get('dynamic')) == (arch, kind)
-    prefix = {'inhomogeneous': 'i_dynamic_', 'homogeneous': 'dynamic_', None: ''}[kind]
-    assert backbone.init_cfg.checkpoint == f'checkpoints/{prefix}dwnet_{arch}_224.pth'
-    assert backbone.convert_weights
-    # Their configs: 0.3 for the base network and in segmentation, 0.2 otherwise, which is DWNet's
-    # own for the tiny one.
-    expected = 0.3 if arch == 'base' or 'ade20k' in name else None
-    assert backbone.get('drop_path_rate') == expected
+        kind = 'inhomogeneous'  # of which there are no public weights
+    assert backbone.get('dynamic') == kind
+    file = backbone.init_cfg.checkpoint.rsplit('/')[-1]
+    prefix = {'inhomogeneous': 'i-dynamic-', 'homogeneous': 'dynamic_', None: ''}[kind]
+    assert file.startswith(f'{prefix}dwnet')
+    assert backbone.convert_weights == (kind != 'inhomogeneous')
 
 
-@pytest.mark.parametrize('name', [name for name in CONFIGS if name.startswith('demo/retinanet')])
+@pytest.mark.parametrize('name', RECIPES)
+def test_default_start(name):
+    backbone = read(name).model.backbone
+    assert re.fullmatch(start_of(name).checkpoint, backbone.init_cfg.checkpoint)
+    # Files of this project's own training have the classifier's names around the backbone's.
+    assert (backbone.init_cfg.get('prefix') == 'backbone.') == (
+        '_in1k' in backbone.init_cfg.checkpoint
+    )
+
+
+@pytest.mark.parametrize('start', STARTS, ids=lambda start: start.recipes)
+def test_start_from_own_imagenet_checkpoint(start, tmp_path):
+    """Every weight of the backbone is the file's after the options of docs/recipes.md."""
+    name = next(name for name in RECIPES if start.fits(name))
+    file = str(tmp_path / 'in1k.pth')
+    cfg = with_options(read(name), start.own, file)
+    init_default_scope(cfg.default_scope)
+    backbone = torch.nn.ModuleDict({'backbone': MODELS.build(cfg.model.backbone)})
+    weights = {k: torch.full_like(v, 2) for k, v in backbone.state_dict().items()}
+    classifier = {'head.fc.weight': torch.zeros(10, 8), 'head.fc.bias': torch.zeros(10)}
+    torch.save({'state_dict': weights | classifier, 'meta': {}}, file)
+    backbone['backbone'].init_weights()
+    if cfg.load_from:
+        load_checkpoint(backbone, cfg.load_from)
+    for key, value in backbone.state_dict().items():
+        assert (value == 2).all(), key
+
+
+@pytest.mark.parametrize('start', STARTS, ids=lambda start: start.recipes)
+def test_start_from_random_weights(start):
+    """Nothing is frozen, statistics are learnt, and the schedule is longer."""
+    names = [name for name in RECIPES if start.fits(name)]
+    detectors = [name for name in names if name.endswith('_coco.py')]
+    for name in {*detectors[:1], *sorted(set(names) - set(detectors))[:1]}:
+        cfg = read(name)
+        with_options(cfg, f'{start.random} {longer(name, cfg)}')
+        init_default_scope(cfg.default_scope)
+        backbone = MODELS.build(cfg.model.backbone)
+        backbone.init_weights()
+        backbone.train()
+        assert all(p.requires_grad for p in backbone.parameters())
+        assert all(module.training for module in backbone.modules())
+        length = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
+        assert length == cfg.param_scheduler[-1].end in (72, 320_000)
+        assert cfg.param_scheduler[-1].get('milestones', [0])[-1] < length
+
+
+def test_documented_starts():
+    """The table of docs/recipes.md has the lines that are tested."""
+    page = (ROOT.parent / 'docs/recipes.md').read_text()
+    rows = [line for line in page.splitlines() if line.startswith('|')]
+    for start in STARTS:
+        lines = [line for line in (start.own, start.plain, start.random) if line]
+        assert any(all(f'`{line}`' in row for line in lines) for row in rows), start.recipes
+    for line in LONGER.values():
+        assert f'`{line}`' in page
+
+
+@pytest.mark.parametrize('name', [name for name in DEMOS if name.startswith('demo/retinanet')])
 def test_demo_retinanets_differ_in_the_backbone_only(name):
     """So that what they reach compares: the same detector, data, schedule and runtime."""
     ours, theirs = (

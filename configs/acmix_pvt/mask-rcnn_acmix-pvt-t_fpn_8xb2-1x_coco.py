@@ -1,4 +1,4 @@
-# This project's choice of the pair: PVT's release of Mask R-CNN.
+# This project's choice: a pair that ACmix's paper has not, in PVT's release of Mask R-CNN.
 _base_ = [
     '../_base_/models/mask-rcnn_fpn.py',
     '../_base_/backbones/acmix-pvt-t.py',

@@ -1,6 +1,6 @@
 # mmdet's PVT-T from its authors' ImageNet weights.
 backbone = dict(
-    type='PyramidVisionTransformer',
+    type='mmdet.PyramidVisionTransformer',
     num_layers=[2, 2, 2, 2],
     convert_weights=True,
     init_cfg=dict(

@@ -1,7 +1,7 @@
 # mmdet's ResNet-50 from torchvision's ImageNet weights, for detection: stem and first stage frozen,
 # norms keep their statistics.
 backbone = dict(
-    type='ResNet',
+    type='mmdet.ResNet',
     depth=50,
     frozen_stages=1,
     norm_eval=True,

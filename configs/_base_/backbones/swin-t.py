@@ -1,6 +1,6 @@
 # mmdet's Swin-T from its authors' ImageNet weights. A recipe adds the drop path rate.
 backbone = dict(
-    type='SwinTransformer',
+    type='mmdet.SwinTransformer',
     embed_dims=96,
     depths=[2, 2, 6, 2],
     num_heads=[3, 6, 12, 24],
