@@ -6,14 +6,17 @@ are those that were tried.
 """
 
 import copyreg
+import functools
 import importlib
 import importlib.abc
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import flop_registry
 
 BACKBONES = (
@@ -70,14 +73,15 @@ def register() -> None:
     """Register layers and backbones in mmengine's root registry of models.
 
     The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
-    in the place of the functions that import them.
+    in the place of the functions that import them. As layer types, layers leave 1x1 convolutions
+    what they are, see :func:`_layer_type`.
     """
     from mmengine.registry import MODELS
 
     from .layers import ACmix, XVolution
 
     backbones = sys.modules.get('acmix_mm.backbones')
-    entries = {'ACmix': ACmix, 'XVolution': XVolution}
+    entries = {layer.__name__: _layer_type(layer) for layer in (ACmix, XVolution)}
     entries |= {name: getattr(backbones, name, None) or _backbone(name) for name in BACKBONES}
     for name, entry in entries.items():
         taken = MODELS.module_dict.get(name)
@@ -90,6 +94,25 @@ def _backbone(name: str) -> Callable:
         return getattr(importlib.import_module('acmix_mm.backbones'), name)(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = name
+    return build
+
+
+def _layer_type(layer: type[nn.Module]) -> Callable[..., nn.Module]:
+    """What ``conv_cfg=dict(type=...)`` builds: the layer, or a plain 1x1 convolution.
+
+    A ``conv_cfg`` reaches all convolutions of a module, and 1x1 convolutions, such as the lateral
+    ones of an FPN, look at no neighbourhood: they are built as ``nn.Conv2d``, without those
+    arguments that the layer alone has, unless ``replace_1x1=True`` is given.
+    """
+    arguments, plain = (set(inspect.signature(c).parameters) for c in (layer, nn.Conv2d))
+
+    @functools.wraps(layer, updated=())
+    def build(in_channels, out_channels, kernel_size=3, *args, replace_1x1=False, **kwargs):
+        if kernel_size not in (1, (1, 1), [1, 1]) or replace_1x1:
+            return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in arguments - plain}
+        return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+
     return build
 
 

@@ -53,7 +53,8 @@ assert type(layer) is acmix_mm.layers.ACmix, layer
 model = MODELS.build(dict(type='SAN', depth=10, base_channels=32))
 assert type(model) is acmix_mm.backbones.SAN is MODELS.get('SAN'), model
 assert MODELS.get('ACmixResNet') is acmix_mm.backbones.ACmixResNet
-assert MODELS.get('XVolution') is acmix_mm.layers.XVolution
+layer = MODELS.build(dict(type='XVolution', in_channels=8, out_channels=8))
+assert type(layer) is acmix_mm.layers.XVolution, layer
 """
     result = run(code)
     assert result.returncode == 0, result.stderr
