@@ -61,6 +61,7 @@ def connect() -> None:
     """
     for module, action in (
         ('mmengine.registry', register),
+        ('mmengine.config.utils', find_packages_by_module),
         ('mmengine.analysis.complexity_analysis', register_flop_formulas),
     ):
         if module in sys.modules:
@@ -87,6 +88,20 @@ def register() -> None:
         taken = MODELS.module_dict.get(name)
         ours = taken is not None and taken.__module__.startswith('acmix_mm.')
         MODELS.register_module(name=name, module=entry, force=ours)
+
+
+def find_packages_by_module() -> None:
+    """Let configs inherit ``mmseg::...`` under OneDL, too.
+
+    mmengine looks for a package of each scope's name, mmsegmentation for mmseg; OneDL's has another
+    name. Scopes whose package is missing are looked for by their module.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.utils import is_installed
+
+    for module, package in MODULE2PACKAGE.items():
+        if not is_installed(package) and importlib.util.find_spec(module) is not None:
+            MODULE2PACKAGE[module] = module
 
 
 def _backbone(name: str) -> Callable:

@@ -60,6 +60,20 @@ assert type(layer) is acmix_mm.layers.XVolution, layer
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize('first', ['acmix_mm', 'mmengine.config'])
+def test_configs_inherit_from_each_package(first, tmp_path):
+    for scope in ('mmdet', 'mmseg'):
+        (tmp_path / f'{scope}.py').write_text(f"_base_ = '{scope}::_base_/default_runtime.py'")
+    code = f"""
+import {first}, acmix_mm
+from mmengine.config import Config
+for scope in ('mmdet', 'mmseg'):
+    assert Config.fromfile(f'{tmp_path}/{{scope}}.py').default_scope == scope
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_without_openmmlab(tmp_path):
     """A backbone says what it needs; for the layers, see test_torch_alone.py."""
     without(tmp_path, 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')

@@ -56,7 +56,8 @@ class ACmix(MixedOperator):
         ValueError: If an argument is not as described; the message names it.
     """
 
-    deployed_names = ('weight', 'weight_bias', 'slopes', *MixedOperator.deployed_names)
+    # Not 'weight': a plain convolution has one, too, whose place the layer may have taken.
+    deployed_names = ('weight_bias', 'slopes', *MixedOperator.deployed_names)
 
     def __init__(
         self,

@@ -15,6 +15,12 @@ from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.necks import FPN
 
 
+LAYERS = {
+    'ACmix': {'num_heads': 2, 'attn_kernel_size': 5, 'mix': 'sum', 'backend': 'torch'},
+    'XVolution': {'attention': 'local', 'num_heads': 2, 'norm_cfg': {'type': 'BN'}},
+}
+
+
 def test_registered():
     layer = build_conv_layer({'type': 'ACmix', 'num_heads': 2}, 8, 4, 3, padding=1, bias=False)
     assert isinstance(layer, ACmix)
@@ -51,6 +57,18 @@ def test_dcn_of_mmdet_backbones(backbone, arguments):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize('name', LAYERS)
+def test_weights_of_the_plain_network_load(name):
+    """All but the kernels of the convolutions that the layer replaces."""
+    weights = ResNet(50, base_channels=8).state_dict()
+    stages = (False, False, True, False)
+    model = ResNet(50, base_channels=8, dcn={'type': name}, stage_with_dcn=stages)
+    replaced = {f'layer3.{i}.conv2.weight' for i in range(6)}
+    assert set(model.load_state_dict(weights, strict=False).unexpected_keys) <= replaced
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in weights.items() if k not in replaced)
+
+
 def test_conv_cfg_of_a_neck():
     neck = FPN([8, 16], 8, num_outs=3, add_extra_convs='on_input', conv_cfg={'type': 'ACmix'})
     neck.init_weights()
@@ -63,12 +81,6 @@ def test_conv_cfg_of_a_neck():
         assert torch.equal(layer.dep_conv['weight'], kernel)
     outs = neck([torch.randn(1, 8, 12, 10), torch.randn(1, 16, 6, 5)])
     assert [o.shape[-2:] for o in outs] == [(12, 10), (6, 5), (3, 3)]
-
-
-LAYERS = {
-    'ACmix': {'num_heads': 2, 'attn_kernel_size': 5, 'mix': 'sum', 'backend': 'torch'},
-    'XVolution': {'attention': 'local', 'num_heads': 2, 'norm_cfg': {'type': 'BN'}},
-}
 
 
 @pytest.mark.parametrize('kernel_size', [1, (1, 1), [1, 1]])
