@@ -14,7 +14,6 @@ from mmcv.cnn import ConvModule, build_conv_layer
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.necks import FPN
 
-
 LAYERS = {
     'ACmix': {'num_heads': 2, 'attn_kernel_size': 5, 'mix': 'sum', 'backend': 'torch'},
     'XVolution': {'attention': 'local', 'num_heads': 2, 'norm_cfg': {'type': 'BN'}},
