@@ -7,9 +7,11 @@ are those that were tried.
 
 import contextlib
 import copyreg
+import functools
 import importlib
 import importlib.abc
 import importlib.util
+import inspect
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import flop_registry
 
 BACKBONES = (
@@ -67,6 +70,7 @@ def connect() -> None:
     """
     for module, action in (
         ('mmengine.registry', register),
+        ('mmengine.config.utils', find_packages_by_module),
         ('mmengine.analysis.complexity_analysis', register_flop_formulas),
         ('mmpretrain', spare_torchvision),
     ):
@@ -80,14 +84,16 @@ def register() -> None:
     """Register layers and backbones in mmengine's root registry of models.
 
     The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
-    in the place of the functions that import them.
+    in the place of the functions that import them. As layer types, layers leave 1x1 convolutions
+    what they are, see :func:`_layer_type`.
     """
     from mmengine.registry import MODELS
 
     from .layers import ACmix, LastMapPooling, XVolution
 
     backbones = sys.modules.get('acmix_mm.backbones')
-    entries = {cls.__name__: cls for cls in (ACmix, LastMapPooling, XVolution)}
+    entries = {layer.__name__: _layer_type(layer) for layer in (ACmix, XVolution)}
+    entries['LastMapPooling'] = LastMapPooling
     entries |= {name: getattr(backbones, name, None) or _backbone(name) for name in BACKBONES}
     for name, entry in entries.items():
         taken = MODELS.module_dict.get(name)
@@ -95,11 +101,44 @@ def register() -> None:
         MODELS.register_module(name=name, module=entry, force=ours)
 
 
+def find_packages_by_module() -> None:
+    """Let configs inherit ``mmseg::...`` under OneDL, too.
+
+    mmengine looks for a package of each scope's name, mmsegmentation for mmseg; OneDL's has another
+    name. Scopes whose package is missing are looked for by their module.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+    from mmengine.utils import is_installed
+
+    for module, package in MODULE2PACKAGE.items():
+        if not is_installed(package) and importlib.util.find_spec(module) is not None:
+            MODULE2PACKAGE[module] = module
+
+
 def _backbone(name: str) -> Callable:
     def build(*args, **kwargs):
         return getattr(importlib.import_module('acmix_mm.backbones'), name)(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = name
+    return build
+
+
+def _layer_type(layer: type[nn.Module]) -> Callable[..., nn.Module]:
+    """What ``conv_cfg=dict(type=...)`` builds: the layer, or a plain 1x1 convolution.
+
+    A ``conv_cfg`` reaches all convolutions of a module, and 1x1 convolutions, such as the lateral
+    ones of an FPN, look at no neighbourhood: they are built as ``nn.Conv2d``, without those
+    arguments that the layer alone has, unless ``replace_1x1=True`` is given.
+    """
+    arguments, plain = (set(inspect.signature(c).parameters) for c in (layer, nn.Conv2d))
+
+    @functools.wraps(layer, updated=())
+    def build(in_channels, out_channels, kernel_size=3, *args, replace_1x1=False, **kwargs):
+        if kernel_size not in (1, (1, 1), [1, 1]) or replace_1x1:
+            return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in arguments - plain}
+        return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+
     return build
 
 

@@ -53,7 +53,22 @@ assert type(layer) is acmix_mm.layers.ACmix, layer
 model = MODELS.build(dict(type='SAN', depth=10, base_channels=32))
 assert type(model) is acmix_mm.backbones.SAN is MODELS.get('SAN'), model
 assert MODELS.get('ACmixResNet') is acmix_mm.backbones.ACmixResNet
-assert MODELS.get('XVolution') is acmix_mm.layers.XVolution
+layer = MODELS.build(dict(type='XVolution', in_channels=8, out_channels=8))
+assert type(layer) is acmix_mm.layers.XVolution, layer
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('first', ['acmix_mm', 'mmengine.config'])
+def test_configs_inherit_from_each_package(first, tmp_path):
+    for scope in ('mmdet', 'mmseg'):
+        (tmp_path / f'{scope}.py').write_text(f"_base_ = '{scope}::_base_/default_runtime.py'")
+    code = f"""
+import {first}, acmix_mm
+from mmengine.config import Config
+for scope in ('mmdet', 'mmseg'):
+    assert Config.fromfile(f'{tmp_path}/{{scope}}.py').default_scope == scope
 """
     result = run(code)
     assert result.returncode == 0, result.stderr

@@ -59,7 +59,8 @@ class DWNet(Backbone, SwinTransformer):
             blocks). Default: 'tiny', 96 and (2, 2, 6, 2); 'base' is 128 and (2, 2, 18, 2).
         dynamic (str | None): None for static kernels, 'homogeneous' for kernels predicted from the
             whole image (in training with two images or more), or 'inhomogeneous' for kernels
-            predicted at each position (``embed_dims`` is a multiple of 32). Default: None.
+            predicted at each position, 32 of them, each for as many adjacent channels
+            (``embed_dims`` is a multiple of 32). Default: None.
         kernel_size (int): Side of the depth-wise kernels, odd. Default: 7.
         drop_path_rate (float | None): Stochastic depth of the last block, rising to it linearly
             from 0. Default: None, for the release's on ImageNet: 0.5 for 'base', 0.2 otherwise.

@@ -15,8 +15,9 @@ class ACmix(MixedOperator):
     r"""Mix of neighbourhood attention and convolution over shared projections.
 
     "On the Integration of Self-Attention and Convolution", CVPR 2022, section 4. Drop-in for a
-    same-padded ``nn.Conv2d``, also by ``conv_cfg=dict(type='ACmix')`` or, in mmdet's ResNet and
-    ResNeXt, by ``dcn=dict(type='ACmix')`` with ``stage_with_dcn``.
+    same-padded ``nn.Conv2d``, also by ``conv_cfg=dict(type='ACmix')``, where 1x1 convolutions stay
+    plain unless ``replace_1x1=True`` is added, or, in mmdet's ResNet and ResNeXt, by
+    ``dcn=dict(type='ACmix')`` with ``stage_with_dcn``.
 
     Stage I projects the input to query, key and value with three 1x1 convolutions. Stage II sends
     them through two paths: multi-head attention in a reflect-padded neighbourhood, and ``fc`` with
@@ -55,7 +56,8 @@ class ACmix(MixedOperator):
         ValueError: If an argument is not as described; the message names it.
     """
 
-    deployed_names = ('weight', 'weight_bias', 'slopes', *MixedOperator.deployed_names)
+    # Not 'weight': a plain convolution has one, too, whose place the layer may have taken.
+    deployed_names = ('weight_bias', 'slopes', *MixedOperator.deployed_names)
 
     def __init__(
         self,

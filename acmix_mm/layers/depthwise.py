@@ -9,7 +9,7 @@ from ..ops import local_aggregation
 from ..ops._checks import check_positive
 
 REDUCTION = 4  # channels over hidden channels of the networks that predict kernels
-SHARE_CHANNELS = 32  # channels that one inhomogeneous kernel serves
+GROUPS = 32  # of adjacent channels that share an inhomogeneous kernel
 
 
 class HomogeneousDepthwiseConv(nn.Module):
@@ -71,10 +71,10 @@ class InhomogeneousDepthwiseConv(nn.Module):
 
     The source is that of :class:`HomogeneousDepthwiseConv`. There the kernels are predicted by a
     1x1 convolution to C / 4 channels, BN, ReLU and a 1x1 convolution. The paper lets the channels
-    of a group share a kernel, as a head's do in attention; in the release the groups are of 32
-    adjacent channels (3, 6, 12 and 24 groups in the stages of the tiny network), the first 1x1
-    convolution has a bias, the result has none, and the map is padded with zeros. State-dict names
-    are the release's.
+    of a group share a kernel, as a head's do in attention; the release has 32 groups of adjacent
+    channels, whatever their number (3, 6, 12 and 24 channels share in the stages of the tiny
+    network), the first 1x1 convolution has a bias, the result has none, and the map is padded with
+    zeros. State-dict names are the release's.
 
     Args:
         channels (int): Input and output channels C, a multiple of 32.
@@ -93,8 +93,8 @@ class InhomogeneousDepthwiseConv(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
         super().__init__()
-        if channels % SHARE_CHANNELS:
-            raise ValueError(f'channels must be a multiple of {SHARE_CHANNELS}, got {channels}')
+        if channels % GROUPS:
+            raise ValueError(f'channels must be a multiple of {GROUPS}, got {channels}')
         self.kernel_size = kernel_size
         hidden = channels // REDUCTION
         self.conv1 = nn.Sequential(
@@ -102,15 +102,14 @@ class InhomogeneousDepthwiseConv(nn.Module):
             norm_layer(hidden),
             nn.ReLU(inplace=True),
         )
-        groups = channels // SHARE_CHANNELS
-        self.conv2 = nn.Sequential(nn.Conv2d(hidden, groups * kernel_size**2, 1))
+        self.conv2 = nn.Sequential(nn.Conv2d(hidden, GROUPS * kernel_size**2, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         weight = self.conv2(self.conv1(x)).to(x.dtype)
         # Groups count as images: adjacent channels share, where local_aggregation interleaves.
-        weight = weight.unflatten(1, (-1, 1, self.kernel_size**2)).flatten(0, 1)
-        value = x.unflatten(1, (-1, SHARE_CHANNELS)).flatten(0, 1)
+        weight = weight.unflatten(1, (GROUPS, 1, -1)).flatten(0, 1)
+        value = x.unflatten(1, (GROUPS, -1)).flatten(0, 1)
         out = local_aggregation(value, weight, self.kernel_size, padding_mode='zeros')
         return out.view(x.shape)
 

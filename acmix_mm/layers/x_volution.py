@@ -22,10 +22,11 @@ NEIGHBOURS = tuple((y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (
 class XVolution(Deployable):
     r"""X-volution ("On the unification of convolution and self-attention", arXiv 2106.02253).
 
-    Drop-in for a same-padded ``nn.Conv2d``, also by ``conv_cfg=dict(type='XVolution')`` or, in
-    mmdet's ResNet, by ``dcn=dict(type='XVolution')`` with ``stage_with_dcn``. The sum of two
-    branches (section 3.3): a convolution with a batch norm, and self-attention with another. For
-    inference, :meth:`switch_to_deploy` merges them into one dynamic convolution.
+    Drop-in for a same-padded ``nn.Conv2d``, also by ``conv_cfg=dict(type='XVolution')``, where 1x1
+    convolutions stay plain unless ``replace_1x1=True`` is added, or, in mmdet's ResNet, by
+    ``dcn=dict(type='XVolution')`` with ``stage_with_dcn``. The sum of two branches (section 3.3): a
+    convolution with a batch norm, and self-attention with another. For inference,
+    :meth:`switch_to_deploy` merges them into one dynamic convolution.
 
     **Pixel-shift self-attention** (PSSA, section 3.2) is the paper's approximation of global
     self-attention at a cost linear in the pixels. The map :math:`x` is shifted by :math:`L` pixels

@@ -31,6 +31,23 @@ def test_golden(golden, name, dynamic):
     torch.testing.assert_close(out, tensors['output'], rtol=1e-5, atol=1e-5)
 
 
+def test_golden_inhomogeneous(golden):
+    """Output and all gradients, to float32's rounding of the stored results."""
+    tensors = golden('dwnet_block_inhomogeneous')
+    block = DepthwiseBlock(96, 7, 'inhomogeneous').double().eval()
+    state = {k.removeprefix('state/'): v for k, v in tensors.items() if k.startswith('state/')}
+    block.load_state_dict(state)
+    x = tensors['input'].requires_grad_()
+    out = block(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    out.backward(tensors['grad_output'])
+    results = {'output': out, 'grad/input': x.grad}
+    results |= {f'grad/{name}': p.grad for name, p in block.named_parameters()}
+    assert set(results) == {k for k in tensors if k == 'output' or k.startswith('grad/')}
+    for name, result in results.items():
+        tolerance = 1e-7 * tensors[name].abs().max().item()
+        torch.testing.assert_close(result, tensors[name], rtol=0, atol=tolerance, msg=name)
+
+
 SIZES = st.tuples(st.integers(1, 11), st.integers(1, 11))
 
 
@@ -79,9 +96,10 @@ def test_inhomogeneous_kernels_are_of_each_position(size, kernel_size):
     hidden = (hidden - norm.running_mean) / (norm.running_var + 1e-5).sqrt()
     hidden = (hidden * norm.weight + norm.bias).relu()
     kernel = hidden @ conv.conv2[0].weight[:, :, 0, 0].T + conv.conv2[0].bias
-    # Channel c has kernel c // 32.
-    kernel = kernel.view(2, *size, 2, kernel_size, kernel_size).permute(0, 3, 4, 5, 1, 2)
-    torch.testing.assert_close(conv(x), depthwise(x, kernel.repeat_interleave(32, 1)))
+    # 32 kernels, of 2 adjacent channels each.
+    kernel = kernel.view(2, *size, 32, kernel_size, kernel_size).permute(0, 3, 4, 5, 1, 2)
+    expected = depthwise(x, kernel.repeat_interleave(2, 1))
+    torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize('dynamic', ['homogeneous', 'inhomogeneous'])
@@ -94,9 +112,9 @@ def test_constant_prediction_is_the_static_operator(dynamic):
     if dynamic == 'homogeneous':
         predictor, kernel = block.conv.conv2, static.conv.weight
         block.conv.bias.data = static.conv.bias.data
-    else:  # which has no bias, and a kernel for 32 channels
-        predictor, kernel = block.conv.conv2[0], static.conv.weight[::32]
-        static.conv.weight.data = kernel.repeat_interleave(32, 0)
+    else:  # which has no bias, and 32 kernels for 64 channels
+        predictor, kernel = block.conv.conv2[0], static.conv.weight[::2]
+        static.conv.weight.data = kernel.repeat_interleave(2, 0)
         static.conv.bias.data.zero_()
     predictor.weight.data.zero_()
     predictor.bias.data = kernel.flatten()

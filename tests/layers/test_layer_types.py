@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from acmix_mm import deploy, set_backend
 from acmix_mm.layers import ACmix, XVolution
 from acmix_mm.layers.mixing_weights import shift_kernel
 from acmix_mm.layers.x_volution import ATTENTIONS
@@ -11,6 +13,11 @@ pytest.importorskip('mmdet')
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.necks import FPN
+
+LAYERS = {
+    'ACmix': {'num_heads': 2, 'attn_kernel_size': 5, 'mix': 'sum', 'backend': 'torch'},
+    'XVolution': {'attention': 'local', 'num_heads': 2, 'norm_cfg': {'type': 'BN'}},
+}
 
 
 def test_registered():
@@ -49,16 +56,71 @@ def test_dcn_of_mmdet_backbones(backbone, arguments):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.parametrize('name', LAYERS)
+def test_weights_of_the_plain_network_load(name):
+    """All but the kernels of the convolutions that the layer replaces."""
+    weights = ResNet(50, base_channels=8).state_dict()
+    stages = (False, False, True, False)
+    model = ResNet(50, base_channels=8, dcn={'type': name}, stage_with_dcn=stages)
+    replaced = {f'layer3.{i}.conv2.weight' for i in range(6)}
+    assert set(model.load_state_dict(weights, strict=False).unexpected_keys) <= replaced
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in weights.items() if k not in replaced)
+
+
 def test_conv_cfg_of_a_neck():
     neck = FPN([8, 16], 8, num_outs=3, add_extra_convs='on_input', conv_cfg={'type': 'ACmix'})
     neck.init_weights()
-    layers = [m for m in neck.modules() if isinstance(m, ACmix)]
-    assert len(layers) == 5
+    assert all(isinstance(m.conv, nn.Conv2d) for m in neck.lateral_convs)  # 1x1
+    layers = [m.conv for m in neck.fpn_convs]
+    assert len(layers) == 3
     for layer in layers:
+        assert isinstance(layer, ACmix)
         kernel = shift_kernel(layer.out_channels, layer.head_dim, layer.kernel_size[0])
         assert torch.equal(layer.dep_conv['weight'], kernel)
     outs = neck([torch.randn(1, 8, 12, 10), torch.randn(1, 16, 6, 5)])
     assert [o.shape[-2:] for o in outs] == [(12, 10), (6, 5), (3, 3)]
+
+
+@pytest.mark.parametrize('kernel_size', [1, (1, 1), [1, 1]])
+@pytest.mark.parametrize('name', LAYERS)
+def test_1x1_convolutions_stay(name, kernel_size):
+    """What the layer alone has is left out, and the rest is as nn.Conv2d takes it."""
+    cfg = {'type': name, **LAYERS[name]}
+    layer = build_conv_layer(cfg, 8, 4, kernel_size, stride=2, padding=0, groups=2)
+    assert type(layer) is nn.Conv2d
+    expected = nn.Conv2d(8, 4, kernel_size, stride=2, padding=0, groups=2)
+    assert repr(layer) == repr(expected)
+    layer = build_conv_layer(cfg, 8, 4, kernel_size, 2, 0, 1, 4, False)
+    assert repr(layer) == repr(nn.Conv2d(8, 4, kernel_size, 2, 0, 1, 4, False))
+
+
+@pytest.mark.parametrize(('name', 'kind'), [('ACmix', ACmix), ('XVolution', XVolution)])
+def test_1x1_convolutions_are_replaced_if_asked_for(name, kind):
+    cfg = {'type': name, **LAYERS[name], 'replace_1x1': True}
+    layer = build_conv_layer(cfg, 8, 4, 1, stride=2, padding=0)
+    assert isinstance(layer, kind)
+    assert layer.kernel_size == (1, 1)
+    assert isinstance(build_conv_layer(cfg, 8, 4, 3, padding=1), kind)
+    neck = FPN([8, 16], 8, num_outs=2, conv_cfg=cfg)
+    assert sum(isinstance(m, kind) for m in neck.modules()) == 4
+
+
+@pytest.mark.parametrize('kernel_size', [1, 3])
+@pytest.mark.parametrize('name', LAYERS)
+def test_unknown_arguments_are_refused(name, kernel_size):
+    with pytest.raises(TypeError, match='number_of_heads'):
+        build_conv_layer({'type': name, 'number_of_heads': 2}, 8, 4, kernel_size)
+
+
+def test_models_with_the_layer_deploy_and_take_a_backend():
+    neck = FPN([8, 16], 8, num_outs=2, conv_cfg={'type': 'ACmix'}).eval()
+    maps = [torch.randn(1, 8, 12, 10), torch.randn(1, 16, 6, 5)]
+    expected = neck(maps)
+    assert set_backend(neck, 'torch').fpn_convs[0].conv.backend == 'torch'
+    deploy(neck)
+    assert all(m.conv.deployed for m in neck.fpn_convs)
+    torch.testing.assert_close(neck(maps), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('attention', ATTENTIONS)
@@ -70,6 +132,7 @@ def test_x_volution(attention):
     assert module(torch.randn(1, 8, 9, 9)).shape == (1, 8, 5, 5)
     neck = FPN([8, 16], 8, num_outs=3, add_extra_convs='on_input', conv_cfg=cfg)
     neck.init_weights()
+    assert sum(isinstance(m, XVolution) for m in neck.modules()) == 3
     outs = neck([torch.randn(2, 8, 12, 10), torch.randn(2, 16, 6, 5)])
     assert [o.shape[-2:] for o in outs] == [(12, 10), (6, 5), (3, 3)]
     stages = (False, False, True, False)

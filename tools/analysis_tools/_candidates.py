@@ -523,12 +523,13 @@ def build_model(config: dict, backend: str | None = None) -> nn.Module:
 
 
 def without_checkpoints(config):
-    """The config without what would load weights."""
+    """The config without what would load weights, or rely on loaded ones."""
     if isinstance(config, dict):
         return {
             k: without_checkpoints(v)
             for k, v in config.items()
-            if k != 'pretrained' and not (k == 'init_cfg' and 'checkpoint' in str(v))
+            if k not in ('pretrained', 'warm_start')
+            and not (k == 'init_cfg' and 'checkpoint' in str(v))
         }
     if isinstance(config, (list, tuple)):
         return type(config)(without_checkpoints(v) for v in config)
