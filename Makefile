@@ -11,7 +11,8 @@ RUN := env -u PYTHONPATH -u PYTHONHOME PYTHONNOUSERSITE=1
 
 help:
 	@echo 'make demo       make a small real data set, train, evaluate, draw predictions (CPU);'
-	@echo '                TASK=detection (default), instance or semantic'
+	@echo '                TASK=detection (default), instance, semantic or classification;'
+	@echo '                PRETRAINED=1 starts the detector from that classifier'
 	@echo 'make test       lint and run the tests, one process a core'
 	@echo 'make test-slow  run the tests that take long'
 	@echo 'make setup      only create .venv with everything installed'
@@ -26,7 +27,7 @@ $(READY): constraints.txt setup.py tools/dev/install.py tools/dev/cxx.py $(wildc
 setup: $(READY)
 
 demo: $(READY)
-	$(RUN) $(BIN)/python tools/demo.py --task $(TASK)
+	$(RUN) $(BIN)/python tools/demo.py --task $(TASK) $(if $(PRETRAINED),--pretrained)
 
 lint: $(READY)
 	$(RUN) $(BIN)/ruff check .
@@ -39,4 +40,4 @@ test-slow: $(READY)
 	$(RUN) $(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
 
 clean:
-	rm -rf $(VENV) build *.egg-info data/scene_digits work_dirs/demo
+	rm -rf $(VENV) build *.egg-info data/scene_digits work_dirs/demo checkpoints/acmix-r26_single-digits.pth

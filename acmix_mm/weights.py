@@ -35,6 +35,7 @@ SOURCES = {
     'san*_patchwise.pth': 'model_best.pth in the folder of that network, which the README of '
     'https://github.com/hszhao/SAN links, saved under this name',
     'resnet50-*.pth': 'torchvision, https://download.pytorch.org/models/',
+    'acmix-r26_single-digits.pth': 'make demo TASK=classification',
     '*_in1k.pth': 'training with configs/imagenet/{name}_*_in1k.py (nobody has published it)',
 }
 

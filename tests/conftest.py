@@ -73,6 +73,12 @@ def label_map_options(scene_digits) -> list[str]:
     return very_small_run(scene_digits / 'ade')
 
 
+@pytest.fixture(scope='session')
+def single_digits_options(scene_digits) -> list[str]:
+    """--cfg-options with which a classifier's config runs on the very small data set."""
+    return very_small_run(scene_digits / 'imagenet')
+
+
 COLOURS = {
     'n07': (200, 40, 40), 'n01': (40, 200, 40), 'n12': (40, 40, 200),
     'n03': (200, 200, 40), 'n05': (40, 200, 200), 'n02': (200, 40, 200),

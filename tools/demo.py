@@ -1,12 +1,14 @@
 """Show the whole way on a small real data set, on a CPU, in some minutes.
 
 Makes scene digits, trains a model on it, evaluates it, and draws a grid of its predictions on
-validation images, whose digits and photographs it has not seen.
+validation images, whose digits and photographs it has not seen. The classifier is of images with a
+single digit; its weights are also put where the detector with --pretrained looks for them.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +31,7 @@ DATA = Path('data/scene_digits')
 COLUMNS, ROWS = 6, 4
 SCORE_THR = 0.6
 ENLARGE = 2  # the images are small; drawn labels need room
+PRETRAINED = 'configs/demo/retinanet_acmix-r26-pre_fpn_scene-digits.py'
 
 
 def run(title: str, *command: str) -> None:
@@ -71,6 +74,28 @@ def draw_label_map(image: np.ndarray, entry: dict, meta: dict, folder: Path) -> 
     return visualizer.get_image()
 
 
+def draw_class(image: np.ndarray, entry: dict, meta: dict, folder: Path) -> np.ndarray:
+    """The best class and its score below an enlarged RGB image, in red where it is wrong."""
+    best = entry['predictions'][0]
+    right = entry['image'].startswith(f'{best["category"]}_')
+    strip = np.full((24, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(
+        strip, f'{best["category"]}: {best["score"]:.2f}', (4, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.6,
+        (0, 0, 0) if right else (220, 0, 0), 1, cv2.LINE_AA,
+    )  # fmt: skip
+    return np.vstack([image, strip])
+
+
+def gather(images: Path, folder: Path) -> None:
+    """Copy a few images of every class folder to one folder, the class before their names."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    classes = sorted(images.iterdir())
+    for name in classes:
+        for file in sorted(name.iterdir())[: -(-COLUMNS * ROWS // len(classes))]:
+            shutil.copyfile(file, folder / f'{name.name}_{file.name}')
+
+
 @dataclass(frozen=True)
 class Task:
     """What differs between the demos.
@@ -91,6 +116,12 @@ class Task:
 
 
 TASKS = {
+    'classification': Task(
+        'configs/demo/acmix-r26_scene-digits.py',
+        'imagenet/val',
+        {'top-1 (%)': 'accuracy/top1', 'top-5 (%)': 'accuracy/top5'},
+        draw_class,
+    ),
     'detection': Task(
         'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py',
         'coco/val2017',
@@ -145,9 +176,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         '--work-dir', help='folder for checkpoint, logs and pictures (work_dirs/demo/CONFIG_NAME)'
     )
+    parser.add_argument(
+        '--pretrained',
+        action='store_true',
+        help='start the detector from the classifier that --task classification has trained',
+    )
     args = parser.parse_args(argv)
+    if args.pretrained and (args.task != 'detection' or args.config):
+        parser.error('--pretrained goes with the detection task and its own config')
     task = TASKS[args.task]
-    config = args.config or task.config
+    config = PRETRAINED if args.pretrained else args.config or task.config
     work_dir = Path(args.work_dir or f'work_dirs/demo/{Path(config).stem}')
     images = DATA / task.images
     if not (ROOT / images).exists():
@@ -156,6 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = (ROOT / work_dir / 'last_checkpoint').read_text().strip()
     evaluation = work_dir / 'evaluation'
     run('evaluate', 'tools/test.py', config, checkpoint, '--work-dir', str(evaluation))
+    if args.task == 'classification':
+        gather(ROOT / images, ROOT / work_dir / 'images')
+        images = work_dir / 'images'
     pictures = work_dir / 'predictions'
     options = ('--cfg-options', *task.options) if task.options else ()
     run(
@@ -171,6 +212,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f'checkpoint: {os.path.relpath(checkpoint, ROOT)}')
     print(f'logs:       {work_dir}')
     print(f'pictures:   {grid} (all in {pictures / "vis"})')
+    start = Config.fromfile(ROOT / PRETRAINED).model.backbone.init_cfg.checkpoint
+    if config == TASKS['classification'].config:
+        (ROOT / start).parent.mkdir(exist_ok=True)
+        shutil.copyfile(checkpoint, ROOT / start)
+        print(f'weights:    {start}, for the detection demo with --pretrained')
 
 
 if __name__ == '__main__':

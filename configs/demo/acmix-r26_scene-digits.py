@@ -1,5 +1,5 @@
-# Classifier with ResNet-ACmix 26, as narrow as in the detector on scene digits, which can start from
-# it; trains on two CPU cores in some minutes.
+# Classifier of single digits with the demo detector's narrow ResNet-ACmix 26, to train on two CPU
+# cores in some minutes; the detector can start from it.
 _base_ = [
     '../_base_/models/image-classifier.py',
     '../_base_/datasets/scene_digits_classification.py',

@@ -2,13 +2,11 @@
 
 import importlib
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import predict
 import pytest
 import torch
+from programs import program, scalars
 
 pytest.importorskip('mmpretrain')
 
@@ -46,19 +44,6 @@ def _from_the_root(pytestconfig):
 @pytest.fixture(scope='module')
 def options(image_folders_options):
     return ['--cfg-options', *image_folders_options, *NARROW]
-
-
-def program(name: str, *arguments: str) -> str:
-    """What a program of tools/ prints, run as users do: Runners share state within a process."""
-    command = [sys.executable, f'tools/{name}.py', *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
-def scalars(work_dir: Path) -> list[dict]:
-    (file,) = work_dir.glob('*/vis_data/scalars.json')
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope='module')

@@ -62,7 +62,7 @@ def test_single_digits(scene_digits, split, count):
         files = list(digit.iterdir())
         assert len(files) == count / 10
         for file in files:
-            assert cv2.imread(str(file)).shape == (64, 64, 3)
+            assert cv2.imread(str(file)).shape == (48, 48, 3)
 
 
 def test_single_digit_is_of_its_class(tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_same_seed_repeats_and_force(scene_digits, tmp_path):
     [
         (['--train', '0'], '--train must be at least 1, got 0'),
         (['--digits', '5', '2'], '--digits must satisfy 0 <= MIN <= MAX, got 5 2'),
-        (['--digit-size', '20', '70'], r'must satisfy 8 <= MIN <= MAX <= image side \(64\)'),
+        (['--digit-size', '20', '70'], r'must satisfy 8 <= MIN <= MAX <= image side \(48\)'),
         (['--single-val', '9'], '--single-val must be at least 10, got 9'),
         (['--seed', '-1'], '--seed must be at least 0, got -1'),
     ],

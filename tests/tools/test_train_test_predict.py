@@ -3,8 +3,6 @@
 import json
 import math
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import test as evaluate  # tools/test.py
 import torch
 import train
 from PIL import Image
+from programs import program, scalars
 
 from acmix_mm.ops import available_backends
 
@@ -47,25 +46,12 @@ def options(digits_options):
     return ['--cfg-options', *digits_options, *NARROW]
 
 
-def program(name: str, *arguments: str) -> str:
-    """What a program of tools/ prints, run as users do: Runners share state within a process."""
-    command = [sys.executable, f'tools/{name}.py', *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
-
-
 @pytest.fixture(scope='module')
 def run(options, tmp_path_factory):
     """Work directory of two epochs of three iterations, evaluated at the end."""
     work_dir = tmp_path_factory.mktemp('run')
     program('train', CONFIG, '--work-dir', str(work_dir), *options)
     return work_dir
-
-
-def scalars(work_dir) -> list[dict]:
-    (file,) = work_dir.glob('*/vis_data/scalars.json')
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def test_train_logs_saves_and_evaluates(run):

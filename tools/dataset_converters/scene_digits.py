@@ -258,7 +258,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--single-val', type=int, default=1000, help='validation images of one digit (%(default)s)'
     )
-    parser.add_argument('--single-size', type=int, default=64, help='their side (%(default)s)')
+    parser.add_argument('--single-size', type=int, default=48, help='their side (%(default)s)')
     parser.add_argument(
         '--digits',
         type=int,

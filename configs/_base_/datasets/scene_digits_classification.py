@@ -6,13 +6,13 @@ metainfo = dict(classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9'))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
-    dict(type='RandomCrop', crop_size=64, padding=6, padding_mode='reflect'),
+    dict(type='RandomCrop', crop_size=48, padding=4, padding_mode='reflect'),
     dict(type='PackInputs'),
 ]
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 
 train_dataloader = dict(
-    batch_size=64,
+    batch_size=32,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -25,7 +25,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=64,
+    batch_size=32,
     num_workers=1,
     persistent_workers=True,
     sampler=dict(type='DefaultSampler', shuffle=False),
