@@ -1,0 +1,340 @@
+"""Make a start for ResNet-ACmix from the weights of a plain ResNet with bottlenecks.
+
+CHECKPOINT is torchvision's, mmpretrain's, or a detector's or segmentor's; depth and width are read
+from it. OUT has names as ACmixResNet in such a model has them (`backbone.*`); a torchvision
+classifier's `fc.*` becomes `head.fc.*`, all else is carried over as it is.
+
+Everything but the 3x3 kernels is copied. Each of those is approximated by ACmix's convolution path,
+of which 4 output channels share 9 projected maps; which ones do is chosen, and the norm and the 1x1
+convolution behind are permuted to match. The attention path starts with a small rate.
+
+With --images, every layer in turn is fitted to the plain network's outputs on them, and norms get
+new statistics; some images are held out to measure the errors on. Without, kernels are fitted as
+they are.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from _kernel_fit import (
+    Factors,
+    Statistics,
+    alternate,
+    energy_beyond,
+    group_outputs,
+    spectra,
+    truncate,
+)
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from acmix_mm.command_line import keep_freed_memory, load_checkpoint
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, as torchvision and mmdet
+HELD_OUT = 5  # every fifth image measures the errors
+ATTENTION_RATE = 0.1
+RIDGE = 0.01
+BATCH = 16
+PARAMETER = re.compile(
+    r'(conv1\.weight|bn1\.\w+|layer[1-4]\.\d+\.(conv[123]\.weight|bn[123]\.\w+'
+    r'|downsample\.0\.weight|downsample\.1\.\w+))'
+)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('checkpoint', help="plain ResNet's checkpoint (stride in the 3x3s)")
+    parser.add_argument('out', type=Path, metavar='OUT.pth', help='file to write')
+    parser.add_argument(
+        '--images', type=Path, help='folder of images (also below it) like those to be trained on'
+    )
+    parser.add_argument('--num-images', type=int, default=80, help='default: %(default)s')
+    parser.add_argument(
+        '--size',
+        type=int,
+        default=224,
+        help='pixels of the square that is cut out of an image, after its shorter side is resized '
+        'to them (default: %(default)s)',
+    )
+    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help="picture of the spectra")
+    args = parser.parse_args(argv)
+    if args.num_images < 2:
+        parser.error(f'--num-images must be at least 2, got {args.num_images}')
+    if args.size < 32:
+        parser.error(f'--size must be at least 32, got {args.size}')
+    for file in (args.out, args.plot):
+        if file is not None and not file.parent.is_dir():
+            sys.exit(f'error: folder {file.parent} does not exist')
+    return args
+
+
+def split_weights(weights: dict, file: str) -> tuple[dict, dict]:
+    """The ResNet's weights by mmdet's names, and all others by those they are to have."""
+    weights = {name.removeprefix('module.'): value for name, value in weights.items()}
+    wrapped = any(name.startswith('backbone.') for name in weights)
+    backbone, others = {}, {}
+    for name, value in weights.items():
+        if not wrapped and name in ('fc.weight', 'fc.bias'):
+            others[f'head.{name}'] = value
+        elif wrapped and not name.startswith('backbone.'):
+            others[name] = value
+        else:
+            backbone[name.removeprefix('backbone.')] = value
+    if any(name.endswith('.rate1') for name in backbone):
+        sys.exit(f'error: {file} is a mixed network already')
+    if 'layer1.0.conv2.weight' in backbone and 'layer1.0.conv3.weight' not in backbone:
+        sys.exit(
+            f'error: {file} has basic blocks (ResNet-18 or -34); ResNet-ACmix has bottlenecks '
+            '(26, 38, 50, 101)'
+        )
+    strange = [name for name in backbone if not PARAMETER.fullmatch(name)]
+    if strange or 'layer4.0.conv3.weight' not in backbone:
+        what = f'has {strange[0]}' if strange else 'lacks layer4.0.conv3.weight'
+        sys.exit(f'error: {file} is no plain ResNet: it {what}')
+    return backbone, others
+
+
+def build_networks(weights: dict, file: str) -> tuple[nn.Module, nn.Module]:
+    """The plain network, and ResNet-ACmix with all of its weights but the 3x3 kernels."""
+    from acmix_mm.backbones import ACmixResNet
+
+    blocks = tuple(
+        len({name.split('.')[1] for name in weights if name.startswith(f'layer{stage}.')})
+        for stage in (1, 2, 3, 4)
+    )
+    depths = {blocks: depth for depth, (_, blocks) in ACmixResNet.arch_settings.items()}
+    if blocks not in depths:
+        sys.exit(f'error: {file} has stages of {blocks} blocks, not one of {list(depths)}')
+    stem = weights['conv1.weight']
+    arguments = {
+        'depth': depths[blocks],
+        'in_channels': stem.size(1),
+        'stem_channels': stem.size(0),
+        'base_channels': weights['layer1.0.conv1.weight'].size(0),
+    }
+    try:
+        plain = ACmixResNet(**arguments, stage_with_acmix=(False,) * 4).eval()
+        mixed = ACmixResNet(**arguments).eval()
+    except ValueError as error:
+        sys.exit(f'error: {file} does not fit ResNet-ACmix: {error}')
+    state = plain.state_dict()
+    # Files from before PyTorch 0.4.1 do not have these counters.
+    missing = [n for n in state if n not in weights and not n.endswith('num_batches_tracked')]
+    wrong = [n for n, v in weights.items() if n in state and state[n].shape != v.shape]
+    for names, what in ((missing, 'is missing'), (wrong, 'has another shape')):
+        if names:
+            sys.exit(f'error: {file} is no plain ResNet-{depths[blocks]}: {names[0]} {what}')
+    plain.load_state_dict(weights, strict=False)
+    shared = {n: v for n, v in plain.state_dict().items() if n in mixed.state_dict()}
+    mixed.load_state_dict({**mixed.state_dict(), **shared})
+    return plain, mixed
+
+
+def load_images(args: argparse.Namespace) -> Tensor:
+    """Normalised images in a random order, (B, 3, size, size)."""
+    if not args.images.is_dir():
+        sys.exit(f'error: folder {args.images} does not exist')
+    files = sorted(p for p in args.images.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+    if len(files) < 2:
+        sys.exit(
+            f'error: {args.images} must have at least 2 images ({", ".join(IMAGE_SUFFIXES)}), '
+            f'has {len(files)}'
+        )
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(args.seed))
+    images = []
+    for index in tqdm(order[: args.num_images].tolist(), desc='read images', unit='image'):
+        try:
+            image = Image.open(files[index]).convert('RGB')
+        except (OSError, UnidentifiedImageError):
+            sys.exit(f'error: image {files[index]} cannot be read')
+        scale = args.size / min(image.size)
+        width, height = (max(args.size, round(side * scale)) for side in image.size)
+        left, top = (width - args.size) // 2, (height - args.size) // 2
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.crop((left, top, left + args.size, top + args.size))
+        images.append((np.asarray(image, dtype=np.float32) - MEAN) / STD)
+    return torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2).contiguous()
+
+
+def bottlenecks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules of the blocks, in their order."""
+    for stage in network.res_layers:
+        for index, block in enumerate(getattr(network, stage)):
+            yield f'{stage}.{index}', block
+
+
+def as_kernel(weight: Tensor) -> Tensor:
+    """A convolution's weight (O, I, k, k) as :mod:`_kernel_fit` wants it, (O, k * k, I)."""
+    return weight.detach().double().flatten(2).transpose(1, 2)
+
+
+def importance(block: nn.Module) -> Tensor:
+    """Factor on the error of every output of the 3x3 convolution: what follows makes of it."""
+    scale = block.norm2.weight / (block.norm2.running_var + block.norm2.eps).sqrt()
+    factor = scale.abs() * block.conv3.weight.flatten(1).norm(dim=0)
+    # A channel that the block ignores still needs a kernel, with which training could begin.
+    return factor.detach().double().clamp_min(1e-3 * factor.mean().item())[:, None, None]
+
+
+def fit(kernel: Tensor, statistics: Statistics | None, generator: torch.Generator) -> Factors:
+    """Factors of a kernel for ACmix with 4 heads, as good on data of these statistics as can be."""
+    size, rank = 4, kernel.size(1)
+    if statistics is None:
+        return truncate(kernel, group_outputs(kernel, size, rank, generator), rank)
+    statistics = statistics.pulled_to(kernel, RIDGE)
+    best = statistics.best_kernel()
+    # As if all taps saw independent inputs of one covariance, truncation is the exact solution.
+    root = torch.linalg.cholesky(torch.einsum('titj->ij', statistics.patches) / rank)
+    white = best @ root
+    start = truncate(white, group_outputs(white, size, rank, generator), rank)
+    inner = torch.linalg.solve_triangular(root, start.inner, upper=False, left=False)
+    return alternate(Factors(start.groups, start.outer, inner), statistics)
+
+
+def install(operator: nn.Module, factors: Factors, generator: torch.Generator) -> None:
+    """Give an ACmix operator the convolution path of these factors, and a small attention path."""
+    factors = factors.balanced()
+    positions, heads, taps, rank = factors.outer.shape
+    # Of the 3 N maps of a position, fc keeps the inner maps; what it drops is zero.
+    fc, _ = torch.linalg.qr(torch.randn(3 * heads, rank, dtype=torch.float64, generator=generator))
+    maps = (fc @ factors.inner).unflatten(1, (3, heads))
+    side = operator.kernel_size
+    new = {
+        'fc.weight': fc.T[..., None, None],
+        'dep_conv.weight': factors.outer.transpose(2, 3).flatten(0, 1).unflatten(2, side),
+        'rate1': torch.tensor([ATTENTION_RATE]),
+        'rate2': torch.ones(1),
+    }
+    for part in range(3):
+        name = f'conv{part + 1}'
+        new[f'{name}.weight'] = maps[:, part].transpose(0, 1).flatten(0, 1)[..., None, None]
+        new[f'{name}.bias'] = torch.zeros(positions * heads)
+    operator.load_state_dict({**operator.state_dict(), **new})
+
+
+def reorder(block: nn.Module, order: Tensor) -> None:
+    """Have a block work with the outputs of its 3x3 operator in this order."""
+    for tensor in block.norm2.state_dict().values():
+        if tensor.ndim:
+            tensor.copy_(tensor[order])
+    block.conv3.weight.copy_(block.conv3.weight[:, order])
+
+
+def run(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([module(batch) for batch in x.split(BATCH)])
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """Norm of the deviation, relative to the norm of what is expected."""
+    return ((out - expected).norm() / expected.norm()).item()
+
+
+def adapt(norm: nn.Module, expected: Tensor, actual: Tensor, fitted: int) -> list[Tensor]:
+    """Change a norm's statistics as its input has changed; its output on both inputs.
+
+    Only changes count: a norm whose input is the plain network's stays as it is.
+
+    Args:
+        norm (nn.Module): With the plain network's statistics.
+        expected (Tensor): Its input in the plain network.
+        actual (Tensor): Its input in the mixed one.
+        fitted (int): Number of images to take statistics of.
+    """
+    reference = norm(expected)
+    means, variances = zip(
+        *((x.mean((0, 2, 3)), x.var((0, 2, 3))) for x in (expected[:fitted], actual[:fitted])),
+        strict=True,
+    )
+    ratio = (variances[1] + norm.eps) / (variances[0] + norm.eps)
+    norm.running_mean.sub_(means[0]).mul_(ratio.sqrt()).add_(means[1])
+    norm.running_var.add_(norm.eps).mul_(ratio).sub_(norm.eps).clamp_(min=0)
+    return [reference, norm(actual)]
+
+
+def measure(conv: nn.Module, x: Tensor, wanted: Tensor) -> Statistics:
+    """Statistics by which ``conv`` is fitted to map ``x`` to the wanted outputs, up to a bias."""
+    inputs, outputs, taps = x.size(1), wanted.size(1), conv.weight[0, 0].numel()
+    second = torch.zeros(taps * inputs + outputs, taps * inputs, dtype=torch.float64)
+    first = torch.zeros(taps * inputs + outputs, dtype=torch.float64)
+    for batch, target in zip(x.split(BATCH), wanted.split(BATCH), strict=True):
+        patches = F.unfold(batch, conv.kernel_size, 1, conv.padding, conv.stride)
+        patches = patches.unflatten(1, (inputs, taps)).permute(2, 1, 0, 3).flatten(2).flatten(0, 1)
+        rows = torch.cat([patches, target.transpose(0, 1).flatten(1)])
+        second += rows @ patches.T
+        first += rows.sum(1)
+    count = wanted.numel() / outputs
+    second = second / count - torch.outer(first, first[: taps * inputs]) / count**2
+    patches, cross = second.split([taps * inputs, outputs])
+    return Statistics(
+        patches.reshape(taps, inputs, taps, inputs), cross.reshape(outputs, taps, inputs)
+    )
+
+
+def convert(
+    plain: nn.Module, mixed: nn.Module, images: Tensor | None, fitted: int, args, fits: bool = True
+) -> list[dict]:
+    """Fit the mixed network to the plain one, in place; with images, adapt its norms.
+
+    Args:
+        plain (nn.Module): The plain network.
+        mixed (nn.Module): ResNet-ACmix with the other weights of the plain one.
+        images (Tensor | None): Shape (B, 3, H, W).
+        fitted (int): Number of images to fit to. The others measure errors.
+        args (argparse.Namespace): Of the command line.
+        fits (bool): Also fit the operators. Default: True.
+
+    Returns:
+        list[dict]: A row for every layer, then, with images, one for every stage.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    rows, pairs = [], list(zip(bottlenecks(plain), bottlenecks(mixed), strict=True))
+    if images is not None:
+        stem = nn.Sequential(plain.conv1, plain.norm1, plain.relu, plain.maxpool)
+        expected = actual = run(stem, images)
+    for (name, reference), (_, block) in tqdm(
+        pairs, desc='fit' if fits else 'compare', unit='layer'
+    ):
+        a = b = statistics = None
+        weight = importance(block)
+        if images is not None:
+            a, b = adapt(block.norm1, run(block.conv1, expected), run(block.conv1, actual), fitted)
+            a, b = run(reference.conv2, a.relu_()), b.relu_()
+            if fits:
+                statistics = measure(reference.conv2, b[:fitted], a[:fitted])
+                statistics = Statistics(statistics.patches, statistics.outputs * weight)
+        if fits:
+            kernel = as_kernel(reference.conv2.weight) * weight
+            factors = fit(kernel, statistics, generator)
+            row = {'layer': name, 'kernel': kernel, 'groups': factors.groups}
+            row['kernel error'] = ((factors.kernel() - kernel).norm() / kernel.norm()).item()
+            scale = weight[factors.groups]
+            factors = Factors(factors.groups, factors.outer / scale, factors.inner)
+            install(block.conv2, factors, generator)
+            order = factors.groups.flatten()
+            reorder(block, order)
+        else:
+            row, order = {'layer': name}, torch.arange(len(weight))
+        rows.append(row)
+        if images is None:
+            continue
+        a, b = adapt(block.norm2, a[:, order], run(block.conv2, b), fitted)
+        a, b = a.relu_(), b.relu_()
+        row['error'] = relative_error(b[fitted:], a[fitted:])
+        a, b = adapt(block.norm3, run(block.conv3, a), run(block.conv3, b), fitted)
+        if block.downsample is not None:
+            conv, norm = block.downsample
+            expected, actual = adapt(norm, run(conv, expected), run(conv, actual), fitted)
+        expected, actual = (a + expected).relu_(), (b + actual).relu_()
+        row['block error'] = relative_error(actual[fitted:], expected[fitted:])
+    return rows
