@@ -192,7 +192,8 @@ def alternate(start: Factors, statistics: Statistics, sweeps: int = 6, steps: in
         factors = factors.balanced()
         inner = _better_inner(factors.outer, factors.inner, patches, wanted, steps)
         factors = Factors(start.groups, factors.outer, inner)
-    return Factors(start.groups, factors.outer, whiten(inner.flatten(0, 1)).reshape(inner.shape))
+    inner = torch.linalg.solve_triangular(root, factors.inner, upper=False, left=False)
+    return Factors(start.groups, factors.outer, inner)
 
 
 def _best_outer(inner: Tensor, patches: Tensor, wanted: Tensor) -> Tensor:
