@@ -11,7 +11,6 @@ free where a network's next layers can be permuted.
 Kernels are tensors (O, T, I) here: outputs, taps, inputs. Groups are (G, N), indices of outputs.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +71,10 @@ class Statistics:
         patches = patches + ridge * torch.eye(size, dtype=patches.dtype)
         return Statistics(patches.view_as(self.patches), self.outputs + ridge * kernel)
 
+    def root(self) -> Tensor:
+        """Cholesky factor of the inputs' covariance, the mean over taps; shape (I, I)."""
+        return torch.linalg.cholesky(torch.einsum('titj->ij', self.patches) / len(self.patches))
+
     def best_kernel(self) -> Tensor:
         """The dense kernel of least error, (O, T, I)."""
         size = self.outputs[0].numel()
@@ -113,20 +116,20 @@ def truncate(kernel: Tensor, groups: Tensor, rank: int) -> Factors:
 
 
 def group_outputs(
-    kernel: Tensor, size: int, rank: int, generator: torch.Generator, sweeps: float = 2
+    kernel: Tensor, size: int, rank: int, generator: torch.Generator, sweeps: int = 3
 ) -> Tensor:
     """Groups of output channels whose kernels are near to matrices of low rank together.
 
     From groups in the channels' order, members are swapped between two groups while it lowers the
     energy beyond the rank. Every round pairs the groups at random and takes the best of a pair's
-    swaps.
+    swaps, if it is one.
 
     Args:
         kernel (Tensor): Shape (O, T, I), with O a multiple of ``size``.
         size (int): Channels of a group, N.
         rank (int): Rank of a group's kernel, R.
         generator (torch.Generator): Source of the pairing.
-        sweeps (float): How often a group meets each other group, on average. Default: 2.
+        sweeps (int): How often a group meets each other group, on average. Default: 3.
 
     Returns:
         Tensor: Shape (O / N, N).
@@ -145,7 +148,7 @@ def group_outputs(
     half = len(groups) // 2
     first, second = torch.meshgrid(torch.arange(size), torch.arange(size), indexing='ij')
     first, second, swap = first.flatten(), second.flatten(), torch.arange(size**2)
-    for _ in range(math.ceil(sweeps * len(groups)) if half else 0):
+    for _ in range(sweeps * len(groups) if half else 0):
         pairs = torch.randperm(len(groups), generator=generator)[: 2 * half].view(2, half)
         candidates = groups[pairs][:, :, None].repeat(1, 1, size**2, 1)
         left, right = candidates
@@ -177,8 +180,7 @@ def alternate(start: Factors, statistics: Statistics, sweeps: int = 6, steps: in
     taps, inputs = statistics.patches.shape[:2]
     wanted = statistics.outputs[start.groups]
     # In coordinates in which the input is white on average over taps, conjugate gradients are fast.
-    mean = torch.einsum('titj->ij', statistics.patches) / taps
-    root = torch.linalg.cholesky(mean)
+    root = statistics.root()
 
     def whiten(rows: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(root.T, rows, upper=True, left=False)

@@ -14,6 +14,7 @@ they are.
 """
 
 import argparse
+import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -40,8 +41,9 @@ from acmix_mm.command_line import keep_freed_memory, load_checkpoint
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, as torchvision and mmdet
 HELD_OUT = 5  # every fifth image measures the errors
-ATTENTION_RATE = 0.1
-RIDGE = 0.01
+HEADS, RANK = 4, 9  # of ACmixResNet: 3 x 3 maps lead to 4 channels
+ATTENTION_RATE = 0.1  # the attention path's share of the output, about a hundredth of the energy
+RIDGE = 0.01  # relative to the inputs' variance; few images leave much of a kernel undetermined
 BATCH = 16
 PARAMETER = re.compile(
     r'(conv1\.weight|bn1\.\w+|layer[1-4]\.\d+\.(conv[123]\.weight|bn[123]\.\w+'
@@ -67,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         'to them (default: %(default)s)',
     )
     parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
-    parser.add_argument('--plot', type=Path, metavar='FILE.png', help="picture of the spectra")
+    parser.add_argument('--plot', type=Path, metavar='FILE.png', help='picture of the spectra')
     args = parser.parse_args(argv)
     if args.num_images < 2:
         parser.error(f'--num-images must be at least 2, got {args.num_images}')
@@ -174,32 +176,50 @@ def bottlenecks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f'{stage}.{index}', block
 
 
-def as_kernel(weight: Tensor) -> Tensor:
-    """A convolution's weight (O, I, k, k) as :mod:`_kernel_fit` wants it, (O, k * k, I)."""
-    return weight.detach().double().flatten(2).transpose(1, 2)
-
-
 def importance(block: nn.Module) -> Tensor:
     """Factor on the error of every output of the 3x3 convolution: what follows makes of it."""
     scale = block.norm2.weight / (block.norm2.running_var + block.norm2.eps).sqrt()
     factor = scale.abs() * block.conv3.weight.flatten(1).norm(dim=0)
-    # A channel that the block ignores still needs a kernel, with which training could begin.
-    return factor.detach().double().clamp_min(1e-3 * factor.mean().item())[:, None, None]
+    # A channel that the block ignores still needs a kernel, from which training can begin.
+    return factor.double().clamp_min(1e-3 * factor.mean().clamp_min(1e-6))[:, None, None]
 
 
-def fit(kernel: Tensor, statistics: Statistics | None, generator: torch.Generator) -> Factors:
-    """Factors of a kernel for ACmix with 4 heads, as good on data of these statistics as can be."""
-    size, rank = 4, kernel.size(1)
+def fit(
+    theirs: nn.Module, block: nn.Module, statistics: Statistics | None, generator: torch.Generator
+) -> dict:
+    """Fit a block's operator to the other's 3x3 convolution, in place.
+
+    Args:
+        theirs (nn.Module): The plain network's block.
+        block (nn.Module): The mixed network's.
+        statistics (Statistics | None): Of the mixed network's input and the wanted outputs. None:
+            all inputs count alike.
+        generator (torch.Generator): For what is drawn at random.
+
+    Returns:
+        dict: ``kernel``, every output's times its importance; ``groups`` of outputs;
+        ``kernel error``, relative.
+    """
+    weight = importance(theirs)
+    kernel = theirs.conv2.weight.double().flatten(2).transpose(1, 2) * weight
     if statistics is None:
-        return truncate(kernel, group_outputs(kernel, size, rank, generator), rank)
-    statistics = statistics.pulled_to(kernel, RIDGE)
-    best = statistics.best_kernel()
-    # As if all taps saw independent inputs of one covariance, truncation is the exact solution.
-    root = torch.linalg.cholesky(torch.einsum('titj->ij', statistics.patches) / rank)
-    white = best @ root
-    start = truncate(white, group_outputs(white, size, rank, generator), rank)
-    inner = torch.linalg.solve_triangular(root, start.inner, upper=False, left=False)
-    return alternate(Factors(start.groups, start.outer, inner), statistics)
+        groups = group_outputs(kernel, HEADS, RANK, generator)
+        factors = truncate(kernel, groups, RANK)
+    else:
+        statistics = Statistics(statistics.patches, statistics.outputs * weight)
+        statistics = statistics.pulled_to(kernel, RIDGE)
+        # If all taps saw independent inputs of one covariance, truncation would be the solution.
+        root = statistics.root()
+        white = statistics.best_kernel() @ root
+        groups = group_outputs(white, HEADS, RANK, generator)
+        start = truncate(white, groups, RANK)
+        inner = torch.linalg.solve_triangular(root, start.inner, upper=False, left=False)
+        factors = alternate(Factors(groups, start.outer, inner), statistics)
+    error = ((factors.kernel() - kernel).norm() / kernel.norm()).item()
+    outer = factors.outer / weight[groups]
+    install(block.conv2, Factors(groups, outer, factors.inner), generator)
+    reorder(block, groups.flatten())
+    return {'kernel': kernel, 'groups': groups, 'kernel error': error}
 
 
 def install(operator: nn.Module, factors: Factors, generator: torch.Generator) -> None:
@@ -282,59 +302,141 @@ def measure(conv: nn.Module, x: Tensor, wanted: Tensor) -> Statistics:
 
 
 def convert(
-    plain: nn.Module, mixed: nn.Module, images: Tensor | None, fitted: int, args, fits: bool = True
+    plain: nn.Module,
+    mixed: nn.Module,
+    images: Tensor | None,
+    fitted: int,
+    generator: torch.Generator | None = None,
 ) -> list[dict]:
-    """Fit the mixed network to the plain one, in place; with images, adapt its norms.
+    """Fit the mixed network to the plain one, in place, layer after layer.
+
+    Every layer gets the inputs that those before it leave, and the plain network's outputs to
+    reach, so that it corrects what it can of the errors before it.
 
     Args:
         plain (nn.Module): The plain network.
         mixed (nn.Module): ResNet-ACmix with the other weights of the plain one.
-        images (Tensor | None): Shape (B, 3, H, W).
+        images (Tensor | None): Shape (B, 3, H, W). None: kernels are fitted as they are, and norms
+            keep their statistics.
         fitted (int): Number of images to fit to. The others measure errors.
-        args (argparse.Namespace): Of the command line.
-        fits (bool): Also fit the operators. Default: True.
+        generator (torch.Generator | None): For what is drawn at random. None: operators stay as
+            they are, and only norms get new statistics. Default: None.
 
     Returns:
-        list[dict]: A row for every layer, then, with images, one for every stage.
+        list[dict]: A row of results for every layer.
     """
-    generator = torch.Generator().manual_seed(args.seed)
-    rows, pairs = [], list(zip(bottlenecks(plain), bottlenecks(mixed), strict=True))
+    rows = []
     if images is not None:
         stem = nn.Sequential(plain.conv1, plain.norm1, plain.relu, plain.maxpool)
         expected = actual = run(stem, images)
-    for (name, reference), (_, block) in tqdm(
-        pairs, desc='fit' if fits else 'compare', unit='layer'
-    ):
-        a = b = statistics = None
-        weight = importance(block)
+    pairs = list(zip(bottlenecks(plain), bottlenecks(mixed), strict=True))
+    description = 'measure the shift-initialised start' if generator is None else 'fit'
+    for (name, theirs), (_, block) in tqdm(pairs, desc=description, unit='layer'):
+        row = {'layer': name}
+        rows.append(row)
+        # Shortest names for maps: a of the plain network, b of the mixed one.
+        statistics = a = b = None
         if images is not None:
             a, b = adapt(block.norm1, run(block.conv1, expected), run(block.conv1, actual), fitted)
-            a, b = run(reference.conv2, a.relu_()), b.relu_()
-            if fits:
-                statistics = measure(reference.conv2, b[:fitted], a[:fitted])
-                statistics = Statistics(statistics.patches, statistics.outputs * weight)
-        if fits:
-            kernel = as_kernel(reference.conv2.weight) * weight
-            factors = fit(kernel, statistics, generator)
-            row = {'layer': name, 'kernel': kernel, 'groups': factors.groups}
-            row['kernel error'] = ((factors.kernel() - kernel).norm() / kernel.norm()).item()
-            scale = weight[factors.groups]
-            factors = Factors(factors.groups, factors.outer / scale, factors.inner)
-            install(block.conv2, factors, generator)
-            order = factors.groups.flatten()
-            reorder(block, order)
-        else:
-            row, order = {'layer': name}, torch.arange(len(weight))
-        rows.append(row)
+            a, b = run(theirs.conv2, a.relu_()), b.relu_()
+            if generator is not None:
+                statistics = measure(theirs.conv2, b[:fitted], a[:fitted])
+        if generator is not None:
+            row |= fit(theirs, block, statistics, generator)
         if images is None:
             continue
+        order = row['groups'].flatten() if 'groups' in row else slice(None)
         a, b = adapt(block.norm2, a[:, order], run(block.conv2, b), fitted)
         a, b = a.relu_(), b.relu_()
-        row['error'] = relative_error(b[fitted:], a[fitted:])
+        row['output error'] = relative_error(b[fitted:], a[fitted:])
         a, b = adapt(block.norm3, run(block.conv3, a), run(block.conv3, b), fitted)
         if block.downsample is not None:
             conv, norm = block.downsample
             expected, actual = adapt(norm, run(conv, expected), run(conv, actual), fitted)
         expected, actual = (a + expected).relu_(), (b + actual).relu_()
-        row['block error'] = relative_error(actual[fitted:], expected[fitted:])
+        if block is getattr(mixed, name.split('.')[0])[-1]:
+            row['features error'] = relative_error(actual[fitted:], expected[fitted:])
     return rows
+
+
+def report(rows: list[dict], start: list[dict] | None) -> list[str]:
+    """Lines of a table with the errors of every layer, and with images of every stage's features.
+
+    Args:
+        rows (list[dict]): Of :func:`convert`.
+        start (list[dict] | None): The same of the shift-initialised network, if there are images.
+    """
+    lines = [
+        'Relative errors. Energy: share of the kernel beyond rank 9, in groups of 4 channels.',
+        f'{"layer":10}{"channels":>9}{"in order":>10}{"grouped":>9}{"kernel":>8}'
+        + (f'{"output":>8}{"shift start":>13}' if start else ''),
+    ]
+    for index, row in enumerate(rows):
+        ordered = torch.arange(len(row['kernel'])).view_as(row['groups'])
+        energies = (energy_beyond(row['kernel'], g, RANK) for g in (ordered, row['groups']))
+        line = f'{row["layer"]:10}{len(row["kernel"]):>9}'
+        line += '{:>10.3f}{:>9.3f}'.format(*energies) + f'{row["kernel error"]:>8.3f}'
+        if start:
+            line += f'{row["output error"]:>8.3f}{start[index]["output error"]:>13.3f}'
+        lines.append(line)
+    if start:
+        lines += ['', 'Relative errors of features on images held out']
+        lines.append(f'{"stage":10}{"converted":>10}{"shift start":>13}{"ratio":>8}')
+        for row, other in zip(rows, start, strict=True):
+            if 'features error' in row:
+                ours, theirs = row['features error'], other['features error']
+                stage = row['layer'].split('.')[0]
+                lines.append(f'{stage:10}{ours:>10.3f}{theirs:>13.3f}{ours / theirs:>8.2f}')
+    return lines
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Energy that a rank leaves out of the groups' kernels, for every layer."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(7, 4.5), layout='constrained')
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps['viridis'].resampled(len(rows))
+    for index, row in enumerate(rows):
+        energies = (spectra(row['kernel'], row['groups']) ** 2).sum(0)
+        beyond = 1 - energies.cumsum(0) / energies.sum()
+        ranks = range(1, len(energies))  # at full rank there is nothing left
+        axes.semilogy(ranks, beyond[:-1], color=colours(index), label=row['layer'])
+    axes.axvline(RANK, color='black', linewidth=0.8)
+    axes.set_xlabel('rank of the kernels of 4 channels (ACmix: 9)')
+    axes.set_ylabel('share of the energy beyond it')
+    axes.set_ylim(bottom=1e-4)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(file, dpi=150)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    checkpoint = load_checkpoint(args.checkpoint)
+    keep_freed_memory()
+    torch.manual_seed(args.seed)
+    weights, others = split_weights(checkpoint.get('state_dict', checkpoint), args.checkpoint)
+    plain, mixed = build_networks(weights, args.checkpoint)
+    images = start = None
+    fitted = 0
+    if args.images is not None:
+        images = load_images(args)
+        fitted = len(images) - max(1, len(images) // HELD_OUT)
+        start = convert(plain, copy.deepcopy(mixed), images, fitted)
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = convert(plain, mixed, images, fitted, generator)
+    state = {f'backbone.{name}': value for name, value in mixed.state_dict().items()}
+    meta = checkpoint.get('meta') or {}
+    meta = {key: meta[key] for key in ('dataset_meta', 'CLASSES', 'PALETTE') if key in meta}
+    torch.save({'state_dict': {**state, **others}, 'meta': meta}, args.out)
+    print(*report(rows, start), sep='\n')
+    if args.plot is not None:
+        plot(rows, args.plot)
+        print(f'plot:       {args.plot}')
+    print(f'checkpoint: {args.out} (ACmixResNet, depth={mixed.depth}, ', end='')
+    print(f'base_channels={mixed.base_channels})')
+
+
+if __name__ == '__main__':
+    main()
