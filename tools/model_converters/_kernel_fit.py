@@ -1,12 +1,12 @@
 """A convolution's kernel as the convolution path of ACmix computes it, as nearly as it can.
 
-Of head position g, the path (ACmix, CVPR 2022, section 4.2) projects the C inputs to 3 N maps,
-``fc`` mixes those to k * k, and a k x k convolution of its own leads to N outputs. ``fc`` is common
-to all positions, but the projections are not: with an ``fc`` of full row rank, any k * k maps can be
-had. So the path is exactly: for every group of N output channels, any k * k inner maps (1x1),
-then any k x k convolution. The group's kernel, a matrix of N * k * k rows (output, tap) and C
-columns (input), has rank k * k at most, 9 of 36 for 4 heads. Which output channels form a group is
-free where a network's next layers can be permuted.
+At head position g, the path (ACmix, CVPR 2022, section 4.2) projects the C inputs to 3 N maps,
+``fc`` mixes those to k * k, and a k x k convolution leads to N outputs. ``fc`` is common to all
+positions, but the projections are not: with an ``fc`` of full row rank, any k * k maps can be had.
+So the path is exactly: for every group of N outputs, any k * k inner maps (1x1), then any k x k
+convolution. The group's kernel, a matrix of N * k * k rows (output, tap) and C columns (input), has
+rank k * k at most: with 4 heads, 9 of 36. Which outputs form a group is free where the network's
+next layers can be permuted.
 
 Kernels are tensors (O, T, I) here: outputs, taps, inputs. Groups are (G, N), indices of outputs.
 """

@@ -225,7 +225,7 @@ def fit(
 def install(operator: nn.Module, factors: Factors, generator: torch.Generator) -> None:
     """Give an ACmix operator the convolution path of these factors, and a small attention path."""
     factors = factors.balanced()
-    positions, heads, taps, rank = factors.outer.shape
+    positions, heads, _, rank = factors.outer.shape
     # Of the 3 N maps of a position, fc keeps the inner maps; what it drops is zero.
     fc, _ = torch.linalg.qr(torch.randn(3 * heads, rank, dtype=torch.float64, generator=generator))
     maps = (fc @ factors.inner).unflatten(1, (3, heads))
