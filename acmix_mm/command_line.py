@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import ctypes
 import os
-import pickle
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +11,11 @@ from pathlib import Path
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 
 from .openmmlab import make_checkpoints_loadable
+from .weights import read_checkpoint
 
 WORK_DIRS = 'work_dirs'
 
@@ -94,21 +94,11 @@ def keep_freed_memory() -> None:
 
 
 def load_checkpoint(path: str) -> dict:
-    """Read a checkpoint into CPU memory; exits with a message if it cannot be read."""
-    make_checkpoints_loadable()
+    """:func:`~acmix_mm.weights.read_checkpoint`; exits with a message if it cannot be read."""
     try:
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location='cpu')
-    except FileNotFoundError:
-        sys.exit(f'error: checkpoint {path} does not exist')
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        sys.exit(
-            f'error: checkpoint {path} cannot be read, it may be damaged or no checkpoint '
-            f'({type(error).__name__}: {str(error).splitlines()[0]})'
-        )
-    state_dict = checkpoint.get('state_dict', checkpoint) if isinstance(checkpoint, dict) else None
-    if not state_dict or not any(isinstance(v, torch.Tensor) for v in state_dict.values()):
-        sys.exit(f'error: checkpoint {path} holds no weights')
-    return checkpoint
+        return read_checkpoint(path)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
 
 
 def check_weights(model: torch.nn.Module, checkpoint: dict, args: argparse.Namespace) -> None:
@@ -135,6 +125,16 @@ def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torc
     load_state_dict(model, checkpoint.get('state_dict', checkpoint))
     model.eval()
     return model
+
+
+def check_out(out: Path, suffix: str) -> None:
+    """Exits with a message unless a file ``out`` of that suffix can be written anew."""
+    if out.suffix != suffix:
+        sys.exit(f'error: OUT must end in {suffix}, got {out}')
+    if not out.parent.is_dir():
+        sys.exit(f'error: folder {out.parent} does not exist')
+    if out.exists():
+        sys.exit(f'error: {out} exists already')
 
 
 def relative_error(outputs: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:

@@ -10,6 +10,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -199,7 +200,8 @@ def make_checkpoints_loadable() -> None:
     They hold the log's history as ``HistoryBuffer``, which torch >= 2.6 refuses, so that resuming
     with the original mmengine fails and OneDL's falls back to the unsafe loader. Here the class is
     registered as safe, with the numpy objects in it, and is pickled by its constructor: by default
-    a pickle of it also calls ``getattr``, which no safe loader can allow.
+    a pickle of it also calls ``getattr``, which no safe loader can allow. Checkpoints of Swin's
+    training program, and of those made from it, hold their yacs config; it is read as a dict.
     """
     import numpy as np
     from mmengine.logging.history_buffer import HistoryBuffer
@@ -214,7 +216,15 @@ def make_checkpoints_loadable() -> None:
         for function in functions
         for core in ('core', '_core')
     ]
-    add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *dtypes, *names])
+    yacs = (_PlainConfig, 'yacs.config.CfgNode')
+    add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *dtypes, *names, yacs])
+
+
+class _PlainConfig:
+    """Stands for the config class of yacs, of which nothing runs and which need not be there."""
+
+    def __new__(cls):
+        return OrderedDict()  # which torch's safe loader fills, subclasses of dict it does not
 
 
 def _reduce_history_buffer(buffer):

@@ -14,6 +14,7 @@ from acmix_mm.command_line import (
     load_checkpoint,
     load_run_config,
 )
+from acmix_mm.weights import check_starts, resolve_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,8 +54,8 @@ def build_config(args: argparse.Namespace) -> Config:
             load_checkpoint(latest)
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
-    if cfg.get('load_from') is not None:
-        load_checkpoint(cfg.load_from)
+    resolve_weights(cfg)
+    check_starts(cfg)
     return cfg
 
 

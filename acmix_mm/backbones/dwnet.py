@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..layers import DepthwiseBlock
 from ..layers.checkpoint import checkpoint_module
-from .base import TrainReturnsModule
+from .base import Backbone
 
 
 class DWNetBlock(BaseModule):
@@ -43,7 +43,7 @@ class DWNetBlock(BaseModule):
         return self.ffn(nchw_to_nlc(self.bn(maps)), identity=nchw_to_nlc(maps))
 
 
-class DWNet(TrainReturnsModule, SwinTransformer):
+class DWNet(Backbone, SwinTransformer):
     """Swin's pyramid with (dynamic) depth-wise convolution in place of window attention.
 
     "On the Connection between Local Attention and Dynamic Depth-wise Convolution", ICLR 2022,

@@ -8,7 +8,7 @@ from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from ..models import deploy
-from .base import TrainReturnsModule
+from .base import Backbone
 
 
 class OperatorBlock:
@@ -53,7 +53,7 @@ class OperatorBottleneck(OperatorBlock, Bottleneck):
         )
 
 
-class OperatorResNet(TrainReturnsModule, ResNet):
+class OperatorResNet(Backbone, ResNet):
     """mmdet's ResNet with another operator for the 3x3 convolutions of chosen stages.
 
     Subclasses set ``arch_settings``, name the argument by which users choose stages, and are

@@ -14,6 +14,7 @@ from ..layers.norms import build_batch_norm
 from ..models import deploy
 from ..ops import norm_relu_conv
 from ..ops._batch_norm import batch_norm
+from .base import Backbone, WarmStart, check_warm_start
 
 
 def _halve(x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class SANBlock(nn.Module):
         return x + norm_relu_conv(out, self.bn2, self.conv.weight, self.conv.bias)
 
 
-class SAN(BaseModule):
+class SAN(Backbone, BaseModule):
     """Self-attention network with patchwise attention, of 10, 15 or 19 blocks.
 
     "Exploring Self-attention for Image Recognition", CVPR 2020, section 5, with the
@@ -193,20 +194,26 @@ class SAN(BaseModule):
             module.requires_grad_(False)
 
 
-class ACmixSAN(SAN):
+class ACmixSAN(WarmStart, SAN):
     """SAN-ACmix ("On the Integration of Self-Attention and Convolution", CVPR 2022).
 
     SAN with :class:`~acmix_mm.layers.PatchACmix` for every patchwise self-attention. No code was
     published for it; plain SAN's weights load, with ``fc``, ``dep_conv`` and the rates missing.
+    With rate1 = 1 and rate2 = 0 the outputs are that network's.
 
     Args:
         depth (int): 10, 15 or 19.
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
             Default: 'learned'.
         conv_kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
+        warm_start (bool): Start as the plain network whose checkpoint ``init_cfg`` names, see
+            :meth:`init_weights`; for ``mix='learned'``. Default: False.
         deploy (bool): Build the form that :meth:`switch_to_deploy` leaves, for checkpoints of that
             form. Default: False.
         **kwargs: Of :class:`SAN`.
+
+    Raises:
+        ValueError: If an argument is not as described; the message names it.
     """
 
     def __init__(
@@ -215,11 +222,14 @@ class ACmixSAN(SAN):
         *,
         mix: str = 'learned',
         conv_kernel_size: int = 3,
+        warm_start: bool = False,
         deploy: bool = False,
         **kwargs,
     ):
+        check_warm_start(warm_start, mix, deploy)
         self._acmix = {'mix': mix, 'kernel_size': conv_kernel_size}
         super().__init__(depth, **kwargs)
+        self.warm_start = warm_start
         if deploy:
             self.switch_to_deploy()
 

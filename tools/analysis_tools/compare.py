@@ -23,6 +23,7 @@ number of its images.
 
 import argparse
 import contextlib
+import copy
 import csv
 import datetime
 import hashlib
@@ -50,6 +51,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from tqdm import tqdm
 
 from acmix_mm.command_line import WORK_DIRS, add_cfg_options, keep_freed_memory, load_config
+from acmix_mm.weights import check_starts, resolve_weights
 
 # What must be equal for runs to be of one budget.
 BUDGET = (
@@ -216,6 +218,14 @@ def metric_names(evaluator: dict) -> set[str] | None:
 # Training.
 
 
+def check_weights(models: list[Model]) -> None:
+    """Exits with a message if a model cannot start from the checkpoint that its config names."""
+    for model in models:
+        cfg = copy.deepcopy(model.cfg)  # a file in the place of a URL makes no other runs of it
+        resolve_weights(cfg)
+        check_starts(cfg)
+
+
 def train_and_evaluate(config: str, seed: int, folder: Path, threads: int) -> None:
     """One run, in a process of its own; all that it says goes into its log."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -225,6 +235,7 @@ def train_and_evaluate(config: str, seed: int, folder: Path, threads: int) -> No
     torch.set_num_threads(threads)
     keep_freed_memory()
     cfg = Config.fromfile(config)
+    resolve_weights(cfg)
     # Evaluated below, not as part of training, which may have been interrupted just before.
     for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
         cfg[key] = None
@@ -583,6 +594,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     models = make_models(args)
     runs = [Run(model, seed) for seed in args.seeds for model in models]
+    check_weights([m for m in models if any(r.model is m and r.metrics() is None for r in runs)])
     problems = train_all(runs, args.metric, args.jobs, args.threads // args.jobs)
     failures = [f'{run}: {problem} (log: {run.log})' for run, problem in problems.items()]
 

@@ -18,6 +18,7 @@ from acmix_mm import deploy, set_backend
 from acmix_mm.command_line import (
     add_config_arguments,
     build_model,
+    check_out,
     load_checkpoint,
     load_config,
     relative_error,
@@ -79,12 +80,7 @@ def check(backbone: torch.nn.Module, file: Path, size: Sequence[int]) -> float:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.out.suffix != '.onnx':
-        sys.exit(f'error: OUT must end in .onnx, got {args.out}')
-    if not args.out.parent.is_dir():
-        sys.exit(f'error: folder {args.out.parent} does not exist')
-    if args.out.exists():
-        sys.exit(f'error: {args.out} exists already')
+    check_out(args.out, '.onnx')
     cfg = load_config(args.config, args.cfg_options)
     torch.manual_seed(0)
     backbone = build_model(cfg, load_checkpoint(args.checkpoint), args).backbone

@@ -14,6 +14,7 @@ from acmix_mm import deploy
 from acmix_mm.command_line import (
     add_config_arguments,
     build_model,
+    check_out,
     keep_freed_memory,
     load_checkpoint,
     load_config,
@@ -38,13 +39,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config_out = args.out.with_suffix('.py')
-    if args.out.suffix != '.pth':
-        sys.exit(f'error: OUT must end in .pth, got {args.out}')
-    if not args.out.parent.is_dir():
-        sys.exit(f'error: folder {args.out.parent} does not exist')
-    for file in (args.out, config_out):
-        if file.exists():
-            sys.exit(f'error: {file} exists already')
+    check_out(args.out, '.pth')
+    check_out(config_out, '.py')
     cfg = load_config(args.config, args.cfg_options)
     if cfg.model.backbone.get('deploy'):
         sys.exit(f'error: the backbone of {args.config} is deployed already')

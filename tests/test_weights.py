@@ -1,0 +1,289 @@
+"""Checkpoints from which models start: read safely, found, refused in one line."""
+
+import os
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import compare
+import pytest
+import torch
+import train
+from mmengine.config import Config
+from mmengine.runner.checkpoint import CheckpointLoader
+
+from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
+from acmix_mm.weights import check_starts, read_checkpoint, resolve_weights, state_dict_of
+
+NOWHERE = 'http://127.0.0.1:9/weights.pth'  # the port of a service that no machine offers
+CONFIG = Path('configs/demo/retinanet_acmix-r26_fpn_scene-digits.py')
+RESNET = {'type': 'ACmixResNet', 'depth': 26, 'base_channels': 16}
+SWIN = {'embed_dims': 12, 'depths': (1, 1, 1, 1), 'num_heads': (3, 3, 6, 12)}
+
+
+class RunsCode:
+    """Pickled as a call that creates a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f'touch {self.file}',)
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.'])
+@pytest.mark.parametrize('key', [None, 'state_dict', 'model'])
+def test_state_dict_of(prefix, key):
+    weights = {'a.weight': torch.ones(2), 'b.modules.c': torch.zeros(1)}
+    state = {f'{prefix}{name}': value for name, value in weights.items()}
+    found = state_dict_of(state if key is None else {'epoch': 3, key: state})
+    assert found.keys() == weights.keys()
+    assert all(found[name] is weights[name] for name in weights)
+
+
+@pytest.mark.parametrize('checkpoint', [None, 3, [torch.ones(1)], {}, {'state_dict': {}}])
+def test_no_state_dict(checkpoint):
+    assert state_dict_of(checkpoint) == {}
+
+
+def test_yacs_configs_are_read_as_dicts(tmp_path, monkeypatch):
+    """As in checkpoints of Swin's training program, without yacs, whose classes run no code."""
+
+    class CfgNode(dict):
+        def __setstate__(self, state):
+            raise AssertionError('a method of the class ran')
+
+    CfgNode.__module__, CfgNode.__qualname__ = 'yacs.config', 'CfgNode'
+    module = types.ModuleType('yacs.config')
+    module.CfgNode = CfgNode
+    config = CfgNode(MODEL=CfgNode(TYPE='swin', DEPTHS=[2, 2, 6, 2]))
+    config.__dict__['__immutable__'] = True
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+        patch.setitem(sys.modules, 'yacs.config', module)
+        torch.save({'model': {'a': torch.ones(1)}, 'config': config}, tmp_path / 'x.pth')
+    checkpoint = read_checkpoint(str(tmp_path / 'x.pth'))
+    assert checkpoint['config'] == {'MODEL': {'TYPE': 'swin', 'DEPTHS': [2, 2, 6, 2]}}
+    assert state_dict_of(checkpoint) == {'a': torch.ones(1)}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a checkpoint that cannot serve; its message."""
+
+    def damaged(kind: str) -> tuple[str, str]:
+        file = tmp_path / 'bad.pth'
+        state = ACmixResNet(26, base_channels=16).state_dict()
+        if kind == 'truncated':
+            torch.save({'state_dict': state}, file)
+            file.write_bytes(file.read_bytes()[:-1000])
+        elif kind == 'garbage':
+            file.write_text('not a checkpoint')
+        elif kind == 'no weights':
+            torch.save({'state_dict': {}, 'meta': {}}, file)
+        elif kind == 'of another network':
+            torch.save({'model': ACmixSwinTransformer(**SWIN).state_dict()}, file)
+        elif kind == 'with code':
+            torch.save({'state_dict': state, 'meta': RunsCode(tmp_path / 'it-ran')}, file)
+        messages = {
+            'missing': r'checkpoint .*bad\.pth does not exist',
+            'truncated': r'checkpoint .*bad\.pth cannot be read, it may be damaged',
+            'garbage': r'checkpoint .*bad\.pth cannot be read, it may be damaged',
+            'no weights': r'checkpoint .*bad\.pth holds no weights',
+            'of another network': r'checkpoint .*bad\.pth is not for model\.backbone: .* has none',
+            'with code': r'checkpoint .*bad\.pth is refused: it holds \w+\.system',
+        }
+        return str(file), messages[kind]
+
+    return damaged
+
+
+UNREADABLE = ['missing', 'truncated', 'garbage', 'no weights', 'with code']
+
+
+@pytest.mark.parametrize('kind', UNREADABLE)
+def test_unreadable(write, kind, tmp_path):
+    file, message = write(kind)
+    with pytest.raises(ValueError, match=f'^{message}') as caught:
+        read_checkpoint(file)
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'it-ran').exists()
+
+
+def test_the_code_would_run(write, tmp_path):
+    """Where it is not refused: that the test above can fail."""
+    torch.load(write('with code')[0], weights_only=False)
+    assert (tmp_path / 'it-ran').exists()
+
+
+def test_unreachable_url(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with pytest.raises(ValueError, match=r'^checkpoint http://127\.0\.0\.1:9/.* cannot be fetched'):
+        read_checkpoint(NOWHERE)
+
+
+def test_url_is_fetched_once(tmp_path, monkeypatch):
+    """By torch hub, which keeps it: the second time there is nothing to fetch it from."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    source = tmp_path / 'source.pth'
+    torch.save(ACmixResNet(26, base_channels=16).state_dict(), source)
+    fetched = []
+
+    def fetch(url, file, *args, **kwargs):
+        fetched.append(url)
+        source.rename(file)
+
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
+    # It waits for the other processes of a job, which do not check.
+    monkeypatch.setitem(CheckpointLoader._schemes, 'http://', None)
+    for _ in range(2):
+        check_starts(config(init_cfg=pretrained(NOWHERE)))
+    assert fetched == [NOWHERE]
+
+
+def config(**backbone) -> Config:
+    return Config({'model': {'type': 'FCOS', 'backbone': {**RESNET, **backbone}}})
+
+
+def pretrained(file: str, **more) -> dict:
+    return {'type': 'Pretrained', 'checkpoint': file, **more}
+
+
+def test_local_files_take_precedence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'checkpoints').mkdir()
+    (tmp_path / 'checkpoints' / 'there.pth').touch()
+    url, other = 'https://example.org/v1/there.pth', 'https://example.org/v1/elsewhere.pth'
+    cfg = config(init_cfg=[{'type': 'Kaiming', 'layer': 'Conv2d'}, pretrained(url)])
+    cfg.model.neck = {'type': 'FPN', 'init_cfg': pretrained(other)}
+    cfg.model.pretrained = url
+    cfg.model.heads = [{'type': 'Head', 'init_cfg': pretrained('kept/there.pth', prefix='a.')}]
+    cfg.load_from = url
+    resolve_weights(cfg)
+    assert cfg.model.backbone.init_cfg[1] == pretrained('checkpoints/there.pth')
+    assert cfg.model.neck.init_cfg == pretrained(other)
+    assert cfg.model.pretrained == cfg.load_from == 'checkpoints/there.pth'
+    assert cfg.model.heads[0].init_cfg == pretrained('kept/there.pth', prefix='a.')
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert f'model.backbone starts from checkpoints/there.pth, in the place of {url}' in lines
+
+
+def test_a_start_that_serves(tmp_path, capsys):
+    file = str(tmp_path / 'x.pth')
+    state = ACmixResNet(26, base_channels=16).state_dict()
+    torch.save({'state_dict': {f'backbone.{k}': v for k, v in state.items()}}, file)
+    check_starts(config(init_cfg=pretrained(file, prefix='backbone.')))
+    check_starts(config())
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('name', 'backbone', 'message'),
+    [
+        (
+            'acmix-r26_in1k.pth', {'frozen_stages': 1, 'norm_eval': True},
+            'configs/imagenet/acmix-r26_*_in1k.py (nobody has published it); to go on without it, '
+            'with more epochs: --cfg-options model.backbone.init_cfg=None '
+            'model.backbone.frozen_stages=-1 model.backbone.norm_eval=False',
+        ),
+        (
+            'swin_tiny_patch4_window7_224.pth', {'warm_start': True},
+            'SwinTransformer/storage/releases/tag/v1.0.0; to go on without it, with more epochs: '
+            '--cfg-options model.backbone.init_cfg=None model.backbone.warm_start=False',
+        ),
+        ('acmix_swin_small_patch4_window7_224.pth', {}, 'https://github.com/LeapLabTHU/ACmix'),
+        ('san19_patchwise.pth', {}, 'model_best.pth in the folder of that network'),
+        ('i_dynamic_dwnet_tiny_224.pth', {}, 'DemystifyLocalViT'),
+        ('mine.pth', {}, 'starts from it; to go on without it'),
+    ],
+)  # fmt: skip
+def test_missing_file(name, backbone, message):
+    with pytest.raises(SystemExit) as caught:
+        check_starts(config(init_cfg=pretrained(f'checkpoints/{name}'), **backbone))
+    text = caught.value.code
+    assert text.startswith(f'error: checkpoint checkpoints/{name} does not exist, and model.backb')
+    assert message in text
+    assert '\n' not in text
+
+
+def test_url_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    with pytest.raises(
+        SystemExit, match=r'cannot be fetched .* a file checkpoints/weights\.pth is'
+    ):
+        check_starts(config(init_cfg=pretrained(NOWHERE)))
+
+
+@pytest.mark.parametrize('backbone', ['SwinTransformer', 'PyramidVisionTransformer', 'ResNet'])
+def test_of_another_network(backbone, tmp_path):
+    """Whatever mmdet's own classes raise, and where they would go on without a word."""
+    torch.save({'model': {'layer9.weight': torch.ones(1)}}, tmp_path / 'x.pth')
+    cfg = Config({'model': {'backbone': {'type': backbone}}})
+    cfg.model.backbone.update({'depth': 18} if backbone == 'ResNet' else {'convert_weights': True})
+    cfg.model.backbone.init_cfg = pretrained(str(tmp_path / 'x.pth'))
+    with pytest.raises(
+        SystemExit, match=r'error: checkpoint .*x\.pth is not for model\.backbone: '
+    ):
+        check_starts(cfg)
+
+
+def test_of_a_deeper_network(tmp_path):
+    state = ACmixSwinTransformer(**{**SWIN, 'depths': (1, 1, 2, 1)}).state_dict()
+    torch.save({f'backbone.{k}': v for k, v in state.items()}, tmp_path / 'x.pth')
+    cfg = config()
+    cfg.model.backbone = {'type': 'ACmixSwinTransformer', **SWIN}
+    cfg.model.backbone.init_cfg = pretrained(str(tmp_path / 'x.pth'))
+    with pytest.raises(
+        SystemExit, match=r'does not fit ACmixSwinTransformer \(KeyError: '
+    ) as caught:
+        check_starts(cfg)
+    assert '\n' not in caught.value.code
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, pytestconfig):
+    """Writes a config that starts from a checkpoint."""
+    monkeypatch.chdir(pytestconfig.rootpath)
+
+    def write(file: str, key: str) -> str:
+        start = f"load_from = '{file}'"
+        if key == 'init_cfg':
+            start = f"model = dict(backbone=dict(init_cfg=dict(checkpoint='{file}')))"
+            start = start.replace('checkpoint=', "_delete_=True, type='Pretrained', checkpoint=")
+        (tmp_path / 'recipe.py').write_text(f"_base_ = '{CONFIG.resolve()}'\n{start}\n")
+        return str(tmp_path / 'recipe.py')
+
+    return write
+
+
+@pytest.mark.parametrize('key', ['init_cfg', 'load_from'])
+@pytest.mark.parametrize('kind', UNREADABLE)
+def test_training_does_not_begin(write, recipe, key, kind, tmp_path):
+    file, message = write(kind)
+    with pytest.raises(SystemExit, match=f'^error: {message}'):
+        train.main([recipe(file, key), '--work-dir', str(tmp_path / 'work')])
+    assert not (tmp_path / 'work').exists()
+    assert not (tmp_path / 'it-ran').exists()
+
+
+def test_nothing_begins_from_another_network(write, recipe, tmp_path, monkeypatch, digits_options):
+    file, message = write('of another network')
+    arguments = [recipe(file, 'init_cfg'), '--work-dir', str(tmp_path / 'work')]
+    arguments += ['--cfg-options', *digits_options]
+    monkeypatch.setattr(compare, 'train_all', None)
+    for program in (train, compare):
+        with pytest.raises(SystemExit, match=f'^error: {message}'):
+            program.main(arguments)
+
+
+def test_pickled_models_are_refused(tmp_path):
+    """As YOLO's programs write them."""
+    torch.save({'model': torch.nn.Linear(2, 2)}, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=r'it holds torch\.nn\.modules\.linear\.Linear'):
+        read_checkpoint(str(tmp_path / 'x.pth'))
+    (tmp_path / 'y.pth').write_bytes(pickle.dumps(RunsCode(tmp_path / 'it-ran')))
+    with pytest.raises(ValueError, match='checkpoint'):
+        read_checkpoint(str(tmp_path / 'y.pth'))
+    assert not (tmp_path / 'it-ran').exists()
