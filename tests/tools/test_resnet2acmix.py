@@ -102,7 +102,7 @@ def squared_error(kernel, conv, x, wanted):
 
 def test_statistics_give_the_error(data, generator):
     conv, x, wanted = data
-    statistics = resnet2acmix.measure(conv, x, wanted)
+    statistics = kernel_fit.measure(conv, x, wanted)
     one, other = torch.randn(2, 8, 9, 12, dtype=torch.float64, generator=generator)
     expected = squared_error(one, *data) - squared_error(other, *data)
     assert statistics.excess(one) - statistics.excess(other) == pytest.approx(expected)
@@ -115,7 +115,7 @@ def test_statistics_give_the_error(data, generator):
 
 def test_alternating_never_raises_the_error(data):
     conv, x, wanted = data
-    statistics = resnet2acmix.measure(conv, x, wanted)
+    statistics = kernel_fit.measure(conv, x, wanted)
     kernel = conv.weight.detach().flatten(2).transpose(1, 2)
     factors = kernel_fit.truncate(kernel, torch.arange(8).view(2, 4), 5)
     errors = [squared_error(factors.kernel(), *data)]
@@ -130,7 +130,7 @@ def test_alternating_never_raises_the_error(data):
 def test_alternating_reaches_an_optimum(data):
     """No direction of either factor lowers the error any more."""
     conv, x, wanted = data
-    statistics = resnet2acmix.measure(conv, x, wanted)
+    statistics = kernel_fit.measure(conv, x, wanted)
     kernel = conv.weight.detach().flatten(2).transpose(1, 2)
     start = kernel_fit.truncate(kernel, torch.arange(8).view(2, 4), 5)
     factors = kernel_fit.alternate(start, statistics, sweeps=300)
@@ -206,8 +206,9 @@ def folder(tmp_path_factory):
 def convert(weights, path, *options):
     """Convert weights; returns what the tool writes."""
     torch.save(weights, path / 'plain.pth')
-    resnet2acmix.main([str(path / 'plain.pth'), str(path / 'acmix.pth'), *map(str, options)])
-    return torch.load(path / 'acmix.pth')
+    out = path / f'acmix{len(list(path.iterdir()))}.pth'
+    resnet2acmix.main([str(path / 'plain.pth'), str(out), *map(str, options)])
+    return torch.load(out)
 
 
 def load(checkpoint):
@@ -244,7 +245,7 @@ def test_features_are_near_to_the_plain_networks(trained, folder, tmp_path, with
         assert ours <= 0.6 * theirs
     out = capsys.readouterr().out
     assert ('ratio' in out) == with_images
-    assert f'checkpoint: {tmp_path}/acmix.pth (ACmixResNet, depth=26, base_channels=8)' in out
+    assert f'checkpoint: {tmp_path}/acmix1.pth (ACmixResNet, depth=26, base_channels=8)' in out
 
 
 @torch.no_grad()
@@ -324,7 +325,11 @@ def without(weights, part):
             'layer1.0.conv2.weight has another shape',
         ),
         (lambda w: {'state_dict': {}}, 'holds no weights'),
-        (lambda w: {**w, 'code': Image.Image}, 'cannot be read'),
+        (
+            lambda w: {**w, 'layer1.0.conv2.weight': torch.full((8, 8, 3, 3), torch.nan)},
+            'layer1.0.conv2.weight is not finite',
+        ),
+        (lambda w: {**w, 'code': Image.Image}, 'is refused: it holds PIL.Image.Image'),
     ],
 )
 def test_refused_checkpoints(trained, tmp_path, change, message):
@@ -356,6 +361,9 @@ def test_refused_arguments(trained, folder, tmp_path, capsys):
         (broken / f'{name}.png').write_bytes(b'no image')
     for options, message in (
         ([tmp_path / 'none.pth', tmp_path / 'out.pth'], 'none.pth does not exist'),
+        ([file, file], 'exists already'),
+        ([file, tmp_path / 'out'], 'must end in .pth'),
+        ([file, tmp_path / 'out.pth', '--plot', 'a.jpg'], 'must end in .png'),
         ([file, tmp_path / 'none' / 'out.pth'], f'folder {tmp_path / "none"} does not exist'),
         ([file, tmp_path / 'out.pth', '--images', tmp_path / 'none'], 'does not exist'),
         ([file, tmp_path / 'out.pth', '--images', empty], 'must have at least 2 images'),

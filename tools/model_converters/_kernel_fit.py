@@ -14,7 +14,8 @@ Kernels are tensors (O, T, I) here: outputs, taps, inputs. Groups are (G, N), in
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Statistics:
         """
         size = kernel[0].numel()
         patches = self.patches.reshape(size, size)
-        ridge = ridge * patches.diagonal().mean()
+        ridge = (ridge * patches.diagonal().mean()).clamp_min(1e-12)  # all inputs may be zero
         patches = patches + ridge * torch.eye(size, dtype=patches.dtype)
         return Statistics(patches.view_as(self.patches), self.outputs + ridge * kernel)
 
@@ -86,6 +87,31 @@ class Statistics:
         """Squared error of a kernel, without the part that no kernel can change."""
         through = torch.einsum('oti,tisj->osj', kernel, self.patches)
         return ((through - 2 * self.outputs) * kernel).sum().item()
+
+
+def measure(conv: nn.Conv2d, x: Tensor, wanted: Tensor) -> Statistics:
+    """Statistics for a convolution of this one's geometry, and any bias, that leads to ``wanted``.
+
+    Args:
+        conv (nn.Conv2d): Undilated, in one group.
+        x (Tensor): Its input, shape (B, I, H, W).
+        wanted (Tensor): The outputs to reach, (B, O, H', W').
+    """
+    inputs, outputs, taps = x.size(1), wanted.size(1), conv.weight[0, 0].numel()
+    second = torch.zeros(taps * inputs + outputs, taps * inputs, dtype=torch.float64)
+    first = torch.zeros(taps * inputs + outputs, dtype=torch.float64)
+    for batch, target in zip(x.split(16), wanted.split(16), strict=True):
+        patches = F.unfold(batch, conv.kernel_size, 1, conv.padding, conv.stride)
+        patches = patches.unflatten(1, (inputs, taps)).permute(2, 1, 0, 3).flatten(2).flatten(0, 1)
+        rows = torch.cat([patches, target.transpose(0, 1).flatten(1)])
+        second += rows @ patches.T
+        first += rows.sum(1)
+    count = wanted.numel() / outputs
+    second = second / count - torch.outer(first, first[: taps * inputs]) / count**2
+    patches, cross = second.split([taps * inputs, outputs])
+    return Statistics(
+        patches.reshape(taps, inputs, taps, inputs), cross.reshape(outputs, taps, inputs)
+    )
 
 
 def energy_beyond(kernel: Tensor, groups: Tensor, rank: int) -> float:
@@ -110,13 +136,13 @@ def truncate(kernel: Tensor, groups: Tensor, rank: int) -> Factors:
     blocks = kernel[groups]
     left, values, right = torch.linalg.svd(blocks.flatten(1, 2), full_matrices=False)
     missing = max(rank - values.size(1), 0)
-    outer = torch.nn.functional.pad(left[..., :rank], (0, missing))
-    inner = torch.nn.functional.pad(values[:, :rank, None] * right[:, :rank], (0, 0, 0, missing))
+    outer = F.pad(left[..., :rank], (0, missing))
+    inner = F.pad(values[:, :rank, None] * right[:, :rank], (0, 0, 0, missing))
     return Factors(groups, outer.view(*blocks.shape[:3], rank), inner)
 
 
 def group_outputs(
-    kernel: Tensor, size: int, rank: int, generator: torch.Generator, sweeps: int = 3
+    kernel: Tensor, size: int, rank: int, generator: torch.Generator, sweeps: int = 2
 ) -> Tensor:
     """Groups of output channels whose kernels are near to matrices of low rank together.
 
@@ -129,7 +155,7 @@ def group_outputs(
         size (int): Channels of a group, N.
         rank (int): Rank of a group's kernel, R.
         generator (torch.Generator): Source of the pairing.
-        sweeps (int): How often a group meets each other group, on average. Default: 3.
+        sweeps (int): How often a group meets each other group, on average. Default: 2.
 
     Returns:
         Tensor: Shape (O / N, N).
