@@ -1,4 +1,4 @@
-"""What the programs in tools/ share: config with overrides, checkpoints read with care, memory."""
+"""What the programs in tools/ share: config with overrides, processes, checkpoints, memory."""
 
 import argparse
 import contextlib
@@ -6,14 +6,16 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
+from mmengine.utils.dl_utils import set_multi_processing
 
 from .openmmlab import make_checkpoints_loadable
 from .weights import read_checkpoint
@@ -85,6 +87,53 @@ def load_run_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path(WORK_DIRS) / Path(args.config).stem)
+    return cfg
+
+
+def join_processes(cfg: Config) -> None:
+    """Connect the processes of a distributed job, as the Runner would later; see :func:`once`.
+
+    Without a GPU, where mmengine connects none, those started by torchrun exchange over gloo.
+    """
+    if cfg.launcher == 'none' or is_distributed():
+        return
+    env_cfg = cfg.get('env_cfg', {})
+    set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
+    if torch.cuda.is_available():
+        init_dist(cfg.launcher, **env_cfg.get('dist_cfg', {'backend': 'nccl'}))
+    elif cfg.launcher == 'pytorch':
+        torch.distributed.init_process_group('gloo')
+        cfg.setdefault(
+            'model_wrapper_cfg',
+            {
+                'type': 'MMDistributedDataParallel',
+                'device_ids': None,  # mmengine's default is a GPU
+                'broadcast_buffers': False,
+                'find_unused_parameters': cfg.get('find_unused_parameters', False),
+            },
+        )
+    else:
+        sys.exit(
+            f'error: --launcher {cfg.launcher} needs a GPU, and there is none; without one, '
+            'processes start with --launcher pytorch'
+        )
+
+
+def once(action: Callable[[Config], object], cfg: Config) -> Config:
+    """Let the first process of a job check and complete the config; all get it from there.
+
+    Where the action exits with a message, all processes end, and the message appears once.
+    """
+    outcome = [cfg, None]
+    if get_rank() == 0:
+        try:
+            action(cfg)
+        except SystemExit as error:
+            outcome[1] = error.code
+    broadcast_object_list(outcome)
+    cfg, code = outcome
+    if code is not None:
+        sys.exit(code if get_rank() == 0 else 1)
     return cfg
 
 

@@ -1,8 +1,15 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from processes import run_two_processes
+
+from acmix_mm.command_line import join_processes
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 
 PROGRAM = """
 import re, sys
@@ -22,7 +29,7 @@ print(resident() - before)
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+@without_gpu
 def test_keep_freed_memory():
     grown = {}
     for policy in ('keep', 'default'):
@@ -32,3 +39,31 @@ def test_keep_freed_memory():
         grown[policy] = int(result.stdout)
     assert grown['default'] < 20
     assert grown['keep'] > 100
+
+
+@without_gpu
+def test_once(tmp_path):
+    """One process acts; both have what it did to the config."""
+    log, file = tmp_path / 'log', tmp_path / 'results'
+    run_two_processes(Path(__file__).with_name('act_once.py'), log, file)
+    assert log.read_text() == '0 acted\n'
+    first, second = torch.load(file)
+    assert first == second == {'weights': 'found by 0', 'backend': 'gloo'}
+
+
+@without_gpu
+def test_once_ends_all_processes(tmp_path):
+    """By a message, and by exit codes of both; a process that went on would write."""
+    log, file = tmp_path / 'log', tmp_path / 'results'
+    with pytest.raises(AssertionError) as failure:
+        run_two_processes(Path(__file__).with_name('act_once.py'), log, file, 'error: no weights')
+    assert str(failure.value).count('error: no weights') == 1
+    assert log.read_text() == '0 acted\n0 exits with error: no weights\n1 exits with 1\n'
+    assert not file.exists()
+
+
+@without_gpu
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+def test_launchers_that_need_a_gpu(launcher):
+    with pytest.raises(SystemExit, match=rf'error: --launcher {launcher} needs a GPU'):
+        join_processes(Config({'launcher': launcher}))

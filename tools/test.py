@@ -11,9 +11,11 @@ from mmengine.runner import Runner
 
 from acmix_mm.command_line import (
     add_run_arguments,
+    join_processes,
     keep_freed_memory,
     load_checkpoint,
     load_run_config,
+    once,
 )
 
 
@@ -44,7 +46,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_config(args: argparse.Namespace) -> Config:
     """Config with all command-line settings."""
     cfg = load_run_config(args)
-    load_checkpoint(args.checkpoint)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')
@@ -87,6 +88,8 @@ def report(runner: Runner, args: argparse.Namespace, metrics: dict[str, float]) 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = build_config(args)
+    join_processes(cfg)
+    cfg = once(lambda cfg: load_checkpoint(cfg.load_from), cfg)
     keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)

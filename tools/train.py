@@ -10,9 +10,11 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from acmix_mm.command_line import (
     add_run_arguments,
+    join_processes,
     keep_freed_memory,
     load_checkpoint,
     load_run_config,
+    once,
 )
 from acmix_mm.weights import check_starts, resolve_weights
 
@@ -47,16 +49,22 @@ def build_config(args: argparse.Namespace) -> Config:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit(f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
-    if args.resume == 'auto':
-        cfg.resume, cfg.load_from = True, None
+    if args.resume is not None:
+        cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
+    return cfg
+
+
+def check_start(cfg: Config) -> None:
+    """Read what training starts from; exits with a message if it cannot be had.
+
+    For one process of a job; what it changes in the config, all get.
+    """
+    resolve_weights(cfg)
+    if cfg.get('resume') and cfg.get('load_from') is None:
         latest = find_latest_checkpoint(cfg.work_dir)
         if latest is not None:
             load_checkpoint(latest)
-    elif args.resume is not None:
-        cfg.resume, cfg.load_from = True, args.resume
-    resolve_weights(cfg)
     check_starts(cfg)
-    return cfg
 
 
 @master_only
@@ -68,6 +76,8 @@ def report(runner: Runner) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     cfg = build_config(parse_args(argv))
+    join_processes(cfg)
+    cfg = once(check_start, cfg)
     keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)

@@ -12,6 +12,7 @@ import test as evaluate  # tools/test.py
 import torch
 import train
 from PIL import Image
+from processes import run_two_processes
 from programs import program, scalars
 
 from acmix_mm.ops import available_backends
@@ -130,6 +131,21 @@ def test_evaluate(run, options, tmp_path):
     assert len(pickle.loads(out.read_bytes())) == 4
     assert len(list(tmp_path.glob('*/pictures/*.jpg'))) == 4
     assert f'predictions: {out}' in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason='two processes of a machine without a GPU')
+def test_two_processes(options, pytestconfig, tmp_path):
+    """Training and evaluation, over gloo."""
+    tools, work = pytestconfig.rootpath / 'tools', tmp_path / 'work'
+    common = ['--launcher', 'pytorch', '--work-dir', work, *options]
+    run_two_processes(tools / 'train.py', CONFIG, *common)
+    rows = scalars(work)
+    assert len([row for row in rows if 'loss' in row]) == 4  # 12 images, 8 a step
+    run_two_processes(tools / 'test.py', CONFIG, work / 'epoch_2.pth', *common)
+    metrics = [json.loads(file.read_text()) for file in work.glob('*/*.json')]
+    (trained,) = [row for row in rows if 'coco/bbox_mAP' in row]
+    assert [m['coco/bbox_mAP'] for m in metrics] == [trained['coco/bbox_mAP']]
 
 
 @pytest.mark.slow
