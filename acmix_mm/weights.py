@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import pickle
 import re
 import sys
 import urllib.error
@@ -63,8 +62,17 @@ def state_dict_of(checkpoint: object) -> dict[str, Tensor]:
     }
 
 
+class CheckpointNotFound(ValueError):
+    """A checkpoint that is not there, or cannot be fetched."""
+
+
 def is_url(file: str) -> bool:
     return file.startswith(('http://', 'https://'))
+
+
+def _fetched(url: str) -> Path:
+    """Where torch hub keeps it."""
+    return Path(torch.hub.get_dir(), 'checkpoints', url.rsplit('/', 1)[-1])
 
 
 def read_checkpoint(file: str) -> dict:
@@ -75,8 +83,9 @@ def read_checkpoint(file: str) -> dict:
             such as ``torchvision://``, are left to mmengine.
 
     Raises:
-        ValueError: If it cannot be had or read, is no checkpoint, or holds more than weights and
-            plain values; the message, one line, begins with "checkpoint" and the file.
+        CheckpointNotFound: If it is not there; a ValueError, too.
+        ValueError: If it cannot be read, is no checkpoint, or holds more than weights and plain
+            values. All messages are one line that begins with "checkpoint" and the file.
     """
     make_checkpoints_loadable()
     options = {'map_location': 'cpu', 'weights_only': True}
@@ -88,10 +97,10 @@ def read_checkpoint(file: str) -> dict:
         else:
             checkpoint = torch.load(Path(file).expanduser(), **options)
     except FileNotFoundError:
-        raise ValueError(f'checkpoint {file} does not exist') from None
+        raise CheckpointNotFound(f'checkpoint {file} does not exist') from None
     except urllib.error.URLError as error:  # an OSError, too
-        raise ValueError(f'checkpoint {file} cannot be fetched ({error})') from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise CheckpointNotFound(f'checkpoint {file} cannot be fetched ({error})') from None
+    except Exception as error:  # for bytes that are no checkpoint, anything may be raised
         found = re.search(r'GLOBAL:? (\w+(\.\w+)+)', str(error))
         if found:
             raise ValueError(
@@ -99,8 +108,8 @@ def read_checkpoint(file: str) -> dict:
                 'a plain value and may run code'
             ) from None
         raise ValueError(
-            f'checkpoint {file} cannot be read, it may be damaged or no checkpoint '
-            f'({type(error).__name__}: {str(error).splitlines()[0]})'
+            f'checkpoint {_fetched(file) if is_url(file) else file} cannot be read, it may be '
+            f'damaged or no checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0]})'
         ) from None
     if not state_dict_of(checkpoint):
         raise ValueError(f'checkpoint {file} holds no weights')
@@ -207,17 +216,19 @@ def check_starts(cfg: Config) -> None:
     """Exit with a message if a checkpoint from which a config starts cannot serve.
 
     That is, cannot be had or read (see :func:`read_checkpoint`), or has nothing for the module
-    whose ``init_cfg`` names it; the module is built and initialised for that. URLs are fetched. To
-    be called in one process, before work starts and after :func:`resolve_weights`.
+    whose ``init_cfg`` names it; the module is built and initialised for that. URLs are fetched;
+    what other schemes name, such as ``torchvision://``, is not looked at. To be called in one
+    process, before work starts and after :func:`resolve_weights`.
     """
     for start in _starts(cfg):
+        if '://' in start.file and not is_url(start.file):
+            continue
         try:
             read_checkpoint(start.file)
+        except CheckpointNotFound as error:
+            sys.exit(f'error: {start.missing(str(error))}')
         except ValueError as error:
-            message = str(error)
-            if message.endswith('does not exist') or ' cannot be fetched ' in message:
-                message = start.missing(message)
-            sys.exit(f'error: {message}')
+            sys.exit(f'error: {error}')
         if start.module is not None:
             _check_use(cfg, start)
 
@@ -228,8 +239,7 @@ def _check_use(cfg: Config, start: _Start) -> None:
     config = copy.deepcopy(start.module)
     if is_url(start.file):
         # mmengine would wait for all processes of a job before it takes the file from there.
-        file = Path(torch.hub.get_dir(), 'checkpoints', start.file.rsplit('/', 1)[-1])
-        checkpoint_of(config['init_cfg'])['checkpoint'] = str(file)
+        checkpoint_of(config['init_cfg'])['checkpoint'] = str(_fetched(start.file))
     module = MODELS.build(config)
     logger = MMLogger.get_current_instance()
     logger.disabled = True  # training says all of it again

@@ -1,5 +1,6 @@
 """Checkpoints from which models start: read safely, found, refused in one line."""
 
+import argparse
 import os
 import pickle
 import sys
@@ -7,13 +8,16 @@ import types
 from pathlib import Path
 
 import compare
+import predict
 import pytest
 import torch
 import train
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
+from acmix_mm.command_line import build_model, load_checkpoint, load_config
 from acmix_mm.weights import check_starts, read_checkpoint, resolve_weights, state_dict_of
 
 NOWHERE = 'http://127.0.0.1:9/weights.pth'  # the port of a service that no machine offers
@@ -216,6 +220,16 @@ def test_url_out_of_reach(tmp_path, monkeypatch):
         check_starts(config(init_cfg=pretrained(NOWHERE)))
 
 
+def test_damaged_in_the_cache(tmp_path, monkeypatch):
+    """The message names the file to remove."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    file = tmp_path / 'hub' / 'checkpoints' / 'weights.pth'
+    file.parent.mkdir(parents=True)
+    file.write_text('a page that says sorry')
+    with pytest.raises(SystemExit, match=f'error: checkpoint {file} cannot be read'):
+        check_starts(config(init_cfg=pretrained(NOWHERE)))
+
+
 @pytest.mark.parametrize('backbone', ['SwinTransformer', 'PyramidVisionTransformer', 'ResNet'])
 def test_of_another_network(backbone, tmp_path):
     """Whatever mmdet's own classes raise, and where they would go on without a word."""
@@ -276,6 +290,23 @@ def test_nothing_begins_from_another_network(write, recipe, tmp_path, monkeypatc
     for program in (train, compare):
         with pytest.raises(SystemExit, match=f'^error: {message}'):
             program.main(arguments)
+
+
+def test_only_training_needs_the_file(recipe, tmp_path):
+    """Programs that read a trained checkpoint build the model alone."""
+    args = argparse.Namespace(
+        config=recipe('none.pth', 'init_cfg'),
+        checkpoint=str(tmp_path / 'trained.pth'),
+        device='cpu',
+    )
+    cfg = load_config(args.config)
+    init_default_scope('mmdet')
+    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint)
+    build_model(cfg, checkpoint, args)
+    predict.build_inferencer(cfg, checkpoint, args)
+    with pytest.raises(SystemExit, match=r'none\.pth does not exist'):
+        check_starts(cfg)
 
 
 def test_pickled_models_are_refused(tmp_path):

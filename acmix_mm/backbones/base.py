@@ -109,7 +109,7 @@ class WarmStart(Backbone):
     Subclasses have ``warm_start`` as an argument, for which they call :func:`check_warm_start`.
     """
 
-    warm_start = False
+    warm_start: bool
 
     def init_weights(self) -> None:
         """Initialise as the plain network's class does; with ``warm_start``, as it in effect.
