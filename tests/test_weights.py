@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import sys
 import types
 from pathlib import Path
@@ -318,3 +319,20 @@ def test_pickled_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match='checkpoint'):
         read_checkpoint(str(tmp_path / 'y.pth'))
     assert not (tmp_path / 'it-ran').exists()
+
+
+def test_every_start_has_a_source(pytestconfig, monkeypatch):
+    """Of the files that recipes name; for those trained here, the config that does it exists."""
+    monkeypatch.chdir(pytestconfig.rootpath)
+    names = set()
+    for file in Path('configs/_base_/backbones').glob('*.py'):
+        init_cfg = Config.fromfile(file).backbone.get('init_cfg') or {}
+        names.add(init_cfg.get('checkpoint', '').rsplit('/', 1)[-1])
+    names.discard('')
+    assert len(names) > 10
+    for name in names:
+        with pytest.raises(SystemExit, match='it comes from') as caught:
+            check_starts(config(init_cfg=pretrained(f'nowhere/{name}')))
+        if name.endswith('_in1k.pth'):
+            (pattern,) = re.findall(r'configs/imagenet/\S+', caught.value.code)
+            assert list(Path().glob(pattern)), name
