@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import torch
 from mmengine.config import Config
 from processes import run_two_processes
 
-from acmix_mm.command_line import join_processes
+from acmix_mm.command_line import join_processes, load_config
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 
@@ -67,3 +68,48 @@ def test_once_ends_all_processes(tmp_path):
 def test_launchers_that_need_a_gpu(launcher):
     with pytest.raises(SystemExit, match=rf'error: --launcher {launcher} needs a GPU'):
         join_processes(Config({'launcher': launcher}))
+
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+COCO = CONFIGS / 'acmix_swin/mask-rcnn_acmix-swin-t_fpn_8xb2-1x_coco.py'
+ADE20K = CONFIGS / 'acmix_swin/acmix-swin-t_upernet_8xb2-160k_ade20k-512x512.py'
+LOADERS = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
+
+
+@pytest.mark.parametrize(
+    ('config', 'option', 'places'),
+    [
+        (COCO, 'backbone.drop_path_rate', ['model.backbone']),
+        (COCO, 'data_root', [f'{loader}.dataset.data_root' for loader in LOADERS]),
+        (COCO, 'dataset_type', [f'{loader}.dataset.type' for loader in LOADERS]),
+        (COCO, 'train_pipeline.0.type', ['train_dataloader.dataset.pipeline']),
+        (ADE20K, 'test_pipeline', ['test_dataloader.dataset.pipeline']),
+        (COCO, 'mask_head.num_convs', ['model.roi_head.mask_head']),
+        (ADE20K, 'lr', ['optim_wrapper.optimizer.lr']),
+        (ADE20K, 'vis_backends', ['visualizer.vis_backends']),
+    ],
+)
+def test_options_that_nothing_reads(config, option, places):
+    with pytest.raises(SystemExit) as refusal:
+        load_config(str(config), {option: 1})
+    key = option.partition('.')[0]
+    expected = f'error: --cfg-options {option}: nothing reads {key} of a config; the setting is '
+    assert str(refusal.value) == expected + ', '.join(places)
+
+
+def test_an_option_without_a_place():
+    with pytest.raises(SystemExit, match='nothing reads epochs of a config; no setting has this'):
+        load_config(str(COCO), {'epochs': 1})
+
+
+def test_options_that_are_read():
+    """Also such as the file does not have, and new ones below those that it has."""
+    options = {
+        'model.backbone.anew': 1, 'auto_scale_lr.enable': True, 'compile': True,
+        'find_unused_parameters': True, 'tta_model.type': 'DetTTAModel', 'randomness.seed': 3,
+        'custom_imports.allow_failed_imports': True, 'default_scope': 'mmdet',
+        'model_wrapper_cfg.broadcast_buffers': True,
+    }  # fmt: skip
+    cfg = load_config(str(COCO), options)
+    for option, value in options.items():
+        assert functools.reduce(lambda setting, key: setting[key], option.split('.'), cfg) == value

@@ -1,10 +1,11 @@
 """Evaluate a detector, segmenter or image classifier from a config and a checkpoint."""
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dist import master_only
 from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
@@ -23,7 +24,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_run_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', metavar='FILE.pkl', help='dump the predictions for later use')
+    parser.add_argument(
+        '--out',
+        metavar='FILE.pkl|FOLDER',
+        help='where to write the predictions: of a detector or classifier a pickle, which the '
+        'tools of MMDetection or MMPretrain read, of a segmentor a folder of PNG label maps in the '
+        "data set's own numbering",
+    )
     parser.add_argument('--show', action='store_true', help='show the predictions in a window')
     parser.add_argument(
         '--show-dir',
@@ -35,12 +42,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--tta',
         action='store_true',
-        help="test-time augmentation with the config's tta_model and tta_pipeline",
+        help="test-time augmentation with the config's tta_model and tta_pipeline; a detector's "
+        'default is to merge the boxes of the image and of its mirror image; masks are left out',
     )
-    args = parser.parse_args(argv)
-    if args.out is not None and not args.out.endswith(('.pkl', '.pickle')):
-        parser.error(f'--out must end in .pkl or .pickle, got {args.out}')
-    return args
+    return parser.parse_args(argv)
 
 
 def build_config(args: argparse.Namespace) -> Config:
@@ -65,12 +70,77 @@ def build_config(args: argparse.Namespace) -> Config:
         elif args.show_dir:
             hook.test_out_dir = args.show_dir
     if args.tta:
-        for key in ('tta_model', 'tta_pipeline'):
-            if key not in cfg:
-                sys.exit(f'error: --tta: {args.config} has no {key}')
-        cfg.model = dict(cfg.tta_model, module=cfg.model)
-        cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+        augment(cfg, args)
+    if args.out is not None:
+        check_out(cfg, args)
     return cfg
+
+
+def augment(cfg: Config, args: argparse.Namespace) -> None:
+    """Set test-time augmentation; exits with a message where the config has none."""
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:  # wrappers
+        dataset = dataset.dataset
+    if cfg.get('default_scope') == 'mmdet':
+        # mmdet's defaults, but with the image itself first: what is kept beside boxes is its.
+        nms = {'type': 'nms', 'iou_threshold': 0.5}
+        tta_cfg = {'nms': nms, 'max_per_img': 100}
+        cfg.setdefault('tta_model', {'type': 'DetTTAModel', 'tta_cfg': tta_cfg})
+        *transforms, pack = copy.deepcopy(dataset.pipeline)
+        if 'meta_keys' in pack:
+            pack.meta_keys = (*pack.meta_keys, 'flip', 'flip_direction')
+        flips = [{'type': 'RandomFlip', 'prob': prob} for prob in (0.0, 1.0)]
+        transforms.append({'type': 'TestTimeAug', 'transforms': [flips, [pack]]})
+        cfg.setdefault('tta_pipeline', transforms)
+        leave_out_masks(cfg)
+    for key in ('tta_model', 'tta_pipeline'):
+        if key not in cfg:
+            sys.exit(f'error: --tta: {args.config} has no {key}')
+    cfg.model = dict(cfg.tta_model, module=cfg.model)
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def leave_out_masks(cfg: Config) -> None:
+    """Take out a detector's mask branch, which mmdet's test-time augmentation cannot merge."""
+    roi_head = cfg.model.get('roi_head', {})
+    if roi_head.pop('mask_head', None) is None:
+        return
+    roi_head.pop('mask_roi_extractor', None)
+    for evaluator in evaluators(cfg):
+        if evaluator.type == 'CocoMetric':
+            evaluator.metric = 'bbox'
+
+
+def evaluators(cfg: Config) -> list[ConfigDict]:
+    """The test's metrics."""
+    test_evaluator = cfg.test_evaluator
+    return test_evaluator if isinstance(test_evaluator, list) else [test_evaluator]
+
+
+def check_out(cfg: Config, args: argparse.Namespace) -> None:
+    """Exits with a message unless ``--out`` fits the task; has a segmentor's metric write it."""
+    is_pickle = args.out.endswith(('.pkl', '.pickle'))
+    if cfg.get('default_scope') != 'mmseg':
+        if not is_pickle:
+            sys.exit(f'error: --out must end in .pkl or .pickle, got {args.out}')
+        return
+    if is_pickle or Path(args.out).is_file():
+        sys.exit(f"error: --out must be a folder for a segmentor's label maps, got {args.out}")
+    metrics = [evaluator for evaluator in evaluators(cfg) if evaluator.type == 'IoUMetric']
+    if not metrics:
+        sys.exit(f'error: --out: {args.config} has no IoUMetric in test_evaluator')
+    metrics[0].output_dir = args.out
+
+
+def dump_of(cfg: Config, args: argparse.Namespace) -> DumpResults | None:
+    """The metric that writes predictions, of a detector with masks as run lengths."""
+    if args.out is None or cfg.get('default_scope') == 'mmseg':
+        return None
+    if cfg.get('default_scope') == 'mmdet':
+        from mmdet.evaluation import DumpDetResults as Dump
+    else:
+        Dump = DumpResults
+    return Dump(out_file_path=args.out)
 
 
 @master_only
@@ -93,8 +163,9 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)
-    if args.out is not None:
-        runner.test_evaluator.metrics.append(DumpResults(out_file_path=args.out))
+    dump = dump_of(cfg, args)
+    if dump is not None:
+        runner.test_evaluator.metrics.append(dump)
     report(runner, args, runner.test())
 
 

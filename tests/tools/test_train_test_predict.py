@@ -1,8 +1,12 @@
 """The programs, through Runner, loaders, metrics and checkpoints, on a very small real data set."""
 
+import importlib.util
 import json
 import math
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +304,19 @@ class TestSegmentor:
         assert metrics['mIoU'] == trained['mIoU']
         assert len(list(tmp_path.glob('*/pictures/*.png'))) == 4
 
+    @pytest.mark.parametrize('more', [[], ['--tta']])
+    def test_out(self, segmentor_run, segmentor_options, scene_digits, tmp_path, more):
+        """A label map an image, in the data set's numbering, of the size of the image."""
+        out = tmp_path / 'maps'
+        metrics = self.evaluate(
+            segmentor_run, tmp_path, '--out', str(out), *more, *segmentor_options
+        )
+        truth = scene_digits / 'ade' / 'annotations' / 'validation'
+        assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in truth.iterdir())
+        pairs = [[np.asarray(Image.open(f / p.name)) for f in (out, truth)] for p in out.iterdir()]
+        equal = np.mean([p == t for p, t in pairs])
+        assert 100 * equal == pytest.approx(metrics['aAcc'], abs=0.01)
+
     def test_sliding_window(self, segmentor_run, segmentor_options, tmp_path):
         """One window over the image is the whole image; smaller windows are not."""
         slide = 'model.test_cfg.mode=slide'
@@ -410,10 +427,103 @@ tta_pipeline = [
     assert json.loads(file.read_text())['coco/bbox_mAP'] == trained['coco/bbox_mAP']
 
 
-def test_tta_without_a_pipeline(run, options):
-    arguments = [CONFIG, str(run / 'epoch_2.pth'), '--tta', *options]
+def test_detector_tta_by_default(run, options, pytestconfig, tmp_path):
+    """As mmdet's: the image and its mirror image, at the size of the test pipeline."""
+    config = tmp_path / 'tta.py'
+    config.write_text(f"""
+_base_ = '{pytestconfig.rootpath / CONFIG}'
+tta_model = dict(
+    type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+)
+flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs')]]),
+]
+""")
+    checkpoint, boxes = str(run / 'epoch_2.pth'), {}
+    for name, file in (('default', CONFIG), ('written', str(config))):
+        out = tmp_path / f'{name}.pkl'
+        arguments = ['--tta', '--work-dir', str(tmp_path / name), '--out', str(out), *options]
+        program('test', file, checkpoint, *arguments)
+        samples = pickle.loads(out.read_bytes())
+        boxes[name] = [sample['pred_instances']['bboxes'] for sample in samples]
+        assert not any(sample['flip'] for sample in samples)
+    torch.testing.assert_close(boxes['default'], boxes['written'], rtol=0, atol=0)
+
+
+def test_tta_of_a_detector_with_masks(digits_options):
+    """mmdet merges boxes only: there is no mask branch, and boxes are evaluated."""
+    config = 'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py'
+    arguments = [config, 'x.pth', '--tta', '--cfg-options', *digits_options]
+    cfg = evaluate.build_config(evaluate.parse_args(arguments))
+    assert not {'mask_head', 'mask_roi_extractor'} & set(cfg.model.module.roi_head)
+    assert cfg.test_evaluator.metric == 'bbox'
+    assert cfg.model.type == 'DetTTAModel'
+
+
+def test_tta_without_a_pipeline():
+    cfg = evaluate.load_run_config(evaluate.parse_args([SEGMENTOR, 'x.pth']))
+    del cfg.tta_model
+    arguments = evaluate.parse_args([SEGMENTOR, 'x.pth', '--tta'])
     with pytest.raises(SystemExit, match=r'error: --tta: .* has no tta_model'):
-        evaluate.build_config(evaluate.parse_args(arguments))
+        evaluate.augment(cfg, arguments)
+
+
+@pytest.mark.parametrize(
+    ('config', 'out', 'message'),
+    [
+        (CONFIG, 'predictions', r'--out must end in \.pkl or \.pickle, got predictions'),
+        (SEGMENTOR, 'maps.pkl', r"--out must be a folder for a segmentor's .*, got maps\.pkl"),
+        (SEGMENTOR, 'README.md', r"--out must be a folder for a segmentor's .*, got README\.md"),
+    ],
+)
+def test_out_that_does_not_fit(config, out, message):
+    arguments = evaluate.parse_args([config, 'x.pth', '--out', out])
+    with pytest.raises(SystemExit, match=f'error: {message}'):
+        evaluate.build_config(arguments)
+
+
+@pytest.fixture(scope='module')
+def mask_run(digits_options, tmp_path_factory):
+    """Predictions of a Mask R-CNN, trained for an iteration, as test.py --out writes them."""
+    config = 'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py'
+    folder = tmp_path_factory.mktemp('masks')
+    options = [
+        '--work-dir', str(folder), '--cfg-options', *digits_options, *ONE_EPOCH,
+        'model.test_cfg.rcnn.score_thr=0.0', 'train_dataloader.batch_size=12',
+    ]  # fmt: skip
+    program('train', config, *options)
+    out, checkpoint = folder / 'out.pkl', str(folder / 'epoch_1.pth')
+    said = program('test', config, checkpoint, '--out', str(out), *options)
+    return config, out, said, options
+
+
+def upstream(package: str, tool: str, *arguments: str) -> str:
+    """What a tool of an installed package of OpenMMLab prints."""
+    (folder,) = importlib.util.find_spec(package).submodule_search_locations
+    command = [sys.executable, f'{folder}/.mim/tools/analysis_tools/{tool}.py', *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_out_of_a_detector_with_masks(mask_run, tmp_path):
+    """Masks as run lengths; mmdet's tools evaluate it, to the same figures, and draw from it."""
+    config, out, said, (_, _, *options) = mask_run
+    samples = pickle.loads(out.read_bytes())
+    assert len(samples) == 4
+    masks = [mask for sample in samples for mask in sample['pred_instances']['masks']]
+    assert masks
+    assert all(mask['size'] == [96, 96] and isinstance(mask['counts'], bytes) for mask in masks)
+    metrics = upstream('mmdet', 'eval_metric', config, str(out), *options)
+    for kind in ('bbox', 'segm'):
+        name = f'coco/{kind}_mAP_50'
+        printed = float(re.search(rf'^{name}: (\S+)$', said, re.MULTILINE)[1])
+        assert float(re.search(rf"'{name}': ([^,]+)", metrics)[1]) == printed
+    folder = tmp_path / 'confusion'
+    upstream('mmdet', 'confusion_matrix', config, str(out), str(folder), *options)
+    assert list(folder.glob('*.png'))
 
 
 @pytest.fixture(params=['missing', 'garbage', 'truncated', 'no weights'])
