@@ -9,7 +9,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 
-@pytest.mark.parametrize('name', demo.TASKS)
+@pytest.mark.parametrize('name', [name for name in demo.TASKS if name != 'classification'])
 def test_grid(name, pytestconfig, scene_digits, tmp_path):
     """Two pictures side by side: what is predicted is drawn where it is, on the first only."""
     task = demo.TASKS[name]
@@ -41,3 +41,26 @@ def test_grid(name, pytestconfig, scene_digits, tmp_path):
     assert not changed.any()
     # A box is drawn around; masks and label maps also fill.
     assert middle.mean() > 0.9 if name != 'detection' else middle.mean() == 0
+
+
+def test_classification_grid(pytestconfig, scene_digits, tmp_path):
+    """One image of each class and more; a wrong class is written in red, a right one in black."""
+    task = demo.TASKS['classification']
+    images = tmp_path / 'images'
+    demo.gather(scene_digits / task.images, images)
+    names = sorted(path.name for path in images.iterdir())
+    assert [name.partition('_')[0] for name in names] == list('0123456789')  # one of each is there
+    entries = [
+        {'image': name, 'predictions': [{'category': category, 'score': 0.5}]}
+        for name, category in zip(names[:2], '07', strict=True)
+    ]
+    (tmp_path / 'predictions.json').write_text(json.dumps(entries))
+    out = tmp_path / 'grid.png'
+    demo.draw_grid(task, pytestconfig.rootpath / task.config, images, tmp_path, out)
+    cells = np.split(cv2.imread(str(out)), demo.COLUMNS, axis=1)
+    strips = [cell[2 + 48 * demo.ENLARGE : -2, 2:-2] for cell in cells[:2]]
+    for strip, reddest in zip(strips, (0, 220), strict=True):
+        written = strip[(strip < 128).any(2)]  # BGR
+        assert len(written) > 20
+        assert written[:, :2].max() < 128
+        assert abs(int(written[:, 2].max()) - reddest) < 128
