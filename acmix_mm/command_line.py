@@ -23,6 +23,7 @@ from .openmmlab import make_checkpoints_loadable
 from .weights import read_checkpoint
 
 WORK_DIRS = 'work_dirs'
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
 # What is read of a config: by the Runner as its arguments and from the config itself, and by
 # programs. All else only helps a config file to say it.
@@ -241,6 +242,23 @@ def check_out(out: Path, suffix: str) -> None:
         sys.exit(f'error: folder {out.parent} does not exist')
     if out.exists():
         sys.exit(f'error: {out} exists already')
+
+
+def find_images(folder: Path, pattern: str = '*', least: int = 1) -> list[Path]:
+    """The images of a folder in the order of their names.
+
+    Exits with a message if there are not as many as ``least`` among the files that match the
+    pattern, which is ``**/*`` to look below the folder, too.
+    """
+    if not folder.is_dir():
+        sys.exit(f'error: {folder} does not exist or is no folder')
+    images = sorted(p for p in folder.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
+    if len(images) < least:
+        sys.exit(
+            f'error: folder {folder} must hold images ({", ".join(IMAGE_SUFFIXES)}), at least '
+            f'{least}, and holds {len(images)}'
+        )
+    return images
 
 
 def relative_error(outputs: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> float:

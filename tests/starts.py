@@ -1,14 +1,14 @@
 """How each recipe can start: what docs/recipes.md says, for tests and to be listed.
 
-``python tests/starts.py`` prints every recipe with the file that it starts from.
+``python tests/starts.py`` prints every recipe with the file that it starts from by default and the
+--cfg-options of its other starts.
 """
 
 import re
-from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 FILE = 'model.backbone.init_cfg.checkpoint=FILE'
@@ -96,22 +96,31 @@ def start_of(recipe: str) -> Start:
     return start
 
 
-def longer(recipe: str, cfg: Config) -> str:
+def longer(recipe: str) -> str:
     """Of ``LONGER`` the one for a recipe."""
     if recipe.endswith('_coco.py'):
         return LONGER['coco']
-    return LONGER['ade20k' if len(cfg.param_scheduler) == 1 else 'ade20k after a warm-up']
+    schedulers = Config.fromfile(CONFIGS / recipe).param_scheduler
+    return LONGER['ade20k' if len(schedulers) == 1 else 'ade20k after a warm-up']
 
 
-def with_options(cfg: Config, options: str, file: str = 'FILE') -> Config:
-    """A config after --cfg-options, in which FILE is a file; in place."""
-    parser = ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='*', action=DictAction, default={})
-    arguments = ['--cfg-options', *options.replace('FILE', file).split()]
-    cfg.merge_from_dict(parser.parse_args(arguments).cfg_options)
-    return cfg
+def promised(recipe: str) -> list[str]:
+    """The kinds of start of a recipe: 'default', 'own', 'plain' if there is another, 'random'."""
+    return ['default', 'own', *(['plain'] if start_of(recipe).plain else []), 'random']
+
+
+def options(recipe: str, kind: str) -> str:
+    """The --cfg-options for a kind of start, with FILE for a file of it."""
+    if kind == 'default':
+        return ''
+    line = getattr(start_of(recipe), kind)
+    return f'{line} {longer(recipe)}' if kind == 'random' else line
 
 
 if __name__ == '__main__':
     for recipe in recipes():
-        print(recipe, Config.fromfile(CONFIGS / recipe).model.backbone.init_cfg.checkpoint)
+        file = Config.fromfile(CONFIGS / recipe).model.backbone.init_cfg.checkpoint
+        plain = ', warm from the plain network' if start_of(recipe).plain == '' else ''
+        print(f'{recipe}\n  default: {file}{plain}')
+        for kind in promised(recipe)[1:]:
+            print(f'  {kind + ":":8} {options(recipe, kind)}')

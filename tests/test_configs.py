@@ -7,17 +7,16 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from mmdet.models.backbones import SwinTransformer
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
-from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.runner import Runner, load_checkpoint
+from mmengine.registry import DATASETS, MODELS
+from mmengine.runner import Runner
+from small_configs import build, shrink, shrink_config, take
 from starts import CONFIGS as ROOT
-from starts import LONGER, STARTS, longer, recipes, start_of, with_options
+from starts import recipes
 
 from acmix_mm.backbones import ACmixResNet, DWNet
 
@@ -51,11 +50,6 @@ def family(name: str) -> str:
 def head_of(name: str) -> str:
     file = name.split('/')[1]
     return file.split('_')[1 if 'ade20k' in name else 0]
-
-
-def build(cfg: Config) -> torch.nn.Module:
-    init_default_scope(cfg.default_scope)
-    return MODELS.build(cfg.model)
 
 
 def grid(mixed: str) -> set[str]:
@@ -168,47 +162,6 @@ def test_nothing_stale(name):
     assert cfg.get('randomness') == ({'seed': 0} if name in DEMOS else None)
 
 
-def shrink(steps: list) -> list:
-    """A pipeline for pictures of 64x64 pixels at most, otherwise the same."""
-    small = {'scale': (64, 64), 'scales': [(48, 64), (64, 64)], 'crop_size': (64, 64)}
-    for step in steps:
-        for key in step:
-            if key == 'transforms':
-                step.transforms = [shrink(branch) for branch in step.transforms]
-            elif key in small:
-                step[key] = small[key]
-    return steps
-
-
-def small_config(name: str, scene_digits: Path) -> Config:
-    """A config on the very small data set, with fewer pixels and proposals; else as it is."""
-    cfg = read(name)
-    segmentor = cfg.default_scope == 'mmseg'
-    for loader in (cfg.train_dataloader, cfg.test_dataloader):
-        loader.dataset.data_root = str(scene_digits / ('ade' if segmentor else 'coco'))
-        shrink(loader.dataset.pipeline)
-        if not segmentor:
-            loader.dataset.metainfo = {'classes': tuple('0123456789')}
-    if segmentor:
-        cfg.model.data_preprocessor.size = (64, 64)
-    elif 'rpn_head' in cfg.model:
-        cfg.model.train_cfg.rpn_proposal.max_per_img = cfg.model.test_cfg.rpn.max_per_img = 8
-        # Untrained, it is sure of nothing.
-        cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=4)
-        stages = cfg.model.train_cfg.rcnn
-        for stage in stages if isinstance(stages, list) else [stages]:
-            stage.sampler.num = 8
-    else:
-        cfg.model.test_cfg.score_thr = 0.0
-    return cfg
-
-
-def take(loader: Config, count: int) -> dict:
-    """A batch of a loader's data set."""
-    dataset = DATASETS.build(loader.dataset)
-    return pseudo_collate([dataset[i] for i in range(count)])
-
-
 def exempt(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """What has no weight decay in the families' releases.
 
@@ -289,7 +242,7 @@ NEW = {
 )
 def test_trains_and_predicts(name, scene_digits):
     """One loss, with a gradient for all that is trained, and one prediction."""
-    cfg = small_config(name, scene_digits)
+    cfg = shrink_config(read(name), scene_digits)
     assert cfg.custom_imports.imports == ['acmix_mm']
     model = build(cfg)
     model.train()
@@ -317,7 +270,7 @@ def test_ade20k_tta(scene_digits):
     scales = [step.scale for step in read(name).tta_pipeline[1].transforms[0]]
     assert [scale[1] for scale in scales] == [256, 384, 512, 640, 768, 896]
     assert {long / short for long, short in scales} == {4}
-    cfg = small_config(name, scene_digits)
+    cfg = shrink_config(read(name), scene_digits)
     cfg.test_dataloader.dataset.pipeline = shrink(cfg.tta_pipeline)
     cfg.model = dict(cfg.tta_model, module=cfg.model)
     model = build(cfg).eval()
@@ -536,64 +489,6 @@ def test_dwnets(name):
     prefix = {'inhomogeneous': 'i-dynamic-', 'homogeneous': 'dynamic_', None: ''}[kind]
     assert file.startswith(f'{prefix}dwnet')
     assert backbone.convert_weights == (kind != 'inhomogeneous')
-
-
-@pytest.mark.parametrize('name', RECIPES)
-def test_default_start(name):
-    backbone = read(name).model.backbone
-    assert re.fullmatch(start_of(name).checkpoint, backbone.init_cfg.checkpoint)
-    # Files of this project's own training have the classifier's names around the backbone's.
-    assert (backbone.init_cfg.get('prefix') == 'backbone.') == (
-        '_in1k' in backbone.init_cfg.checkpoint
-    )
-
-
-@pytest.mark.parametrize('start', STARTS, ids=lambda start: start.recipes)
-def test_start_from_own_imagenet_checkpoint(start, tmp_path):
-    """Every weight of the backbone is the file's after the options of docs/recipes.md."""
-    name = next(name for name in RECIPES if start.fits(name))
-    file = str(tmp_path / 'in1k.pth')
-    cfg = with_options(read(name), start.own, file)
-    init_default_scope(cfg.default_scope)
-    backbone = torch.nn.ModuleDict({'backbone': MODELS.build(cfg.model.backbone)})
-    weights = {k: torch.full_like(v, 2) for k, v in backbone.state_dict().items()}
-    classifier = {'head.fc.weight': torch.zeros(10, 8), 'head.fc.bias': torch.zeros(10)}
-    torch.save({'state_dict': weights | classifier, 'meta': {}}, file)
-    backbone['backbone'].init_weights()
-    if cfg.load_from:
-        load_checkpoint(backbone, cfg.load_from)
-    for key, value in backbone.state_dict().items():
-        assert (value == 2).all(), key
-
-
-@pytest.mark.parametrize('start', STARTS, ids=lambda start: start.recipes)
-def test_start_from_random_weights(start):
-    """Nothing is frozen, statistics are learnt, and the schedule is longer."""
-    names = [name for name in RECIPES if start.fits(name)]
-    detectors = [name for name in names if name.endswith('_coco.py')]
-    for name in {*detectors[:1], *sorted(set(names) - set(detectors))[:1]}:
-        cfg = read(name)
-        with_options(cfg, f'{start.random} {longer(name, cfg)}')
-        init_default_scope(cfg.default_scope)
-        backbone = MODELS.build(cfg.model.backbone)
-        backbone.init_weights()
-        backbone.train()
-        assert all(p.requires_grad for p in backbone.parameters())
-        assert all(module.training for module in backbone.modules())
-        length = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
-        assert length == cfg.param_scheduler[-1].end in (72, 320_000)
-        assert cfg.param_scheduler[-1].get('milestones', [0])[-1] < length
-
-
-def test_documented_starts():
-    """The table of docs/recipes.md has the lines that are tested."""
-    page = (ROOT.parent / 'docs/recipes.md').read_text()
-    rows = [line for line in page.splitlines() if line.startswith('|')]
-    for start in STARTS:
-        lines = [line for line in (start.own, start.plain, start.random) if line]
-        assert any(all(f'`{line}`' in row for line in lines) for row in rows), start.recipes
-    for line in LONGER.values():
-        assert f'`{line}`' in page
 
 
 @pytest.mark.parametrize('name', [name for name in DEMOS if name.startswith('demo/retinanet')])

@@ -25,12 +25,11 @@ from tqdm import tqdm
 from acmix_mm.command_line import (
     add_config_arguments,
     check_weights,
+    find_images,
     keep_freed_memory,
     load_checkpoint,
     load_config,
 )
-
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,18 +59,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
     return args
-
-
-def find_images(path: Path) -> list[Path]:
-    """The image itself, or a folder's images in the order of their names."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        sys.exit(f'error: {path} does not exist')
-    images = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        sys.exit(f'error: no image in {path} (looked for {", ".join(IMAGE_SUFFIXES)})')
-    return images
 
 
 def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> BaseInferencer:
@@ -196,7 +183,8 @@ def classify(
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    images = find_images(args.input)[: args.limit]
+    images = [args.input] if args.input.is_file() else find_images(args.input)
+    images = images[: args.limit]
     cfg = load_config(args.config, args.cfg_options)
     keep_freed_memory()
     inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)

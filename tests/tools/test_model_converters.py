@@ -66,7 +66,7 @@ def build(config, options, file):
     """A model in evaluation mode, and its checkpoint in a file."""
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(options)
-    init_default_scope('mmdet')
+    init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model).eval()
     torch.save({'state_dict': model.state_dict()}, file)
     return model
@@ -85,6 +85,31 @@ def test_x_volution(tmp_path):
     deployed.load_state_dict(state)
     x = torch.randn(1, 3, 65, 100)
     torch.testing.assert_close(deployed.eval().backbone(x), model.backbone(x), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ('name', 'options'),
+    [
+        ('acmix-pvt_fpn', {'num_layers': [1, 1, 1, 1]}),
+        ('retinanet_acmix-swin-t_fpn', {'depths': [1, 1, 1, 1]}),
+        ('retinanet_acmix-san10_fpn', {}),
+    ],
+)
+def test_after_a_warm_start(name, options, tmp_path):
+    """The config written builds what was trained, which no longer starts from the plain network."""
+    config = f'configs/demo/{name}_scene-digits.py'
+    options = {f'model.backbone.{k}': v for k, v in {**options, 'warm_start': True}.items()}
+    model = build(config, options, tmp_path / 'trained.pth')
+    files = [str(tmp_path / 'trained.pth'), str(tmp_path / 'deployed.pth')]
+    switch_to_deploy.main(
+        [config, *files, '--cfg-options', *(f'{k}={v}' for k, v in options.items())]
+    )
+    deployed = MODELS.build(Config.fromfile(tmp_path / 'deployed.py').model).eval()
+    deployed.load_state_dict(torch.load(files[1])['state_dict'])
+    x = torch.randn(1, 3, 64, 96)
+    for ours, theirs in zip(deployed.backbone(x), model.backbone(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

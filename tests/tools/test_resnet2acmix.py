@@ -370,7 +370,7 @@ def test_refused_arguments(trained, folder, tmp_path, capsys):
         ([file, tmp_path / 'out.pth', '--plot', 'a.jpg'], 'must end in .png'),
         ([file, tmp_path / 'none' / 'out.pth'], f'folder {tmp_path / "none"} does not exist'),
         ([file, tmp_path / 'out.pth', '--images', tmp_path / 'none'], 'does not exist'),
-        ([file, tmp_path / 'out.pth', '--images', empty], 'must have at least 2 images'),
+        ([file, tmp_path / 'out.pth', '--images', empty], 'at least 2, and holds 0'),
         ([file, tmp_path / 'out.pth', '--images', broken], 'cannot be read'),
     ):
         with pytest.raises(SystemExit) as error:

@@ -204,7 +204,7 @@ class TestPredict:
         assert [entry['image'] for entry in entries] == ['noise.png']
 
     def test_missing_input_and_empty_folder(self, run, options, tmp_path):
-        for source, message in ((tmp_path / 'none', 'does not exist'), (tmp_path, 'no image in')):
+        for source, message in ((tmp_path / 'none', 'does not exist'), (tmp_path, 'at least 1,')):
             with pytest.raises(SystemExit, match=message):
                 self.predict(source, run / 'epoch_2.pth', tmp_path / 'out', options)
 

@@ -36,10 +36,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acmix_mm.command_line import check_out, keep_freed_memory, load_checkpoint
+from acmix_mm.command_line import check_out, find_images, keep_freed_memory, load_checkpoint
 from acmix_mm.weights import state_dict_of
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, as torchvision and mmdet
 HELD_OUT = 5  # every fifth image measures the errors
 HEADS, RANK = 4, 9  # of ACmixResNet: 3 x 3 maps lead to 4 channels
@@ -152,14 +151,7 @@ def build_networks(weights: dict, file: str) -> tuple[nn.Module, nn.Module]:
 
 def load_images(args: argparse.Namespace) -> Tensor:
     """Normalised images in a random order, (B, 3, size, size)."""
-    if not args.images.is_dir():
-        sys.exit(f'error: folder {args.images} does not exist')
-    files = sorted(p for p in args.images.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
-    if len(files) < 2:
-        sys.exit(
-            f'error: {args.images} must have at least 2 images ({", ".join(IMAGE_SUFFIXES)}), '
-            f'has {len(files)}'
-        )
+    files = find_images(args.images, '**/*', least=2)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(args.seed))
     images = []
     for index in tqdm(order[: args.num_images].tolist(), desc='read images', unit='image'):

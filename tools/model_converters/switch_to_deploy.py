@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f'error: the folded backbone deviates by {error:.1e}, relative; nothing written')
 
     cfg.model.backbone.update(deploy=True, init_cfg=None)
+    cfg.model.backbone.pop('warm_start', None)  # of init_cfg
     state = {'meta': checkpoint.get('meta', {}), 'state_dict': model.state_dict()}
     torch.save(state, args.out)
     cfg.dump(config_out)
