@@ -437,7 +437,7 @@ tta_model = dict(
 )
 flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
 tta_pipeline = [
-    dict(type='LoadImageFromFile'),
+    *_base_.test_pipeline[:2],
     dict(type='TestTimeAug', transforms=[flips, [dict(type='PackDetInputs')]]),
 ]
 """)
@@ -464,7 +464,7 @@ def test_tta_of_a_detector_with_masks(digits_options):
 
 def test_tta_without_a_pipeline():
     cfg = evaluate.load_run_config(evaluate.parse_args([SEGMENTOR, 'x.pth']))
-    del cfg.tta_model
+    cfg.pop('tta_model')
     arguments = evaluate.parse_args([SEGMENTOR, 'x.pth', '--tta'])
     with pytest.raises(SystemExit, match=r'error: --tta: .* has no tta_model'):
         evaluate.augment(cfg, arguments)
@@ -502,7 +502,7 @@ def mask_run(digits_options, tmp_path_factory):
 def upstream(package: str, tool: str, *arguments: str) -> str:
     """What a tool of an installed package of OpenMMLab prints."""
     (folder,) = importlib.util.find_spec(package).submodule_search_locations
-    command = [sys.executable, f'{folder}/.mim/tools/analysis_tools/{tool}.py', *arguments]
+    command = [sys.executable, f'{folder}/.mim/tools/{tool}.py', *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -516,14 +516,28 @@ def test_out_of_a_detector_with_masks(mask_run, tmp_path):
     masks = [mask for sample in samples for mask in sample['pred_instances']['masks']]
     assert masks
     assert all(mask['size'] == [96, 96] and isinstance(mask['counts'], bytes) for mask in masks)
-    metrics = upstream('mmdet', 'eval_metric', config, str(out), *options)
+    metrics = upstream('mmdet', 'analysis_tools/eval_metric', config, str(out), *options)
     for kind in ('bbox', 'segm'):
         name = f'coco/{kind}_mAP_50'
         printed = float(re.search(rf'^{name}: (\S+)$', said, re.MULTILINE)[1])
         assert float(re.search(rf"'{name}': ([^,]+)", metrics)[1]) == printed
     folder = tmp_path / 'confusion'
-    upstream('mmdet', 'confusion_matrix', config, str(out), str(folder), *options)
+    upstream('mmdet', 'analysis_tools/confusion_matrix', config, str(out), str(folder), *options)
     assert list(folder.glob('*.png'))
+
+
+@pytest.mark.slow
+def test_tools_of_mmdet(run, options, tmp_path):
+    """Those of the README that the tests above have not run."""
+    assert "type='ACmixResNet'" in upstream('mmdet', 'misc/print_config', CONFIG)
+    browse = [CONFIG, '--output-dir', str(tmp_path / 'pictures'), '--not-show', *options]
+    upstream('mmdet', 'analysis_tools/browse_dataset', *browse)
+    assert len(list((tmp_path / 'pictures').iterdir())) == 12
+    (log,) = map(str, run.glob('*/vis_data/scalars.json'))
+    curve = str(tmp_path / 'loss.png')
+    plot = ['plot_curve', log, '--keys', 'loss', '--style', 'default', '--out', curve]
+    upstream('mmdet', 'analysis_tools/analyze_logs', *plot)
+    assert Path(curve).is_file()
 
 
 @pytest.fixture(params=['missing', 'garbage', 'truncated', 'no weights'])
