@@ -34,13 +34,6 @@ NARROW = [
 ]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _from_the_root(pytestconfig):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(pytestconfig.rootpath)
-        yield
-
-
 @pytest.fixture(scope='module')
 def options(image_folders_options):
     return ['--cfg-options', *image_folders_options, *NARROW]

@@ -38,9 +38,8 @@ METRICS = ('coco/bbox_mAP_50', 'coco/bbox_mAP')
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _from_the_root(pytestconfig):
+def _one_round():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(pytestconfig.rootpath)
         monkeypatch.setattr(compare, 'ROUNDS', 1)
         yield
 

@@ -14,13 +14,6 @@ CHANNELS = [32, 64, 128, 256]
 NARROW = ['model.backbone.base_channels=8', f'model.neck.in_channels={CHANNELS}']
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _from_the_root(pytestconfig):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(pytestconfig.rootpath)
-        yield
-
-
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     """A model with random statistics, and its checkpoint."""

@@ -15,13 +15,6 @@ DETECTOR = 'configs/demo/retinanet_acmix-r26-pre_fpn_scene-digits.py'
 ONE_EPOCH = ['train_cfg.max_epochs=1', 'default_hooks.logger.interval=1']
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _from_the_root(pytestconfig):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(pytestconfig.rootpath)
-        yield
-
-
 @pytest.fixture(scope='module')
 def checkpoint(single_digits_options, tmp_path_factory):
     """Of a classifier after one epoch of five iterations."""

@@ -39,13 +39,6 @@ ONE_EPOCH = [
 ]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _from_the_root(pytestconfig):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.chdir(pytestconfig.rootpath)
-        yield
-
-
 @pytest.fixture(scope='module')
 def options(digits_options):
     return ['--cfg-options', *digits_options, *NARROW]
