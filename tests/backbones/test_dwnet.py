@@ -17,16 +17,17 @@ def small(dynamic=None, **arguments) -> DWNet:
     return DWNet({'embed_dims': 32, 'depths': (2, 1, 1, 1)}, dynamic, **arguments)
 
 
-# Exact counts, each within 2 % of what the paper prints.
+# Exact counts, each within 2 % of what the release prints, which is silent on inhomogeneous kernels:
+# theirs are the static network's with the predictors' of 32 kernels in place of the kernels'.
 @pytest.mark.parametrize(
     ('arch', 'dynamic', 'parameters', 'flops', 'published'),
     [
         ('tiny', None, 24_172_744, 3_726_862_848, (24e6, 3.8e9)),
         ('tiny', 'homogeneous', 51_131_752, 3_753_819_648, (51e6, 3.8e9)),
-        ('tiny', 'inhomogeneous', 26_244_280, 4_374_133_248, (26e6, 4.4e9)),
+        ('tiny', 'inhomogeneous', 26_244_280, 4_374_133_248, None),
         ('base', None, 74_347_112, 12_812_261_376, (74e6, 12.9e9)),
         ('base', 'homogeneous', 161_597_928, 12_899_506_176, (162e6, 13.0e9)),
-        ('base', 'inhomogeneous', 80_253_608, 14_340_020_224, (80e6, 14.3e9)),
+        ('base', 'inhomogeneous', 80_253_608, 14_340_020_224, None),
     ],
 )
 def test_size_and_cost(arch, dynamic, parameters, flops, published):
@@ -44,7 +45,8 @@ def test_size_and_cost(arch, dynamic, parameters, flops, published):
         (out,) = model(torch.empty(1, 3, 224, 224, device='meta'))
         head(out.mean((2, 3)))
     assert counter.get_total_flops() == 2 * flops
-    assert (parameters, flops) == pytest.approx(published, rel=0.02)
+    if published:
+        assert (parameters, flops) == pytest.approx(published, rel=0.02)
 
 
 @pytest.mark.parametrize('dynamic', KINDS)
