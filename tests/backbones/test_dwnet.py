@@ -17,8 +17,8 @@ def small(dynamic=None, **arguments) -> DWNet:
     return DWNet({'embed_dims': 32, 'depths': (2, 1, 1, 1)}, dynamic, **arguments)
 
 
-# Exact counts, each within 2 % of what the release prints, which says nothing of inhomogeneous ones:
-# theirs are the static counts with the predictors of 32 kernels in place of the kernels.
+# Exact counts, each within 2 % of what the release prints, but of inhomogeneous kernels, where it
+# prints nothing: the static counts with the predictors of 32 kernels in place of the kernels.
 @pytest.mark.parametrize(
     ('arch', 'dynamic', 'parameters', 'flops', 'published'),
     [
