@@ -1,5 +1,6 @@
 """Recipes on few pixels of the very small data set."""
 
+import copy
 from pathlib import Path
 
 from mmengine.config import Config
@@ -42,10 +43,16 @@ def shrink_config(cfg: Config, scene_digits: Path) -> Config:
     return cfg
 
 
+_batches: dict[str, dict] = {}
+
+
 def take(loader: Config, count: int) -> dict:
-    """A batch of a loader's data set."""
-    dataset = DATASETS.build(loader.dataset)
-    return pseudo_collate([dataset[i] for i in range(count)])
+    """A batch of a loader's data set, the same each time."""
+    key = f'{count} {loader.dataset}'
+    if key not in _batches:
+        dataset = DATASETS.build(loader.dataset)
+        _batches[key] = pseudo_collate([dataset[i] for i in range(count)])
+    return copy.deepcopy(_batches[key])
 
 
 def build(cfg: Config) -> nn.Module:

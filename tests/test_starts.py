@@ -31,7 +31,7 @@ IMAGENET = {path.stem.split('_')[0]: path for path in CONFIGS.glob('imagenet/*.p
 NARROW = {
     'resnet': ({'base_channels': 16}, [64, 128, 256, 512]),
     'x_volution': ({'base_channels': 16}, [64, 128, 256, 512]),
-    'san': ({'base_channels': 32}, [128, 256, 512, 1024]),
+    'san': ({'base_channels': 32, 'depth': 10}, [128, 256, 512, 1024]),
     'pvt': ({'embed_dims': 16, 'num_layers': '[1,2,1,1]'}, [16, 32, 80, 128]),
     'swin': ({'embed_dims': 24, 'depths': '[1,2,2,1]'}, [24, 48, 96, 192]),
     'dwnet': (
@@ -69,9 +69,9 @@ def network(name: str) -> str:
     return found
 
 
-def command_line(name: str, config: Path, *more: str) -> Config:
-    """The config that train.py makes of a config, narrow, and more --cfg-options."""
-    narrow = [f'model.backbone.{key}={value}' for key, value in NARROW[family(name)][0].items()]
+def command_line(family: str, config: Path, *more: str) -> Config:
+    """The config that train.py makes of a family's config, narrow, and more --cfg-options."""
+    narrow = [f'model.backbone.{key}={value}' for key, value in NARROW[family][0].items()]
     return train.build_config(train.parse_args([str(config), '--cfg-options', *narrow, *more]))
 
 
@@ -86,18 +86,18 @@ def random_weights(backbone: dict) -> dict:
     return state
 
 
-@functools.cache
-def own_file(name: str) -> tuple[dict, dict]:
-    """A checkpoint of configs/imagenet for a recipe's network, and the backbone's weights."""
-    weights = random_weights(command_line(name, IMAGENET[network(name)]).model.backbone)
-    channels = NARROW[family(name)][1][-1]
+@functools.lru_cache(maxsize=4)
+def own_file(family: str, network: str) -> tuple[dict, dict]:
+    """A checkpoint of configs/imagenet for a network, and the backbone's weights."""
+    weights = random_weights(command_line(family, IMAGENET[network]).model.backbone)
+    channels = NARROW[family][1][-1]
     head = classifier(channels, 'head.fc')
-    if family(name) == 'pvt':
+    if family == 'pvt':
         head |= {'neck.norm.weight': torch.randn(channels), 'neck.norm.bias': torch.randn(channels)}
     return openmmlab(weights, head), weights
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def released_file(file: str, backbone: str, channels: int) -> tuple[dict, dict]:
     """A checkpoint as its authors publish it, and the weights under our names."""
     weights = random_weights(json.loads(backbone))
@@ -113,26 +113,25 @@ def released_file(file: str, backbone: str, channels: int) -> tuple[dict, dict]:
 
 @pytest.fixture(scope='module')
 def convert(tmp_path_factory):
-    """Runs a converter on a checkpoint; what it writes."""
+    """Runs a converter for a network; what it writes, and the backbone's weights."""
 
     @functools.cache
-    def run(program, name: str) -> tuple[dict, dict]:
+    def run(program, family: str, network: str) -> tuple[dict, dict]:
         folder = tmp_path_factory.mktemp('converted')
         files = [str(folder / 'in.pth'), str(folder / 'out.pth')]
         if program is acmix2mm:
-            checkpoint, weights = own_file(name)
-            # All depths are written of which there is a classifier, which has one norm.
+            checkpoint, weights = own_file(family, network)
             torch.save(checkpoint, files[0])
             acmix2mm.main([*files, '--reverse'])
             return read_checkpoint(files[1]), weights
-        plain = command_line(name, IMAGENET[network(name).removeprefix('acmix-')])
-        torch.save(random_weights(plain.model.backbone) | classifier(512, 'fc'), files[0])
+        plain = command_line(family, IMAGENET[network.removeprefix('acmix-')]).model.backbone
+        torch.save(random_weights(plain) | classifier(512, 'fc'), files[0])
         resnet2acmix.main(files)
         checkpoint = read_checkpoint(files[1])
         weights = {
-            key.removeprefix('backbone.'): value
-            for key, value in checkpoint['state_dict'].items()
-            if key.startswith('backbone.')
+            name.removeprefix('backbone.'): value
+            for name, value in checkpoint['state_dict'].items()
+            if name.startswith('backbone.')
         }
         return checkpoint, weights
 
@@ -141,15 +140,16 @@ def convert(tmp_path_factory):
 
 def file_for(name: str, kind: str, convert) -> tuple[dict, dict, str, str]:
     """A checkpoint, its weights by our names, names that it lacks and that it has besides."""
-    backbone = command_line(name, CONFIGS / name).model.backbone.to_dict()
+    both = family(name), network(name)
+    backbone = command_line(family(name), CONFIGS / name).model.backbone.to_dict()
     file = backbone['init_cfg']['checkpoint'].rsplit('/')[-1]
     if kind == 'plain':
-        return *convert(resnet2acmix, name), *OWN
+        return *convert(resnet2acmix, *both), *OWN
     if kind == 'own' or file.endswith('_in1k.pth'):
-        return *own_file(name), *(OWN_OF_SWIN if family(name) in ('swin', 'dwnet') else OWN)
+        return *own_file(*both), *(OWN_OF_SWIN if family(name) in ('swin', 'dwnet') else OWN)
     (lacks,) = [value for key, value in KINDS.items() if re.fullmatch(rf'{key}\.pth', file)]
     if file.startswith('acmix'):
-        return *convert(acmix2mm, name), *lacks
+        return *convert(acmix2mm, *both), *lacks
     if backbone.pop('warm_start', False):
         backbone['type'] = PLAIN[backbone['type']]
         lacks = (f'{lacks[0]}|{NEW}' if lacks[0] else NEW, lacks[1])
@@ -164,17 +164,17 @@ def check_loaded(model: torch.nn.Module, file: tuple[dict, dict, str, str]) -> N
     loaded = model.backbone.state_dict()
     other = {n for n, v in loaded.items() if n not in weights or not torch.equal(v, weights[n])}
     assert other == {n for n in loaded if re.fullmatch(lacks, n)}
-    # All values are random: a weight is used whose last few are found somewhere.
-    values = torch.cat([v.flatten() for v in loaded.values() if v.is_floating_point()])
+    # All values are random: a weight is used if its last ones are found somewhere.
     tails = {
-        name: value.flatten()[-8:]
+        name: value.flatten()[-4:]
         for name, value in state_dict_of(checkpoint).items()
         if value.is_floating_point()
     }
-    found = torch.isin(torch.cat(list(tails.values())), values).split(
-        list(map(len, tails.values()))
-    )
-    unused = {name for name, hits in zip(tails, found, strict=True) if not hits.all()}
+    wanted = torch.cat(list(tails.values())).sort().values
+    values = torch.cat([v.flatten() for v in loaded.values() if v.is_floating_point()])
+    nearest = wanted[torch.searchsorted(wanted, values).clamp_max(len(wanted) - 1)]
+    there = set(values[nearest == values].tolist())
+    unused = {name for name, tail in tails.items() if not there.issuperset(tail.tolist())}
     assert unused == {name for name in tails if re.fullmatch(besides, name)}
 
 
@@ -199,8 +199,8 @@ def narrow_heads(node: dict, channels: list[int], widths: list[int]) -> None:
             continue
         if key.endswith('channels'):
             if value == channels:
-                node[key] = widths
-            elif key == 'in_channels' and value == channels[2]:  # of the auxiliary head
+                node[key] = widths[-len(channels) :]  # RetinaNet takes three stages
+            elif key == 'in_channels' and value == channels[-2]:  # of the auxiliary head
                 node[key] = widths[2]
             else:
                 node[key] = 32 if isinstance(value, int) else [32] * len(value)
@@ -259,7 +259,8 @@ def test_loads_and_trains(name, kind, scene_digits, convert, tmp_path, monkeypat
         path = f'checkpoints/{url.rsplit("/")[-1]}'  # it takes precedence over a URL
     if file:
         torch.save(file[0], path)
-    cfg = command_line(name, CONFIGS / name, *options(name, kind).replace('FILE', path).split())
+    line = options(name, kind).replace('FILE', path)
+    cfg = command_line(family(name), CONFIGS / name, *line.split())
     train.check_start(cfg)
     start = cfg.model.backbone.init_cfg or {'checkpoint': cfg.get('load_from')}
     assert start['checkpoint'] == (path if file else None)
