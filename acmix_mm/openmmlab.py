@@ -74,7 +74,7 @@ def connect() -> None:
         ('mmengine.analysis.complexity_analysis', register_flop_formulas),
         ('mmpretrain', spare_torchvision),
     ):
-        if module in sys.modules:
+        if sys.modules.get(module) is not None:
             action()
         else:
             sys.meta_path.insert(0, _Watch(module, action))

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 from mmengine.infer import BaseInferencer
+from mmengine.registry import init_default_scope
 from mmengine.utils import import_modules_from_strings
 from PIL import Image
 from tqdm import tqdm
@@ -64,6 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> BaseInferencer:
     """Inferencer of the config's package with the checkpoint's weights, which must all be there."""
     import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
+    init_default_scope(cfg.get('default_scope', 'mmdet'))  # mmpretrain's inferencer does not
     if is_segmentor(cfg):
         from mmseg.apis import MMSegInferencer as Inferencer
     elif is_classifier(cfg):
