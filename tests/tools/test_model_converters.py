@@ -131,7 +131,12 @@ def test_onnx(trained, tmp_path, capsys):
     [
         pytest.param('acmix-san10', {'depth': 10}, None, marks=pytest.mark.slow),
         ('acmix-swin-t', {'depths': [1, 1, 1, 1]}, (50, 70)),
-        ('dwnet-t', {'arch.depths': [1, 1, 1, 1], 'dynamic': 'inhomogeneous'}, (50, 70)),
+        pytest.param(
+            'dwnet-t',
+            {'arch.depths': [1, 1, 1, 1], 'dynamic': 'inhomogeneous'},
+            (50, 70),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_onnx_of_other_families(name, options, size, tmp_path, monkeypatch):

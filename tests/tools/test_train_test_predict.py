@@ -310,6 +310,7 @@ class TestSegmentor:
         equal = np.mean([p == t for p, t in pairs])
         assert 100 * equal == pytest.approx(metrics['aAcc'], abs=0.01)
 
+    @pytest.mark.slow
     def test_sliding_window(self, segmentor_run, segmentor_options, tmp_path):
         """One window over the image is the whole image; smaller windows are not."""
         slide = 'model.test_cfg.mode=slide'
@@ -420,6 +421,7 @@ tta_pipeline = [
     assert json.loads(file.read_text())['coco/bbox_mAP'] == trained['coco/bbox_mAP']
 
 
+@pytest.mark.slow
 def test_detector_tta_by_default(run, options, pytestconfig, tmp_path):
     """As mmdet's: the image and its mirror image, at the size of the test pipeline."""
     config = tmp_path / 'tta.py'
@@ -501,6 +503,7 @@ def upstream(package: str, tool: str, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_out_of_a_detector_with_masks(mask_run, tmp_path):
     """Masks as run lengths; mmdet's tools evaluate it, to the same figures, and draw from it."""
     config, out, said, (_, _, *options) = mask_run
