@@ -326,6 +326,7 @@ class TestSegmentor:
         assert whole['aAcc'] == trained['aAcc']
         assert small['aAcc'] != trained['aAcc']
 
+    @pytest.mark.slow
     def test_tta(self, segmentor_run, segmentor_options, tmp_path):
         """With one scale only it changes nothing; with the config's three it does."""
         config = tmp_path / 'one_scale.py'
