@@ -91,8 +91,9 @@ def gather(images: Path, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     classes = sorted(images.iterdir())
-    for name in classes:
-        for file in sorted(name.iterdir())[: -(-COLUMNS * ROWS // len(classes))]:
+    for index, name in enumerate(classes):
+        count = len(range(index, COLUMNS * ROWS, len(classes)))  # as many as fill the grid
+        for file in sorted(name.iterdir())[:count]:
             shutil.copyfile(file, folder / f'{name.name}_{file.name}')
 
 
