@@ -21,8 +21,17 @@ from starts import recipes
 from acmix_mm.backbones import ACmixResNet, DWNet
 
 RECIPES = recipes()
-# Of detectors and segmentors; classifiers: test_imagenet_configs.py.
+# Of detectors and segmentors: METHOD_BACKBONE_..., as the recipes.
 DEMOS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('demo/*_*_scene-digits.py'))
+# More about them in test_imagenet_configs.py.
+CLASSIFIERS = sorted(
+    {
+        str(p.relative_to(ROOT))
+        for folder in ('imagenet', 'demo')
+        for p in ROOT.glob(f'{folder}/*.py')
+    }
+    - set(DEMOS)
+)
 HEADS = ('retinanet', 'mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn')
 SIZES = {
     'resnet': ['r50'],
@@ -143,7 +152,7 @@ def test_first_comment_names_the_source(name):
         assert ("(the paper's pair)" in comment) == papers_own
 
 
-@pytest.mark.parametrize('name', [*RECIPES, *DEMOS])
+@pytest.mark.parametrize('name', [*RECIPES, *DEMOS, *CLASSIFIERS])
 def test_nothing_stale(name):
     """The keys of a config are what is read of it; the pipelines are those of the data sets."""
     known = {*inspect.signature(Runner.__init__).parameters, 'custom_imports', 'auto_scale_lr'}
@@ -159,7 +168,7 @@ def test_nothing_stale(name):
     if 'metainfo' in cfg:
         assert train.metainfo == test.metainfo == cfg.metainfo
     # Upstream leaves seeds free; demos are to repeat.
-    assert cfg.get('randomness') == ({'seed': 0} if name in DEMOS else None)
+    assert cfg.get('randomness') == ({'seed': 0} if name.startswith('demo/') else None)
 
 
 def exempt(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:

@@ -8,6 +8,7 @@ _base_ = [
 ]
 
 model = dict(
+    data_preprocessor=dict(num_classes=10),
     backbone=dict(
         type='ACmixResNet', depth=26, base_channels=32, out_indices=(3,), norm_eval=False
     ),

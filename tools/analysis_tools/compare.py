@@ -218,7 +218,7 @@ def metric_names(evaluator: dict) -> set[str] | None:
 # Training.
 
 
-def check_weights(models: list[Model]) -> None:
+def check_all_starts(models: list[Model]) -> None:
     """Exits with a message if a model cannot start from the checkpoint that its config names."""
     for model in models:
         cfg = copy.deepcopy(model.cfg)  # a file in the place of a URL makes no other runs of it
@@ -594,7 +594,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     models = make_models(args)
     runs = [Run(model, seed) for seed in args.seeds for model in models]
-    check_weights([m for m in models if any(r.model is m and r.metrics() is None for r in runs)])
+    check_all_starts([m for m in models if any(r.model is m and r.metrics() is None for r in runs)])
     problems = train_all(runs, args.metric, args.jobs, args.threads // args.jobs)
     failures = [f'{run}: {problem} (log: {run.log})' for run, problem in problems.items()]
 

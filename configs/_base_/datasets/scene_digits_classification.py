@@ -1,5 +1,7 @@
 # Single digits (tools/dataset_converters/scene_digits.py): ImageNet's layout, ten classes, at their
 # own size. No flip: a mirrored digit is another sign.
+_base_ = './imagenet.py'
+
 dataset_type = 'CustomDataset'
 data_root = 'data/scene_digits/imagenet/'
 metainfo = dict(classes=('0', '1', '2', '3', '4', '5', '6', '7', '8', '9'))
@@ -12,11 +14,9 @@ train_pipeline = [
 test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
 
 train_dataloader = dict(
-    batch_size=32,
     num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
+        _delete_=True,
         type=dataset_type,
         data_root=data_root,
         data_prefix='train',
@@ -25,11 +25,9 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=32,
     num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
+        _delete_=True,
         type=dataset_type,
         data_root=data_root,
         data_prefix='val',
@@ -38,6 +36,3 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-
-val_evaluator = dict(type='Accuracy', topk=(1, 5))
-test_evaluator = val_evaluator
