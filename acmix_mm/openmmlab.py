@@ -12,6 +12,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import inspect
+import io
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -216,7 +217,8 @@ def spare_torchvision() -> None:
     mmpretrain does not require it, and there is none beside torch's CPU build from PyPI.
     """
     if importlib.util.find_spec('torchvision') is None:
-        with _absent_torchvision():
+        # A line of theirs that is meant for debugging is printed in any case.
+        with _absent_torchvision(), contextlib.redirect_stdout(io.StringIO()):
             for part in ('datasets', 'evaluation', 'models'):
                 importlib.import_module(f'mmpretrain.{part}')
 

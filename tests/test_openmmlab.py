@@ -210,7 +210,5 @@ except ImportError as error:
     print(error)
 """)
     assert result.returncode == 0, result.stderr
-    # mmpretrain prints something, too.
-    assert result.stdout.splitlines()[-1] == (
-        'torchvision.ops.boxes.box_iou is needed, but torchvision is not installed'
-    )
+    message = 'torchvision.ops.boxes.box_iou is needed, but torchvision is not installed'
+    assert result.stdout.splitlines() == [message]
