@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..layers import MixedOperator
 from ..weights import checkpoint_of, names_loaded, state_dict_of
 
-PREPARED = 'prepared:'
+PREPARED = 'weights of '  # mmengine logs it with the file's name
 _prepared: dict[str, dict[str, Tensor]] = {}
 
 
