@@ -1,18 +1,22 @@
-"""What the programs in tools/ share: config with overrides, processes, checkpoints, memory."""
+"""What the programs in tools/ share: errors, config with overrides, processes, checkpoints."""
 
 import argparse
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import inspect
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
@@ -45,6 +49,57 @@ VARIABLES = {
     'val_pipeline': 'val_dataloader.dataset.pipeline',
     'test_pipeline': 'test_dataloader.dataset.pipeline',
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of every program, with the option ``--traceback``; see :func:`program`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_argument(
+            '--traceback',
+            action='store_true',
+            help='show where in the code an error was raised, too',
+        )
+
+
+def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+    """Decorate the main function of a program: every error of it ends in one line.
+
+    The traceback goes to the log, if there is one yet, and is shown with ``--traceback``.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            sys.exit(130)  # as shells say it
+        except Exception as error:
+            if '--traceback' in (sys.argv[1:] if argv is None else argv):
+                raise
+            log_traceback()
+            raise SystemExit(f'error: {in_one_line(error)}') from error
+
+    return run
+
+
+def in_one_line(error: Exception) -> str:
+    """What went wrong, without line breaks."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f'{error.filename}: {error.strerror}'
+    return ' '.join(f'{type(error).__name__}: {error}'.split())
+
+
+def log_traceback() -> None:
+    """Write the traceback of the exception at hand to the files of the log, not to the terminal."""
+    if MMLogger.check_instance_created('mmengine'):
+        record = logging.makeLogRecord({'levelno': logging.ERROR, 'levelname': 'ERROR'})
+        record.msg = traceback.format_exc()
+        for handler in MMLogger.get_current_instance().handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handle(record)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -109,3 +109,37 @@ def image_folders_options(image_folders) -> list[str]:
         *very_small_run(image_folders),
         *(f'{s}_dataloader.dataset.metainfo.classes=[{classes}]' for s in ('train', 'val', 'test')),
     ]
+
+
+@pytest.fixture
+def campaign(record_property):
+    """Counts a case of a campaign, for the table that closes a run of the tests.
+
+    ``campaign('kills while training', 'seed 3', reason=None)``; with a reason, the case did not end
+    as wanted, is listed by name and does not fail the test by itself.
+    """
+
+    def count(name: str, case: str, reason: str | None = None) -> None:
+        record_property('campaign', (name, case, reason))
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The table of campaigns: how many cases were tried, and which did not end as wanted."""
+    cases: dict[str, list[tuple[str, str | None]]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for key, value in getattr(report, 'user_properties', ()):
+                if key == 'campaign' and report.when == 'call':
+                    cases.setdefault(value[0], []).append(tuple(value[1:]))
+    if not cases:
+        return
+    terminalreporter.section('campaigns')
+    terminalreporter.write_line('| campaign | tried | as wanted | not as wanted |')
+    terminalreporter.write_line('|---|---|---|---|')
+    for name in sorted(cases):
+        others = sorted(f'{case}: {reason}' for case, reason in cases[name] if reason)
+        tried = len(cases[name])
+        listed = '; '.join(others) or '0'
+        terminalreporter.write_line(f'| {name} | {tried} | {tried - len(others)} | {listed} |')

@@ -26,6 +26,8 @@ from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 from pycocotools import mask as coco_mask
 
+from acmix_mm.command_line import Parser, program
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/scene_digits')
 COLUMNS, ROWS = 6, 4
@@ -166,10 +168,9 @@ def draw_grid(task: Task, config: Path, images: Path, folder: Path, out: Path) -
     cv2.imwrite(str(out), grid[..., ::-1])
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--task', choices=TASKS, default='detection', help='what to predict (%(default)s)'
     )

@@ -24,19 +24,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from acmix_mm.command_line import (
+    Parser,
     add_config_arguments,
     check_weights,
     find_images,
     keep_freed_memory,
     load_checkpoint,
     load_config,
+    program,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('input', type=Path, help='image, or folder of images')
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
@@ -183,6 +183,7 @@ def classify(
     return entries
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     images = [args.input] if args.input.is_file() else find_images(args.input)

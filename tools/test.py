@@ -11,17 +11,19 @@ from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
 
 from acmix_mm.command_line import (
+    Parser,
     add_run_arguments,
     join_processes,
     keep_freed_memory,
     load_checkpoint,
     load_run_config,
     once,
+    program,
 )
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_run_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
@@ -155,6 +157,7 @@ def report(runner: Runner, args: argparse.Namespace, metrics: dict[str, float]) 
         print(f'predictions: {args.out}')
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = build_config(args)

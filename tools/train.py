@@ -9,18 +9,20 @@ from mmengine.dist import master_only
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from acmix_mm.command_line import (
+    Parser,
     add_run_arguments,
     join_processes,
     keep_freed_memory,
     load_checkpoint,
     load_run_config,
     once,
+    program,
 )
 from acmix_mm.weights import check_starts, resolve_weights
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_run_arguments(parser)
     parser.add_argument(
         '--resume',
@@ -74,6 +76,7 @@ def report(runner: Runner) -> None:
     print(f'checkpoint: {find_latest_checkpoint(runner.work_dir)}')
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     cfg = build_config(parse_args(argv))
     join_processes(cfg)

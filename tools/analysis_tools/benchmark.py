@@ -70,7 +70,11 @@ from mmengine.config import Config
 from tqdm import tqdm
 
 from acmix_mm import __version__
-from acmix_mm.command_line import keep_freed_memory
+from acmix_mm.command_line import (
+    Parser,
+    keep_freed_memory,
+    program,
+)
 from acmix_mm.ops import available_backends
 
 RETINANET = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
@@ -528,7 +532,7 @@ def add_peaks(parser: argparse.ArgumentParser, default: str) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     options = {'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False}
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, **options)
+    parser = Parser(description=__doc__, epilog=EXAMPLES, **options)
     suites = parser.add_subparsers(dest='suite', required=True, metavar='SUITE')
 
     def add(name: str, description: str, dtypes: tuple[str, ...] = ('float32',)):
@@ -648,6 +652,7 @@ def peaks_of(args: argparse.Namespace, name: str) -> tuple[float | None, float |
     return tuple(g or p for g, p in zip(given, peaks, strict=True))
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)

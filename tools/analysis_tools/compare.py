@@ -50,7 +50,14 @@ from mmengine.config import Config
 from mmengine.runner import Runner, find_latest_checkpoint
 from tqdm import tqdm
 
-from acmix_mm.command_line import WORK_DIRS, add_cfg_options, keep_freed_memory, load_config
+from acmix_mm.command_line import (
+    WORK_DIRS,
+    Parser,
+    add_cfg_options,
+    keep_freed_memory,
+    load_config,
+    program,
+)
 from acmix_mm.weights import check_starts, resolve_weights
 
 # What must be equal for runs to be of one budget.
@@ -505,7 +512,7 @@ def seed_type(text: str) -> int:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -590,6 +597,7 @@ def make_models(args: argparse.Namespace) -> list[Model]:
     return models
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     models = make_models(args)

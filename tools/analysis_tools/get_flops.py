@@ -18,13 +18,16 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from acmix_mm.command_line import add_config_arguments, load_config
+from acmix_mm.command_line import (
+    Parser,
+    add_config_arguments,
+    load_config,
+    program,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument(
         '--shape',
@@ -100,6 +103,7 @@ def readable(count: int) -> str:
     return f'{count / 1e9:.2f} G' if count >= 1e9 else f'{count / 1e6:.2f} M'
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = load_config(args.config, args.cfg_options)

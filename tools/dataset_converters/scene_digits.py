@@ -28,6 +28,8 @@ from pycocotools import mask as coco_mask
 from sklearn.datasets import load_digits, load_sample_image
 from tqdm import tqdm
 
+from acmix_mm.command_line import Parser, program
+
 PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
     'train': {
         'astronaut': skimage.data.astronaut,
@@ -245,9 +247,7 @@ def write_single_digits(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('out', type=Path, help='folder to make, for example data/scene_digits')
     parser.add_argument('--train', type=int, default=2400, help='training images (%(default)s)')
     parser.add_argument('--val', type=int, default=200, help='validation images (%(default)s)')
@@ -301,6 +301,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     existing = [args.out / name for name in LAYOUTS if (args.out / name).exists()]

@@ -27,7 +27,12 @@ from torch import Tensor, nn
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
 from acmix_mm.backbones.acmix_swin import shift_mask
-from acmix_mm.command_line import check_out, load_checkpoint
+from acmix_mm.command_line import (
+    Parser,
+    check_out,
+    load_checkpoint,
+    program,
+)
 from acmix_mm.weights import state_dict_of
 
 Weights = dict[str, Tensor]
@@ -253,15 +258,14 @@ def recognise(weights: Weights, reverse: bool, file: Path) -> type:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('file', metavar='IN', type=Path, help='checkpoint')
     parser.add_argument('out', metavar='OUT.pth', type=Path, help='file to write; must not exist')
     parser.add_argument('--reverse', action='store_true', help="to the release's form")
     return parser.parse_args(argv)
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_out(args.out, '.pth')

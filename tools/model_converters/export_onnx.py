@@ -16,11 +16,13 @@ from mmdet.models.backbones import SwinTransformer
 
 from acmix_mm import deploy, set_backend
 from acmix_mm.command_line import (
+    Parser,
     add_config_arguments,
     build_model,
     check_out,
     load_checkpoint,
     load_config,
+    program,
     relative_error,
 )
 from acmix_mm.ops.export import decompositions
@@ -32,9 +34,7 @@ TOLERANCE = 1e-3  # of an output's largest value; float32 sums in another order
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint that fits the config, deployed or not')
     parser.add_argument('out', type=Path, metavar='OUT.onnx', help='file to write; must not exist')
@@ -78,6 +78,7 @@ def check(backbone: torch.nn.Module, file: Path, size: Sequence[int]) -> float:
 
 
 @torch.no_grad()
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_out(args.out, '.onnx')

@@ -14,12 +14,16 @@ from pathlib import Path
 
 import torch
 
-from acmix_mm.command_line import load_checkpoint
+from acmix_mm.command_line import (
+    Parser,
+    load_checkpoint,
+    program,
+)
 from acmix_mm.weights import state_dict_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument('file', metavar='IN', help='checkpoint')
     parser.add_argument('out', metavar='OUT', type=Path, help='name up to the hash')
     return parser.parse_args(argv)
@@ -34,6 +38,7 @@ def is_plain(value: object) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if not args.out.parent.is_dir():

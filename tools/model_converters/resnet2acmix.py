@@ -36,7 +36,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from acmix_mm.command_line import check_out, find_images, keep_freed_memory, load_checkpoint
+from acmix_mm.command_line import (
+    Parser,
+    check_out,
+    find_images,
+    keep_freed_memory,
+    load_checkpoint,
+    program,
+)
 from acmix_mm.weights import state_dict_of
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, as torchvision and mmdet
@@ -52,9 +59,7 @@ PARAMETER = re.compile(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('checkpoint', help="plain ResNet's checkpoint (stride in the 3x3s)")
     parser.add_argument('out', type=Path, metavar='OUT.pth', help='file to write; must not exist')
     parser.add_argument(
@@ -396,6 +401,7 @@ def plot(rows: list[dict], file: Path) -> None:
 
 
 @torch.no_grad()
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     checkpoint = load_checkpoint(args.checkpoint)

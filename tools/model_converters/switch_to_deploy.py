@@ -12,12 +12,14 @@ import torch
 
 from acmix_mm import deploy
 from acmix_mm.command_line import (
+    Parser,
     add_config_arguments,
     build_model,
     check_out,
     keep_freed_memory,
     load_checkpoint,
     load_config,
+    program,
     relative_error,
 )
 
@@ -26,9 +28,7 @@ TOLERANCE = 1e-3  # of an output's largest value; float32 sums in another order
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint of a training with that config')
     parser.add_argument('out', type=Path, metavar='OUT.pth', help='file to write; must not exist')
@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @torch.no_grad()
+@program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     config_out = args.out.with_suffix('.py')

@@ -1,0 +1,100 @@
+"""Files and folders that are whole or absent, whatever interrupts, and folders of one process."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+class FolderInUse(ValueError):
+    """A folder that another process has claimed."""
+
+
+@contextlib.contextmanager
+def whole_file(file: str | Path) -> Iterator[Path]:
+    """Context in which a file is written beside its place, which it takes when it is whole.
+
+    Until then, and after an exception, what has been there stays as it was. After a kill the part
+    that was written stays beside it, hidden, until the same file is written again.
+
+    Args:
+        file (str | Path): Where it belongs; its folder must exist.
+
+    Yields:
+        Path: What to write instead, in the same folder and of the same suffix.
+    """
+    file = Path(file)
+    part = _part(file)
+    try:
+        yield part
+        _sync(part)
+        os.replace(part, file)
+        _sync(file.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """Context in which a folder is filled beside its place, which it takes when it is whole.
+
+    Args:
+        folder (str | Path): Where it belongs. Its parents are made.
+
+    Yields:
+        Path: An empty folder to be filled instead.
+
+    Raises:
+        FileExistsError: If there is something already.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f'{folder} exists already')
+    part = _part(folder)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.rename(part, folder)
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def claim(folder: str | Path) -> IO[str]:
+    """Claim a folder for this process until the returned file is closed, or the process ends.
+
+    Args:
+        folder (str | Path): An existing folder; it gets a hidden file ``.lock``.
+
+    Raises:
+        FolderInUse: If another process has it; the message names folder and process.
+    """
+    lock = open(Path(folder, '.lock'), 'a+')  # noqa: SIM115, closed by the caller
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        process = lock.read().strip() or 'unknown'
+        lock.close()
+        raise FolderInUse(f'folder {folder} is in use by process {process}') from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f'.part-{path.name}')
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what has been written to a file, or the entries of a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
