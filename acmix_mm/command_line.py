@@ -293,10 +293,17 @@ def check_out(out: Path, suffix: str) -> None:
     """Exits with a message unless a file ``out`` of that suffix can be written anew."""
     if out.suffix != suffix:
         sys.exit(f'error: OUT must end in {suffix}, got {out}')
-    if not out.parent.is_dir():
-        sys.exit(f'error: folder {out.parent} does not exist')
+    check_folder(out.parent)
     if out.exists():
         sys.exit(f'error: {out} exists already')
+
+
+def check_folder(folder: Path) -> None:
+    """Exits with a message unless files can be written to a folder."""
+    if not folder.is_dir():
+        sys.exit(f'error: folder {folder} does not exist')
+    if not os.access(folder, os.W_OK):
+        sys.exit(f'error: folder {folder} cannot be written to')
 
 
 def find_images(folder: Path, pattern: str = '*', least: int = 1) -> list[Path]:

@@ -2,11 +2,19 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class FolderInUse(ValueError):
@@ -25,6 +33,9 @@ def whole_file(file: str | Path) -> Iterator[Path]:
 
     Yields:
         Path: What to write instead, in the same folder and of the same suffix.
+
+    Raises:
+        OSError: If it cannot be written, of a full disk for example; it names ``file``.
     """
     file = Path(file)
     part = _part(file)
@@ -33,8 +44,61 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         _sync(part)
         os.replace(part, file)
         _sync(file.parent)
+    except OSError as error:
+        if error.errno and error.filename in (None, str(part)):  # a full disk names no file
+            error.filename, error.filename2 = str(file), None
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_whole(file: str | Path, content: bytes | memoryview | str) -> None:
+    """Write a file in the context :func:`whole_file`; text is encoded in UTF-8."""
+    with whole_file(file) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+# Libraries that write to a file themselves say little where they cannot: torch that a position is
+# unexpected, OpenCV nothing at all. So they fill memory, and this module writes it.
+
+
+def write_checkpoint(file: str | Path, state: dict) -> None:
+    """:func:`write_whole` of what ``torch.save`` makes of a checkpoint."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(file, content.getbuffer())
+
+
+def write_figure(file: str | Path, figure: 'Figure', dpi: int) -> None:
+    """:func:`write_whole` of a figure of matplotlib, in the format of the suffix."""
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(file).suffix[1:], dpi=dpi)
+    write_whole(file, content.getbuffer())
+
+
+def encode_picture(image: np.ndarray, suffix: str, parameters: Sequence[int] = ()) -> bytes:
+    """A picture as the content of a file.
+
+    Args:
+        image (np.ndarray): Grey levels or labels (H, W), or RGB (H, W, 3).
+        suffix (str): That of the file, which decides on the format.
+        parameters (Sequence[int]): Of ``cv2.imencode``. Default: none.
+
+    Raises:
+        ValueError: If the format cannot hold such a picture.
+    """
+    if image.ndim == 3:
+        image = np.ascontiguousarray(image[..., ::-1])
+    try:
+        done, content = cv2.imencode(suffix, image, parameters)
+    except cv2.error as error:
+        done, reason = False, f': {error.err}'
+    else:
+        reason = ''
+    if not done:
+        size = 'x'.join(map(str, image.shape[1::-1]))
+        raise ValueError(f'a picture of {size} pixels cannot be written as {suffix}{reason}')
+    return content.tobytes()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from mmseg.visualization import SegLocalVisualizer
 from pycocotools import mask as coco_mask
 
 from acmix_mm.command_line import Parser, program
+from acmix_mm.files import encode_picture, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/scene_digits')
@@ -165,7 +166,7 @@ def draw_grid(task: Task, config: Path, images: Path, folder: Path, out: Path) -
         cells.append(np.pad(cell, ((2, 2), (2, 2), (0, 0)), constant_values=255))
     cells += [np.full_like(cells[0], 255)] * (-len(cells) % COLUMNS)
     grid = np.vstack([np.hstack(cells[i : i + COLUMNS]) for i in range(0, len(cells), COLUMNS)])
-    cv2.imwrite(str(out), grid[..., ::-1])
+    write_whole(out, encode_picture(grid, out.suffix))
 
 
 @program
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     start = Config.fromfile(ROOT / PRETRAINED).model.backbone.init_cfg.checkpoint
     if config == TASKS['classification'].config:
         (ROOT / start).parent.mkdir(exist_ok=True)
-        shutil.copyfile(checkpoint, ROOT / start)
+        write_whole(ROOT / start, Path(checkpoint).read_bytes())
         print(f'weights:    {start}, for the detection demo with --pretrained')
 
 

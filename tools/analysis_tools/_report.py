@@ -6,6 +6,8 @@ from pathlib import Path
 
 import matplotlib.figure
 
+from acmix_mm.files import write_figure
+
 
 def quartiles(times: list[float]) -> list[float]:
     """Lower quartile, median and upper quartile."""
@@ -126,7 +128,7 @@ def plot(rows: list[dict], setting: dict, file: Path) -> None:
     axes = figure.subplots(1, panels, sharey=not scaling, squeeze=False)[0]
     if rows:
         (_plot_scaling if scaling else _plot_bars)(axes, rows)
-    figure.savefig(file, dpi=120)
+    write_figure(file, figure, dpi=120)
 
 
 def _plot_bars(axes, rows: list[dict]) -> None:

@@ -38,6 +38,7 @@ import functools
 import json
 import math
 import multiprocessing
+import os
 import platform
 import re
 import sys
@@ -75,6 +76,7 @@ from acmix_mm.command_line import (
     keep_freed_memory,
     program,
 )
+from acmix_mm.files import write_whole
 from acmix_mm.ops import available_backends
 
 RETINANET = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
@@ -441,6 +443,10 @@ def output_type(suffixes: tuple[str, ...], text: str) -> Path:
         raise argparse.ArgumentTypeError(f'{text!r} must end in {" or ".join(suffixes)}')
     if not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f'{text!r}: folder {file.parent} does not exist')
+    if not os.access(file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f'{text!r}: folder {file.parent} cannot be written to')
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is a folder')
     return file
 
 
@@ -691,7 +697,7 @@ def main(argv: list[str] | None = None) -> None:
         for candidates in comparisons:
             rows += run_comparison(candidates, args, advance)
             if args.json is not None:
-                args.json.write_text(json.dumps({'setting': setting, 'rows': rows}, indent=1))
+                write_whole(args.json, json.dumps({'setting': setting, 'rows': rows}, indent=1))
 
     print()
     lines = report_scaling(rows) if args.suite == 'scaling' else report(rows, peaks)

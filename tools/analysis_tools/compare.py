@@ -58,6 +58,7 @@ from acmix_mm.command_line import (
     load_config,
     program,
 )
+from acmix_mm.files import write_figure, write_whole
 from acmix_mm.weights import check_starts, resolve_weights
 
 # What must be equal for runs to be of one budget.
@@ -266,11 +267,9 @@ def latest_checkpoint(folder: Path) -> str | None:
 
 
 def write(file: Path, content: str) -> None:
-    """Write a text file that is never there in part."""
+    """Write a text file, whole or not at all, and make its folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f'.{file.name}.partial')
-    partial.write_text(content)
-    partial.replace(file)
+    write_whole(file, content)
 
 
 def train_all(runs: list[Run], metrics: list[str], jobs: int, threads: int) -> dict[Run, str]:
@@ -380,6 +379,16 @@ def measure(runs: list[Run], device: str) -> tuple[dict[Model, dict], list[str]]
 
 
 # Results.
+
+
+def check_results(out: Path) -> None:
+    """Exits with a message unless the results can be written, hours later; makes their folder."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        sys.exit(f'error: --out {out}: folder {out.parent} cannot be written to')
+    for file in (Path(f'{out}.{suffix}') for suffix in ('csv', 'md', 'png')):
+        if file.is_dir():
+            sys.exit(f'error: --out {out}: {file} is a folder')
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
@@ -499,7 +508,7 @@ def plot(runs: list[Run], costs: dict[Model, dict], args: argparse.Namespace) ->
     axes[0].set_ylabel(f'{metric}: mean and range')
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 4))
-    figure.savefig(f'{args.out}.png', dpi=120)
+    write_figure(f'{args.out}.png', figure, dpi=120)
 
 
 # Options.
@@ -601,6 +610,7 @@ def make_models(args: argparse.Namespace) -> list[Model]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     models = make_models(args)
+    check_results(args.out)
     runs = [Run(model, seed) for seed in args.seeds for model in models]
     check_all_starts([m for m in models if any(r.model is m and r.metrics() is None for r in runs)])
     problems = train_all(runs, args.metric, args.jobs, args.threads // args.jobs)
@@ -615,7 +625,6 @@ def main(argv: list[str] | None = None) -> None:
             costs, more = measure([first[m] for m in models if m in first], args.device)
         failures += more
         command = sys.argv[1:] if argv is None else argv
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write(Path(f'{args.out}.csv'), csv_text(finished, costs, args.metric))
         write(Path(f'{args.out}.md'), markdown(finished, costs, args, command))
         plot(finished, costs, args)

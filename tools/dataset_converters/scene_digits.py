@@ -13,11 +13,11 @@ are written in two layouts, and smaller ones with a single digit in a third:
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from tqdm import tqdm
 
 from acmix_mm.command_line import Parser, program
+from acmix_mm.files import claim, encode_picture
 
 PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
     'train': {
@@ -208,13 +209,14 @@ def write_scenes(
             images, glyphs, labels, size, count, digit_size, split == 'train', rng
         )
         name = f'{image_id:012d}'
-        cv2.imwrite(str(coco_images / f'{name}.jpg'), picture[..., ::-1], JPEG)
-        shutil.copyfile(coco_images / f'{name}.jpg', ade_images / f'{name}.jpg')
+        content = encode_picture(picture, '.jpg', JPEG)
+        for folder in (coco_images, ade_images):
+            (folder / f'{name}.jpg').write_bytes(content)
         label_map = np.zeros((size, size), np.uint8)
         for digit in placed:
             label_map[digit.mask] = digit.label + 1
             annotations.append(annotation(digit, image_id, len(annotations) + 1))
-        cv2.imwrite(str(ade_maps / f'{name}.png'), label_map)
+        (ade_maps / f'{name}.png').write_bytes(encode_picture(label_map, '.png'))
         records.append({'id': image_id, 'file_name': f'{name}.jpg', 'width': size, 'height': size})
     content = {
         'info': {'description': f'scene digits, {split}, seed {seed}'},
@@ -243,7 +245,7 @@ def write_single_digits(
             images, glyphs[chosen], labels[chosen], size, (1, 1), digit_size, split == 'train', rng
         )
         file = folder / str(digit) / f'{index:06d}.jpg'
-        cv2.imwrite(str(file), picture[..., ::-1], JPEG)
+        file.write_bytes(encode_picture(picture, '.jpg', JPEG))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -301,27 +303,53 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@program
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def check_existing(args: argparse.Namespace) -> None:
     existing = [args.out / name for name in LAYOUTS if (args.out / name).exists()]
     if existing and not args.force:
         sys.exit(
             f'error: {" and ".join(map(str, existing))} exist; give --force to replace, '
             'or another folder'
         )
-    args.out.mkdir(parents=True, exist_ok=True)
-    # Written beside its place and moved there when complete: what exists stays until then.
-    with tempfile.TemporaryDirectory(dir=args.out, prefix='.partial-') as partial:
-        new = Path(partial)
+
+
+@contextlib.contextmanager
+def folder_to_fill(out: Path) -> Iterator[Path]:
+    """Context with a hidden folder in ``out``, this process's alone, that is removed afterwards.
+
+    After a kill it stays until the next process has it.
+    """
+    part = out / '.part-scene_digits'
+    part.mkdir(parents=True, exist_ok=True)
+    with claim(part):
+        for left_over in ('new', 'old'):
+            shutil.rmtree(part / left_over, ignore_errors=True)
+        try:
+            yield part
+        except OSError as error:
+            if error.errno and error.filename is None:  # a full disk names no file
+                error.filename = str(out)
+            raise
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_existing(args)
+    with folder_to_fill(args.out) as part:
+        check_existing(args)  # another process may have been quicker
+        new, old = part / 'new', part / 'old'
         for split, scenes, single in (
             ('train', args.train, args.single_train),
             ('val', args.val, args.single_val),
         ):
             write_scenes(new, split, scenes, args.size, args.digits, args.digit_size, args.seed)
             write_single_digits(new, split, single, args.single_size, args.digit_size, args.seed)
+        old.mkdir()
         for name in LAYOUTS:
-            shutil.rmtree(args.out / name, ignore_errors=True)
+            if (args.out / name).exists():
+                (args.out / name).rename(old / name)
             (new / name).rename(args.out / name)
     print(f'COCO layout:     {args.out / "coco"}')
     print(f'ADE20K layout:   {args.out / "ade"}')

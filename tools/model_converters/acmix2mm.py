@@ -33,6 +33,7 @@ from acmix_mm.command_line import (
     load_checkpoint,
     program,
 )
+from acmix_mm.files import write_checkpoint
 from acmix_mm.weights import state_dict_of
 
 Weights = dict[str, Tensor]
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         own, model = to_own(kind, weights, args.file)
         state = {'meta': {'source': args.file.name}, 'state_dict': own}
-    torch.save(state, args.out)
+    write_checkpoint(args.out, state)
     head = weights.get('head.fc.weight', weights.get('head.weight', weights.get('fc.weight')))
     print(f'model:       {type(model).__name__}({kind.describe(model)})')
     print(f'classifier:  {"none" if head is None else f"{head.shape[0]} classes"}')

@@ -25,6 +25,7 @@ from acmix_mm.command_line import (
     program,
     relative_error,
 )
+from acmix_mm.files import whole_file
 from acmix_mm.ops.export import decompositions
 
 TRACE_SIZE = (97, 130)
@@ -93,12 +94,17 @@ def main(argv: list[str] | None = None) -> None:
     deploy(backbone)
     set_backend(backbone, 'torch')  # the one whose operators have decompositions
     print('exporting, some minutes for a deep backbone', flush=True)
-    names = export(backbone, args.size, args.out)
-    for size in [args.size] if args.size else CHECK_SIZES:
-        error = check(backbone, args.out, size)
-        print(f'largest deviation of ONNX Runtime at {size[0]}x{size[1]}, relative: {error:.1e}')
-        if not error <= TOLERANCE:
-            sys.exit(f'error: {args.out} does not give the results of PyTorch')
+    with whole_file(args.out) as part:
+        names = export(backbone, args.size, part)
+        for size in [args.size] if args.size else CHECK_SIZES:
+            error = check(backbone, part, size)
+            at = f'at {size[0]}x{size[1]}, relative'
+            print(f'largest deviation of ONNX Runtime {at}: {error:.1e}')
+            if not error <= TOLERANCE:
+                sys.exit(
+                    f'error: the exported graph does not give the results of PyTorch; {args.out} '
+                    'is not written'
+                )
     print(f'outputs:    {", ".join(names)}')
     print(f'ONNX model: {args.out}')
 

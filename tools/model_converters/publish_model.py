@@ -16,9 +16,11 @@ import torch
 
 from acmix_mm.command_line import (
     Parser,
+    check_folder,
     load_checkpoint,
     program,
 )
+from acmix_mm.files import write_whole
 from acmix_mm.weights import state_dict_of
 
 
@@ -41,8 +43,7 @@ def is_plain(value: object) -> bool:
 @program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if not args.out.parent.is_dir():
-        sys.exit(f'error: folder {args.out.parent} does not exist')
+    check_folder(args.out.parent)
     checkpoint = load_checkpoint(args.file)
     weights = state_dict_of(checkpoint)
     meta = checkpoint.get('meta', {})
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     out = args.out.with_name(f'{args.out.name.removesuffix(".pth")}-{digest[:8]}.pth')
     if out.exists():
         sys.exit(f'error: {out} exists already')
-    out.write_bytes(file.getbuffer())
+    write_whole(out, file.getbuffer())
     own = {'meta', 'state_dict'} if weights.keys() != checkpoint.keys() else set(checkpoint)
     left_out = [k for k in checkpoint if k not in own] + [
         f'meta.{k}' for k in meta if k not in kept

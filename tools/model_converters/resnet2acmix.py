@@ -44,6 +44,7 @@ from acmix_mm.command_line import (
     load_checkpoint,
     program,
 )
+from acmix_mm.files import write_checkpoint, write_figure
 from acmix_mm.weights import state_dict_of
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, as torchvision and mmdet
@@ -397,7 +398,7 @@ def plot(rows: list[dict], file: Path) -> None:
     axes.set_ylabel('share of the energy beyond it')
     axes.set_ylim(bottom=1e-4)
     axes.legend(fontsize=7, ncols=2)
-    figure.savefig(file, dpi=150)
+    write_figure(file, figure, dpi=150)
 
 
 @torch.no_grad()
@@ -420,7 +421,7 @@ def main(argv: list[str] | None = None) -> None:
     state = {f'backbone.{name}': value for name, value in mixed.state_dict().items()}
     meta = checkpoint.get('meta') or {}
     meta = {'dataset_meta': meta['dataset_meta']} if 'dataset_meta' in meta else {}
-    torch.save({'state_dict': {**state, **others}, 'meta': meta}, args.out)
+    write_checkpoint(args.out, {'state_dict': {**state, **others}, 'meta': meta})
     print(*report(rows, start), sep='\n')
     if args.plot is not None:
         plot(rows, args.plot)

@@ -22,6 +22,7 @@ from acmix_mm.command_line import (
     program,
     relative_error,
 )
+from acmix_mm.files import whole_file, write_checkpoint
 
 SIZE = (97, 130)  # of the random image by which the folded backbone is checked
 TOLERANCE = 1e-3  # of an output's largest value; float32 sums in another order
@@ -62,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
     cfg.model.backbone.update(deploy=True, init_cfg=None)
     cfg.model.backbone.pop('warm_start', None)  # of init_cfg
     state = {'meta': checkpoint.get('meta', {}), 'state_dict': model.state_dict()}
-    torch.save(state, args.out)
-    cfg.dump(config_out)
+    with whole_file(config_out) as part:  # none of the two without the other
+        cfg.dump(part)
+        write_checkpoint(args.out, state)
     print(f'modules of the backbone: {len(list(model.backbone.modules()))}, before {modules}')
     print(f'largest deviation of an output, relative: {error:.1e}')
     print(f'checkpoint: {args.out}')
