@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -301,9 +302,22 @@ def check_out(out: Path, suffix: str) -> None:
 def check_folder(folder: Path) -> None:
     """Exits with a message unless files can be written to a folder."""
     if not folder.is_dir():
-        sys.exit(f'error: folder {folder} does not exist')
+        sys.exit(f'error: folder {folder} {"is none" if folder.exists() else "does not exist"}')
     if not os.access(folder, os.W_OK):
         sys.exit(f'error: folder {folder} cannot be written to')
+
+
+def device_type(text: str) -> str:
+    """A device, for argparse: ``cpu``, ``cuda`` or ``cuda:N``, which must be there."""
+    if not re.fullmatch(r'cpu|cuda(:\d+)?', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not cpu, cuda or cuda:N')
+    if text != 'cpu' and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(f'{text!r}: torch {torch.__version__} sees no CUDA device')
+    if ':' in text and int(text[5:]) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: there are {torch.cuda.device_count()} CUDA devices'
+        )
+    return text
 
 
 def find_images(folder: Path, pattern: str = '*', least: int = 1) -> list[Path]:

@@ -152,7 +152,10 @@ def claim(folder: str | Path) -> IO[str]:
 
 
 def _part(path: Path) -> Path:
-    return path.with_name(f'.part-{path.name}')
+    name = path.name
+    if len(os.fsencode(name)) > 240:  # file systems take 255 bytes
+        name = name[-60:]
+    return path.with_name(f'.part-{name}')
 
 
 def _sync(path: Path) -> None:

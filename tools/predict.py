@@ -1,38 +1,64 @@
 """Predict on an image or a folder of images; write pictures with the predictions and a JSON.
 
-The JSON is a list with one entry an image. A detector's:
-  {"image": NAME, "predictions": [{"category": NAME, "label": INDEX, "score": SCORE,
-                                   "bbox": [x1, y1, x2, y2] in pixels, "mask": RLE if any}]}
+The JSON is a list with one entry an image, in the order of their names. A detector's:
+  {"image": NAME, "picture": FILE,
+   "predictions": [{"category": NAME, "label": INDEX, "score": SCORE,
+                    "bbox": [x1, y1, x2, y2] in pixels, "mask": RLE if any}]}
 A segmentor's, whose label maps are PNG files with the class index as pixel value:
-  {"image": NAME, "label_map": FILE, "shares": {CLASS: its share of the pixels, largest first}}
+  {"image": NAME, "picture": FILE, "label_map": FILE,
+   "shares": {CLASS: its share of the pixels, largest first}}
 An image classifier's, the five best classes:
-  {"image": NAME, "predictions": [{"category": NAME, "label": INDEX, "score": SCORE}]}
+  {"image": NAME, "picture": FILE,
+   "predictions": [{"category": NAME, "label": INDEX, "score": SCORE}]}
+Files are named after the image, those of another format STEM.png, or NAME.png for all where two
+images have one stem. Pixels are those of the image as it is shown, its EXIF orientation applied.
+
+An image that cannot be read, or for which the model fails, is reported and has the entry
+  {"image": NAME, "error": WHY}
+The others go on, and the exit status is 1. Interrupted, the program writes entries of what it has
+done. Files of an earlier run in the same folder are replaced where they have the same names, and
+stay otherwise: the JSON says which are of the last run. Images are never overwritten.
 """
 
 import argparse
 import json
+import os
+import signal
 import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
+import mmcv
 import numpy as np
 from mmengine.config import Config
+from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.infer import BaseInferencer
 from mmengine.registry import init_default_scope
+from mmengine.structures import BaseDataElement
 from mmengine.utils import import_modules_from_strings
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from torch import nn
 from tqdm import tqdm
 
 from acmix_mm.command_line import (
+    IMAGE_SUFFIXES,
     Parser,
     add_config_arguments,
+    check_folder,
     check_weights,
+    device_type,
     find_images,
     keep_freed_memory,
     load_checkpoint,
     load_config,
     program,
 )
+from acmix_mm.files import claim, encode_picture, write_whole
+
+JSON_FILE = 'predictions.json'
+NAMED = 3  # of the images that failed, in the last line
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        '--out-dir', type=Path, required=True, help='folder for pictures and predictions.json'
+        '--out-dir', type=Path, required=True, help=f'folder for pictures and {JSON_FILE}'
     )
     parser.add_argument(
         '--score-thr',
@@ -49,9 +75,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.3,
         help='least score of a detection that is drawn or written (default: %(default)s)',
     )
-    parser.add_argument('--batch-size', type=int, default=1, help='default: %(default)s')
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        default=1,
+        help='images at a time; a segmentor or classifier takes those of it together that have '
+        'one size (default: %(default)s)',
+    )
     parser.add_argument('--limit', type=int, help='take the first images only')
-    parser.add_argument('--device', help='for example cpu or cuda:0 (default: GPU if present)')
+    parser.add_argument(
+        '--device', type=device_type, help='cpu, cuda or cuda:N (default: GPU if present)'
+    )
     args = parser.parse_args(argv)
     if not 0 <= args.score_thr <= 1:
         parser.error(f'--score-thr must be between 0 and 1, got {args.score_thr}')
@@ -60,6 +94,209 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1, got {value}')
     return args
+
+
+# Images.
+
+
+def check_image(image: Path) -> None:
+    """Raises an error that says why, unless an image can be read to its end.
+
+    OpenCV, by which pipelines read, takes what there is of one that ends early.
+    """
+    if not image.is_file():
+        raise ValueError('is a folder' if image.is_dir() else 'is no file, or a link to none')
+    if not image.stat().st_size:
+        raise ValueError('the file is empty')
+    try:
+        with Image.open(image) as picture:
+            picture.load()
+    except (UnidentifiedImageError, Image.DecompressionBombError):  # OpenCV may still read it
+        if mmcv.imread(image) is None:
+            raise ValueError('is no picture') from None
+
+
+def reason(error: Exception) -> str:
+    """What went wrong with one image, in one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ' '.join(text.split()) or type(error).__name__
+
+
+def shown(name: str) -> str:
+    """A file's name on one line of a terminal."""
+    return name if name.isprintable() else ascii(name)
+
+
+def some_of(names: list[str]) -> str:
+    return ', '.join([*map(shown, names[:NAMED]), *(['...'] if len(names) > NAMED else [])])
+
+
+def check_out_dir(out_dir: Path, images: list[Path]) -> None:
+    """Exits with a message unless files can be written to the folder, and to none of the images."""
+    check_folder(next(f for f in (out_dir, *out_dir.absolute().parents) if f.exists()))
+    folders = {Path(os.path.realpath(i)).parent for i in images}  # some links lead in circles
+    for folder in (out_dir / 'vis', out_dir / 'label_maps'):
+        if folder.resolve() in folders:
+            sys.exit(
+                f'error: --out-dir {out_dir}: what is written to {folder} would overwrite the '
+                'images that are in it; choose another folder'
+            )
+
+
+def check_readable(images: list[Path]) -> None:
+    """Exits with a message if none of the images can be read."""
+    errors = []
+    for image in images:
+        try:
+            return check_image(image)
+        except Exception as error:
+            errors.append(f'{shown(str(image))}: {reason(error)}')
+    count = f'none of {len(images)} images can be read, ' if len(images) > 1 else ''
+    sys.exit(f'error: {count}{errors[0]}')
+
+
+def names_of_outputs(images: list[Path]) -> dict[Path, str]:
+    """Stems of what is written for images in another format than theirs, all different."""
+    stems = {image.stem for image in images}
+    return {i: i.stem if len(stems) == len(images) else i.name for i in images}
+
+
+# Models, a class for each task.
+
+
+@dataclass
+class Result:
+    """What comes of one image: its entry in the JSON, and the files that the entry names."""
+
+    entry: dict
+    files: dict[str, bytes]
+
+
+@dataclass
+class Detector:
+    """Predicts with a detector, and says what the tasks have in common.
+
+    Args:
+        inferencer (BaseInferencer): Of the model.
+        classes (tuple[str, ...]): Names of its classes.
+        names (dict[Path, str]): Of :func:`names_of_outputs`.
+        score_thr (float): Least score of a detection.
+    """
+
+    inferencer: BaseInferencer
+    classes: tuple[str, ...]
+    names: dict[Path, str]
+    score_thr: float
+
+    def load(self, image: Path) -> dict:
+        """The image as the pipeline gives it."""
+        return self.inferencer.pipeline(str(image))
+
+    def groups(self, loaded: dict[Path, dict]) -> list[dict[Path, dict]]:
+        """Images that the model can take together: all, which it pads to one size."""
+        return [loaded] if loaded else []
+
+    def forward(self, data: list[dict]) -> list[BaseDataElement]:
+        """Predictions for images of one group."""
+        return self.inferencer.forward(pseudo_collate(data))
+
+    def predict(self, group: dict[Path, dict]) -> list[Result]:
+        """Results for images of one group."""
+        samples = self.forward([*group.values()])
+        return [self.result(i, s) for i, s in zip(group, samples, strict=True)]
+
+    def result(self, image: Path, sample: BaseDataElement) -> Result:
+        """An image's result."""
+        described = self.describe(image, sample)
+        file, suffix = self.picture(image)
+        drawn = self.draw(mmcv.imread(image, channel_order='rgb'), sample)
+        entry = {'image': image.name, 'picture': file, **described.entry}
+        return Result(entry, {file: encode_picture(drawn, suffix), **described.files})
+
+    def picture(self, image: Path) -> tuple[str, str]:
+        """Name and suffix of the picture with the predictions."""
+        if image.suffix.lower() in IMAGE_SUFFIXES:
+            return f'vis/{image.name}', image.suffix
+        return f'vis/{image.name}.png', '.png'
+
+    def describe(self, image: Path, sample: BaseDataElement) -> Result:
+        """The task's part of a result."""
+        (prediction,) = self.inferencer.postprocess([sample])['predictions']
+        return Result({'predictions': self.readable(prediction)}, {})
+
+    def readable(self, prediction: dict) -> list[dict]:
+        """An inferencer's parallel lists as one entry a detection, best first."""
+        masks = prediction.get('masks', [None] * len(prediction['scores']))
+        rows = []
+        for label, score, box, mask in zip(
+            prediction['labels'], prediction['scores'], prediction['bboxes'], masks, strict=True
+        ):
+            if score >= self.score_thr:
+                row = {'category': self.classes[label], 'label': label, 'score': score, 'bbox': box}
+                rows.append(row if mask is None else {**row, 'mask': mask})
+        return sorted(rows, key=lambda row: -row['score'])
+
+    def draw(self, picture: np.ndarray, sample: BaseDataElement) -> np.ndarray:
+        """An RGB picture with the predictions."""
+        return self.inferencer.visualize(
+            [picture], [sample], return_vis=True, pred_score_thr=self.score_thr
+        )[0]
+
+
+class Segmentor(Detector):
+    """Predicts with a segmentor."""
+
+    def groups(self, loaded: dict[Path, dict]) -> list[dict[Path, dict]]:
+        """Images of one size, after the pipeline."""
+        groups: dict[tuple[int, ...], dict[Path, dict]] = {}
+        for image, data in loaded.items():
+            groups.setdefault(tuple(data['inputs'].shape), {})[image] = data
+        return [*groups.values()]
+
+    def describe(self, image: Path, sample: BaseDataElement) -> Result:
+        label_map = sample.pred_sem_seg.data[0].cpu().numpy()
+        file = f'label_maps/{self.names[image]}.png'
+        dtype = np.uint8 if len(self.classes) <= 256 else np.uint16
+        counts = np.bincount(label_map.ravel(), minlength=len(self.classes))
+        shares = {
+            self.classes[label]: counts[label] / label_map.size
+            for label in np.argsort(-counts, kind='stable')
+            if counts[label]
+        }
+        files = {file: encode_picture(label_map.astype(dtype), '.png')}
+        return Result({'label_map': file, 'shares': shares}, files)
+
+    def draw(self, picture: np.ndarray, sample: BaseDataElement) -> np.ndarray:
+        return self.inferencer.visualize([picture], [sample], return_vis=True, opacity=0.5)[0]
+
+
+class Classifier(Segmentor):
+    """Predicts with an image classifier."""
+
+    def load(self, image: Path) -> dict:
+        picture = mmcv.imread(image)
+        shape = picture.shape[:2]
+        return self.inferencer.pipeline({'img': picture, 'img_shape': shape, 'ori_shape': shape})
+
+    def forward(self, data: list[dict]) -> list[BaseDataElement]:
+        return self.inferencer.forward(default_collate(data))
+
+    def picture(self, image: Path) -> tuple[str, str]:
+        return f'vis/{self.names[image]}.png', '.png'
+
+    def describe(self, image: Path, sample: BaseDataElement) -> Result:
+        scores, labels = sample.pred_score.topk(min(5, len(self.classes)))
+        rows = [
+            {'category': self.classes[label], 'label': label, 'score': score}
+            for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
+        return Result({'predictions': rows}, {})
+
+    def draw(self, picture: np.ndarray, sample: BaseDataElement) -> np.ndarray:
+        from mmpretrain.visualization import UniversalVisualizer
+
+        visualizer = UniversalVisualizer()
+        return visualizer.visualize_cls(picture, sample, classes=self.classes, draw_gt=False)
 
 
 def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> BaseInferencer:
@@ -73,6 +310,8 @@ def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) ->
     else:
         from mmdet.apis import DetInferencer as Inferencer
 
+    if 'visualizer' in cfg:
+        cfg.visualizer.vis_backends = None  # pictures are written here
     inferencer = Inferencer(cfg, args.checkpoint, device=args.device)
     check_weights(inferencer.model, checkpoint, args)
     return inferencer
@@ -88,118 +327,114 @@ def is_classifier(cfg: Config) -> bool:
     return cfg.get('default_scope') == 'mmpretrain'
 
 
-def readable(prediction: dict, classes: tuple[str, ...], score_thr: float) -> list[dict]:
-    """An inferencer's parallel lists as one entry a detection, best first."""
-    masks = prediction.get('masks', [None] * len(prediction['scores']))
-    rows = []
-    for label, score, box, mask in zip(
-        prediction['labels'], prediction['scores'], prediction['bboxes'], masks, strict=True
-    ):
-        if score >= score_thr:
-            row = {'category': classes[label], 'label': label, 'score': score, 'bbox': box}
-            rows.append(row if mask is None else {**row, 'mask': mask})
-    return sorted(rows, key=lambda row: -row['score'])
-
-
-def detect(inferencer: BaseInferencer, images: list[Path], args: argparse.Namespace) -> list[dict]:
-    """Entries of detections; writes the pictures."""
-    results = inferencer(
-        [str(image) for image in images],
-        batch_size=args.batch_size,
-        out_dir=str(args.out_dir),
-        pred_score_thr=args.score_thr,
-    )
-    classes = inferencer.model.dataset_meta['classes']
-    return [
-        {'image': image.name, 'predictions': readable(prediction, classes, args.score_thr)}
-        for image, prediction in zip(images, results['predictions'], strict=True)
-    ]
-
-
-def segment(inferencer: BaseInferencer, images: list[Path], args: argparse.Namespace) -> list[dict]:
-    """Entries of label maps; writes the label maps and the pictures."""
-    if args.batch_size > 1 and len({Image.open(image).size for image in images}) > 1:
-        sys.exit('error: --batch-size must be 1 for a segmentor and images of different sizes')
-    classes = inferencer.model.dataset_meta['classes']
-    folder = args.out_dir / 'label_maps'
-    folder.mkdir(parents=True, exist_ok=True)
-    inferencer.show_progress = False  # it would show a bar for every batch
-    entries = []
-    for start in tqdm(range(0, len(images), args.batch_size), desc='predict', unit='batch'):
-        batch = images[start : start + args.batch_size]
-        samples = inferencer(
-            [str(image) for image in batch],
-            return_datasamples=True,
-            batch_size=len(batch),
-            out_dir=str(args.out_dir),
-            opacity=0.5,
-        )
-        for image, sample in zip(batch, samples if len(batch) > 1 else [samples], strict=True):
-            label_map = sample.pred_sem_seg.data[0].cpu().numpy()
-            file = folder / f'{image.stem}.png'
-            dtype = np.uint8 if len(classes) <= 256 else np.uint16
-            cv2.imwrite(str(file), label_map.astype(dtype))
-            counts = np.bincount(label_map.ravel(), minlength=len(classes))
-            shares = {
-                classes[label]: counts[label] / label_map.size
-                for label in np.argsort(-counts, kind='stable')
-                if counts[label]
-            }
-            entries.append(
-                {
-                    'image': image.name,
-                    'label_map': str(file.relative_to(args.out_dir)),
-                    'shares': shares,
-                }
-            )
-    return entries
-
-
-def classify(
-    inferencer: BaseInferencer, images: list[Path], args: argparse.Namespace
-) -> list[dict]:
-    """Entries of the best classes; writes the pictures."""
-    classes = inferencer.classes or ()
-    if len(classes) != inferencer.model.head.num_classes:
+def classes_of(inferencer: BaseInferencer, args: argparse.Namespace) -> tuple[str, ...]:
+    """Names of the model's classes; exits with a message if they are not as many."""
+    model = inferencer.model
+    if hasattr(inferencer, 'classes'):  # mmpretrain's
+        classes = inferencer.classes
+    else:
+        classes = model.dataset_meta['classes']
+    classes = tuple(classes or ())
+    count = num_classes(model)
+    if count not in (None, len(classes)):
         sys.exit(
             f'error: checkpoint {args.checkpoint} must name the classes of its data set: it names '
-            f'{len(classes)}, the model has {inferencer.model.head.num_classes}'
+            f'{len(classes)}, the model has {count}'
         )
-    folder = args.out_dir / 'vis'
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [str(image) for image in images]
-    starts = tqdm(range(0, len(paths), args.batch_size), desc='predict', unit='batch')
-    entries = []
-    for start, batch in zip(starts, inferencer.preprocess(paths, args.batch_size), strict=True):
-        samples = inferencer.forward(batch)
-        inferencer.visualize(paths[start : start + len(samples)], samples, show_dir=folder)
-        for image, sample in zip(images[start:], samples, strict=False):
-            scores, labels = sample.pred_score.topk(min(5, len(classes)))
-            rows = [
-                {'category': classes[label], 'label': label, 'score': score}
-                for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
-            ]
-            entries.append({'image': image.name, 'predictions': rows})
-    return entries
+    return classes
+
+
+def num_classes(model: nn.Module) -> int | None:
+    """Classes of the last head, None where it does not say."""
+    for name in ('head', 'decode_head', 'bbox_head', 'roi_head.bbox_head'):
+        head = model
+        for part in name.split('.'):
+            head = getattr(head, part, None)
+        if head is not None:
+            head = head[-1] if isinstance(head, nn.ModuleList) else head
+            return getattr(head, 'num_classes', None)
+    return None
+
+
+# The run.
+
+
+def predict(predictor: Detector, images: list[Path], args: argparse.Namespace) -> Iterator[Result]:
+    """Results in any order within a batch; of an image that fails, without files."""
+
+    def failed(image: Path, error: Exception) -> Result:
+        trace = f'\n{traceback.format_exc()}' if args.traceback else ''
+        tqdm.write(f'{shown(image.name)}: {reason(error)}{trace}', file=sys.stderr)
+        return Result({'image': image.name, 'error': reason(error)}, {})
+
+    starts = range(0, len(images), args.batch_size)
+    for start in tqdm(starts, desc='predict', unit='batch'):
+        loaded = {}
+        for image in images[start : start + args.batch_size]:
+            try:
+                check_image(image)
+                loaded[image] = predictor.load(image)
+            except Exception as error:
+                yield failed(image, error)
+        groups = predictor.groups(loaded)
+        while groups:
+            group = groups.pop()
+            try:
+                results = predictor.predict(group)
+            except Exception as error:
+                if len(group) == 1:
+                    results = [failed(*group, error)]
+                else:  # find out which it is
+                    groups += [{image: data} for image, data in group.items()]
+                    continue
+            yield from results
+
+
+def write(entries: dict[str, dict], images: list[Path], file: Path) -> None:
+    """Write the JSON with the entries, by names of images, that there are."""
+    rows = [entries[image.name] for image in images if image.name in entries]
+    write_whole(file, json.dumps(rows, indent=1))
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     images = [args.input] if args.input.is_file() else find_images(args.input)
+    check_out_dir(args.out_dir, images)
     images = images[: args.limit]
+    check_readable(images)
     cfg = load_config(args.config, args.cfg_options)
+    checkpoint = load_checkpoint(args.checkpoint)
     keep_freed_memory()
-    inferencer = build_inferencer(cfg, load_checkpoint(args.checkpoint), args)
-    predict = segment if is_segmentor(cfg) else classify if is_classifier(cfg) else detect
-    entries = predict(inferencer, images, args)
-    file = args.out_dir / 'predictions.json'
-    file.write_text(json.dumps(entries, indent=1))
-    print(f'pictures:    {args.out_dir / "vis"} ({len(images)})')
+    inferencer = build_inferencer(cfg, checkpoint, args)
+    kind = Segmentor if is_segmentor(cfg) else Classifier if is_classifier(cfg) else Detector
+    predictor = kind(
+        inferencer, classes_of(inferencer, args), names_of_outputs(images), args.score_thr
+    )
+    for folder in ('vis', *(['label_maps'] if is_segmentor(cfg) else [])):
+        (args.out_dir / folder).mkdir(parents=True, exist_ok=True)
+    file = args.out_dir / JSON_FILE
+    entries: dict[str, dict] = {}
+    with claim(args.out_dir):
+        try:
+            for result in predict(predictor, images, args):
+                for name, content in result.files.items():
+                    write_whole(args.out_dir / name, content)
+                entries[result.entry['image']] = result.entry
+        finally:  # what is done is not lost
+            write(entries, images, file)
+    failed = [name for name, entry in entries.items() if 'error' in entry]
+    print(f'pictures:    {args.out_dir / "vis"} ({len(entries) - len(failed)})')
     if is_segmentor(cfg):
         print(f'label maps:  {args.out_dir / "label_maps"}')
     print(f'predictions: {file}')
+    if failed:
+        sys.exit(
+            f'error: {len(failed)} of {len(images)} images could not be predicted: '
+            f'{some_of(failed)}; {file} says why'
+        )
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -73,6 +73,7 @@ from tqdm import tqdm
 from acmix_mm import __version__
 from acmix_mm.command_line import (
     Parser,
+    device_type,
     keep_freed_memory,
     program,
 )
@@ -423,18 +424,6 @@ def shape_type(axes: str, minimum: int, text: str) -> tuple[int, ...]:
         if name == '3' and value != 3:
             raise argparse.ArgumentTypeError(f'{text!r}: images have 3 channels')
     return shape
-
-
-def device_type(text: str) -> str:
-    if not re.fullmatch(r'cpu|cuda(:\d+)?', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is not cpu, cuda or cuda:N')
-    if text != 'cpu' and not torch.cuda.is_available():
-        raise argparse.ArgumentTypeError(f'{text!r}: torch {torch.__version__} sees no CUDA device')
-    if ':' in text and int(text[5:]) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(
-            f'{text!r}: there are {torch.cuda.device_count()} CUDA devices'
-        )
-    return text
 
 
 def output_type(suffixes: tuple[str, ...], text: str) -> Path:
