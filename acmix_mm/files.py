@@ -146,8 +146,12 @@ def claim(folder: str | Path) -> IO[str]:
         lock.close()
         raise FolderInUse(f'folder {folder} is in use by process {process}') from None
     lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
+    try:
+        lock.write(str(os.getpid()))
+        lock.flush()
+    except OSError as error:  # a full disk names no file
+        error.filename = lock.name
+        raise
     return lock
 
 

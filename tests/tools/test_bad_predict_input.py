@@ -2,9 +2,10 @@
 
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -15,6 +16,10 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
+
+from acmix_mm.files import claim
+
+pytestmark = pytest.mark.slow
 
 CAMPAIGN = 'bad input of predict'
 CONFIGS = {
@@ -249,3 +254,259 @@ def test_unusual_pictures(task, case, tmp_path, campaign):
         assert Image.open(tmp_path / 'out' / entries[0]['label_map']).size == size
     check_files(task, entries, tmp_path / 'out')
     campaign(CAMPAIGN, f'{task.name}, {case}')
+
+
+def test_exif_orientation(task, tmp_path, campaign):
+    """What is predicted is that of the image as it is shown, and so is the picture drawn."""
+    folder, exif = tmp_path / 'in', Image.Exif()
+    folder.mkdir()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    save(folder / 'a.jpg', exif=exif, quality=95)
+    pixels = np.asarray(Image.open(folder / 'a.jpg'))
+    save(folder / 'b.png', np.rot90(pixels, -1))
+    code, (turned, upright) = task.run(folder, tmp_path / 'out', '--score-thr', '0')
+    assert code is None
+    key = 'shares' if task.name == 'segmentor' else 'predictions'
+    assert turned[key]
+    assert turned[key] == upright[key]
+    for entry in (turned, upright):
+        for kind in {'picture', 'label_map'} & entry.keys():
+            assert Image.open(tmp_path / 'out' / entry[kind]).size == (40, 52)
+    campaign(CAMPAIGN, f'{task.name}, EXIF orientation')
+
+
+@pytest.mark.parametrize('shape', [(4, 1200), (1200, 4)])
+def test_huge_aspect_ratio(task, shape, tmp_path, campaign):
+    """Predicted, or reported where the pipeline leaves less than a pixel of it."""
+    save(tmp_path / 'x.png', picture(*shape))
+    save(tmp_path / 'y.png')
+    code, entries = task.run(tmp_path, tmp_path / 'out', '--batch-size', '2')
+    assert 'error' not in entries[1]
+    assert (code is None) == ('error' not in entries[0])
+    check_files(task, entries, tmp_path / 'out')
+    campaign(CAMPAIGN, f'{task.name}, {shape[1]}x{shape[0]} pixels')
+
+
+def test_formats_outside_of_folders(task, tmp_path, campaign):
+    """A GIF is predicted where OpenCV reads it, and its picture is a PNG; a folder has none."""
+    save(tmp_path / 'x.gif')
+    code, entries = task.run(tmp_path / 'x.gif', tmp_path / 'out')
+    if code is None:
+        assert entries[0]['picture'].endswith('.png')
+        check_files(task, entries, tmp_path / 'out')
+    else:
+        assert 'x.gif' in code
+    code, _ = task.run(tmp_path, tmp_path / 'none')
+    assert 'must hold images' in code
+    campaign(CAMPAIGN, f'{task.name}, GIF')
+
+
+def test_images_of_one_stem(task, tmp_path, campaign):
+    """Each has its own outputs."""
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    names = ['a.bmp', 'a.jpg', 'a.jpg.png', 'a.png', 'b.png']
+    for i, name in enumerate(names):
+        save(folder / name, picture(40 + i, 52))
+    code, entries = task.run(folder, tmp_path / 'out', '--batch-size', '2')
+    assert code is None
+    assert [entry['image'] for entry in entries] == names
+    check_files(task, entries, tmp_path / 'out')
+    for i, entry in enumerate(entries):
+        for kind in {'picture', 'label_map'} & entry.keys():
+            assert Image.open(tmp_path / 'out' / entry[kind]).size == (52, 40 + i)
+    code, entries = task.run(folder / 'a.png', tmp_path / 'one')
+    if task.name == 'segmentor':
+        assert entries[0]['label_map'] == 'label_maps/a.png'
+    campaign(CAMPAIGN, f'{task.name}, images of one stem')
+
+
+@pytest.mark.parametrize('case', ['vis', 'label_maps', 'link to vis', 'images linked from vis'])
+def test_images_are_not_overwritten(task, case, tmp_path, campaign):
+    out, source = tmp_path / 'out', tmp_path / 'out' / case
+    if case == 'link to vis':
+        (out / 'vis').mkdir(parents=True)
+        source.symlink_to('vis')
+    else:
+        source.mkdir(parents=True)
+    save(source / 'a.png')
+    if case == 'images linked from vis':
+        (out / 'vis').mkdir()
+        (source / 'a.png').rename(out / 'vis' / 'a.png')
+        (source / 'a.png').symlink_to('../vis/a.png')
+    content = (source / 'a.png').read_bytes()
+    for given in (source, source / 'a.png'):
+        code, _ = task.run(given, out)
+        assert code.startswith(f'error: --out-dir {out}: what is written to ')
+        assert (source / 'a.png').read_bytes() == content
+    assert not (out / 'predictions.json').exists()
+    campaign(CAMPAIGN, f'{task.name}, input in {case}')
+
+
+def test_images_in_the_output_folder_itself(task, tmp_path, campaign):
+    save(tmp_path / 'a.png')
+    content = (tmp_path / 'a.png').read_bytes()
+    for _ in range(2):
+        code, entries = task.run(tmp_path, tmp_path)
+        assert code is None
+        assert len(entries) == 1
+    assert (tmp_path / 'a.png').read_bytes() == content
+    campaign(CAMPAIGN, f'{task.name}, input is the output folder')
+
+
+def test_batches_of_different_sizes(task, tmp_path, campaign):
+    """Of a segmentor and of a classifier the same as one by one."""
+    for i, name in enumerate('abcde'):
+        save(tmp_path / f'{name}.png', picture(40 + 8 * (i % 2), 52))
+    together, alone = (
+        task.run(tmp_path, tmp_path / size, '--batch-size', size) for size in ('4', '1')
+    )
+    assert together[0] is alone[0] is None
+    assert [e['image'] for e in together[1]] == [e['image'] for e in alone[1]]
+    if task.name == 'segmentor':
+        for one, other in zip(together[1], alone[1], strict=True):
+            ours, theirs = (
+                np.asarray(Image.open(tmp_path / folder / entry['label_map']))
+                for folder, entry in (('4', one), ('1', other))
+            )
+            np.testing.assert_array_equal(ours, theirs)
+    campaign(CAMPAIGN, f'{task.name}, batches of different sizes')
+
+
+def test_model_that_fails_for_one_of_a_batch(task, tmp_path, monkeypatch, campaign):
+    """The others of its batch are predicted."""
+    for i, name in enumerate('abc'):
+        save(tmp_path / f'{name}.png', picture()[: 40 - 4 * (i == 1)])
+    kinds = (predict.Detector, predict.Segmentor, predict.Classifier)
+    original = {kind: kind.forward for kind in kinds}
+
+    def fail(self, data):
+        if any(sample['data_samples'].ori_shape[0] == 36 for sample in data):
+            raise RuntimeError('no memory for this')
+        return original[type(self)](self, data)
+
+    for kind in kinds:
+        monkeypatch.setattr(kind, 'forward', fail)
+    code, entries = task.run(tmp_path, tmp_path / 'out', '--batch-size', '3')
+    assert code.startswith('error: 1 of 3 images could not be predicted: b.png')
+    assert [entry.get('error') for entry in entries] == [None, 'no memory for this', None]
+    check_files(task, entries, tmp_path / 'out')
+    campaign(CAMPAIGN, f'{task.name}, a model that fails for one of a batch')
+
+
+def test_interrupted(task, tmp_path, monkeypatch, campaign):
+    """The JSON has what is done, which is whole."""
+    for name in 'abc':
+        save(tmp_path / f'{name}.png')
+    load = predict.check_image
+
+    def interrupt(image):
+        if image.name == 'c.png':
+            raise KeyboardInterrupt
+        load(image)
+
+    monkeypatch.setattr(predict, 'check_image', interrupt)
+    code, entries = task.run(tmp_path, tmp_path / 'out')
+    assert code == 130
+    assert [entry['image'] for entry in entries] == ['a.png', 'b.png']
+    check_files(task, entries, tmp_path / 'out')
+    campaign(CAMPAIGN, f'{task.name}, interrupted')
+
+
+def test_two_at_once(task, tmp_path, campaign):
+    save(tmp_path / 'a.png')
+    (tmp_path / 'out').mkdir()
+    with claim(tmp_path / 'out'):
+        code, entries = task.run(tmp_path, tmp_path / 'out')
+    assert f'folder {tmp_path / "out"} is in use by process {os.getpid()}' in code
+    assert not entries
+    campaign(CAMPAIGN, f'{task.name}, two at once')
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may read all files')
+def test_without_permission(task, tmp_path, campaign):
+    for name in 'ab':
+        save(tmp_path / f'{name}.png')
+    (tmp_path / 'a.png').chmod(0)
+    code, entries = task.run(tmp_path, tmp_path / 'out')
+    assert code.startswith('error: 1 of 2 images could not be predicted: a.png')
+    assert entries[0]['error'] == 'Permission denied'
+    campaign(CAMPAIGN, f'{task.name}, without permission')
+
+
+ARGUMENTS = {
+    'no such input': ('none', [], 'none does not exist or is no folder'),
+    'empty folder': ('empty', [], 'must hold images'),
+    'no such GPU': ('a.png', ['--device', 'cuda:99'], r"argument --device: 'cuda:99'"),
+    'no such kind of device': ('a.png', ['--device', 'gpu'], "'gpu' is not cpu, cuda or cuda:N"),
+    'no such CPU': ('a.png', ['--device', 'cpu:3'], "'cpu:3' is not cpu, cuda or cuda:N"),
+    'no images at a time': ('a.png', ['--batch-size', '0'], 'batch-size must be at least 1, got 0'),
+    'batches of words': ('a.png', ['--batch-size', 'x'], "argument --batch-size: invalid .*'x'"),
+    'no images at all': ('a.png', ['--limit', '0'], '--limit must be at least 1, got 0'),
+    'score above 1': ('a.png', ['--score-thr', '1.5'], 'score-thr must be between 0 and 1'),
+    'score that is no number': ('a.png', ['--score-thr', 'nan'], 'between 0 and 1, got nan'),
+}
+
+
+@pytest.mark.parametrize('case', ARGUMENTS)
+def test_wrong_arguments(task, case, tmp_path, capsys, campaign):
+    name, more, message = ARGUMENTS[case]
+    save(tmp_path / 'a.png')
+    (tmp_path / 'empty').mkdir()
+    code, _ = task.run(tmp_path / name, tmp_path / 'out', *more)
+    said = code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, said)
+    assert 'error: ' in said
+    assert not (tmp_path / 'out').exists()
+    campaign(CAMPAIGN, f'{task.name}, {case}')
+
+
+@pytest.mark.parametrize('place', ['file', 'file/below', 'file/vis/below'])
+def test_output_folder_that_is_a_file(task, place, tmp_path, campaign):
+    save(tmp_path / 'a.png')
+    (tmp_path / 'file').touch()
+    code, _ = task.run(tmp_path / 'a.png', tmp_path / place)
+    assert code == f'error: folder {tmp_path / "file"} is none'
+    assert (tmp_path / 'file').read_bytes() == b''
+    campaign(CAMPAIGN, f'{task.name}, --out-dir {place}')
+
+
+@pytest.mark.parametrize('classes', [None, ('cat', 'dog'), tuple(map(str, range(80)))])
+def test_classes_that_are_not_the_models(task, classes, tmp_path, campaign):
+    """Names of another data set would be wrong, and of fewer classes too few."""
+    save(tmp_path / 'a.png')
+    state = torch.load(task.checkpoint, weights_only=True)
+    state['meta'] = {'dataset_meta': {'classes': classes}} if classes else {}
+    other = Task.__new__(Task)
+    other.__dict__.update(vars(task), inferencer=None, checkpoint=tmp_path / 'other.pth')
+    torch.save(state, other.checkpoint)
+    code, _ = other.run(tmp_path / 'a.png', tmp_path / 'out')
+    assert re.search(rf'other\.pth must name the classes .* has {len(CLASSES[task.name])}$', code)
+    assert not (tmp_path / 'out').exists()
+    campaign(CAMPAIGN, f'{task.name}, {len(classes or ())} classes')
+
+
+def test_terminated(task, tmp_path, pytestconfig, campaign):
+    """SIGTERM, which schedulers send, ends it in a line, with what is done in the JSON."""
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for i in range(300):
+        save(folder / f'{i:03d}.png')
+    arguments = task.arguments(folder, tmp_path / 'out', '--device', 'cpu')
+    process = subprocess.Popen(
+        [sys.executable, pytestconfig.rootpath / 'tools' / 'predict.py', *arguments],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        while not list((tmp_path / 'out').glob('vis/0*')) and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == 'interrupted'
+    entries = json.loads((tmp_path / 'out' / 'predictions.json').read_text())
+    assert 0 < len(entries) < 300
+    check_files(task, entries, tmp_path / 'out')
+    campaign(CAMPAIGN, f'{task.name}, terminated')

@@ -201,6 +201,30 @@ class TestPredict:
             with pytest.raises(SystemExit, match=message):
                 self.predict(source, run / 'epoch_2.pth', tmp_path / 'out', options)
 
+    def test_images_that_cannot_be_read(self, run, options, scene_digits, tmp_path, capfd):
+        """They are reported, and the others predicted, each with a picture of its own."""
+        folder, out = tmp_path / 'in', tmp_path / 'out'
+        picture = Image.open(scene_digits / 'coco' / 'val2017' / '000000000001.jpg')
+        (folder / 'c.jpg').mkdir(parents=True)
+        for name in ('a.jpg', 'a.png', 'd.jpg'):
+            picture.save(folder / name)
+        (folder / 'b.jpg').write_bytes((folder / 'a.jpg').read_bytes()[:900])
+        with pytest.raises(SystemExit) as stop:
+            self.predict(folder, run / 'epoch_2.pth', out, options, '--batch-size', '5')
+        file = out / 'predictions.json'
+        assert stop.value.code == (
+            f'error: 2 of 5 images could not be predicted: b.jpg, c.jpg; {file} says why'
+        )
+        entries = {entry['image']: entry for entry in json.loads(file.read_text())}
+        assert list(entries) == ['a.jpg', 'a.png', 'b.jpg', 'c.jpg', 'd.jpg']
+        assert 'truncated' in entries['b.jpg']['error']
+        assert entries['c.jpg']['error'] == 'is a folder'
+        assert 'c.jpg: is a folder' in capfd.readouterr().err
+        pictures = [entry['picture'] for entry in entries.values() if 'picture' in entry]
+        assert pictures == ['vis/a.jpg', 'vis/a.png', 'vis/d.jpg']
+        with pytest.raises(SystemExit, match='would overwrite the images that are in it'):
+            self.predict(out / 'vis', run / 'epoch_2.pth', out, options)
+
     def test_checkpoint_of_another_model(self, run, options, scene_digits, tmp_path):
         with pytest.raises(SystemExit, match=r'does not fit config .* weights are missing'):
             self.predict(
@@ -373,19 +397,16 @@ class TestSegmentor:
         np.testing.assert_array_equal(*maps)
 
     def test_predict_sizes(self, segmentor_run, segmentor_options, tmp_path):
-        """Images of two sizes are predicted one by one, at their own size."""
+        """Images of two sizes are predicted at their own size, in one batch too."""
         rng = np.random.default_rng(0)
         for name, size in (('a', (57, 101)), ('b', (64, 64))):
             Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(
                 tmp_path / f'{name}.png'
             )
-        arguments = [
+        predict.main([
             str(tmp_path), SEGMENTOR, str(segmentor_run / 'epoch_1.pth'),
-            '--out-dir', str(tmp_path / 'out'),
-        ]  # fmt: skip
-        with pytest.raises(SystemExit, match='--batch-size must be 1 for a segmentor'):
-            predict.main([*arguments, '--batch-size', '2', *segmentor_options])
-        predict.main([*arguments, *segmentor_options])
+            '--out-dir', str(tmp_path / 'out'), '--batch-size', '2', *segmentor_options,
+        ])  # fmt: skip
         maps = [Image.open(tmp_path / 'out' / 'label_maps' / f'{name}.png') for name in 'ab']
         assert [m.size for m in maps] == [(101, 57), (64, 64)]
 
