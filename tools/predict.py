@@ -402,8 +402,8 @@ def main(argv: list[str] | None = None) -> None:
     images = [args.input] if args.input.is_file() else find_images(args.input)
     check_out_dir(args.out_dir, images)
     images = images[: args.limit]
-    check_readable(images)
     cfg = load_config(args.config, args.cfg_options)
+    check_readable(images)
     checkpoint = load_checkpoint(args.checkpoint)
     keep_freed_memory()
     inferencer = build_inferencer(cfg, checkpoint, args)

@@ -105,7 +105,6 @@ def build(config: str, options: list[str], file: Path, classes: tuple[str, ...])
     cfg.merge_from_dict({k: json.loads(v) for k, v in keys.items()})
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    model.init_weights()
     meta = {'dataset_meta': {'classes': classes}}
     torch.save({'state_dict': model.state_dict(), 'meta': meta}, file)
 
