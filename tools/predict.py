@@ -32,6 +32,7 @@ from pathlib import Path
 
 import mmcv
 import numpy as np
+from mmdet.visualization import get_palette
 from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.infer import BaseInferencer
@@ -172,6 +173,14 @@ class Result:
     files: dict[str, bytes]
 
 
+def of_one_size(loaded: dict[Path, dict]) -> list[dict[Path, dict]]:
+    """Images in groups of one size, after the pipeline."""
+    groups: dict[tuple[int, ...], dict[Path, dict]] = {}
+    for image, data in loaded.items():
+        groups.setdefault(tuple(data['inputs'].shape), {})[image] = data
+    return [*groups.values()]
+
+
 @dataclass
 class Detector:
     """Predicts with a detector, and says what the tasks have in common.
@@ -246,12 +255,13 @@ class Detector:
 class Segmentor(Detector):
     """Predicts with a segmentor."""
 
+    def __post_init__(self) -> None:
+        meta = self.inferencer.model.dataset_meta
+        if not meta['palette']:  # mmseg would take that of Cityscapes
+            meta['palette'] = get_palette('random', len(self.classes))
+
     def groups(self, loaded: dict[Path, dict]) -> list[dict[Path, dict]]:
-        """Images of one size, after the pipeline."""
-        groups: dict[tuple[int, ...], dict[Path, dict]] = {}
-        for image, data in loaded.items():
-            groups.setdefault(tuple(data['inputs'].shape), {})[image] = data
-        return [*groups.values()]
+        return of_one_size(loaded)
 
     def describe(self, image: Path, sample: BaseDataElement) -> Result:
         label_map = sample.pred_sem_seg.data[0].cpu().numpy()
@@ -270,8 +280,11 @@ class Segmentor(Detector):
         return self.inferencer.visualize([picture], [sample], return_vis=True, opacity=0.5)[0]
 
 
-class Classifier(Segmentor):
+class Classifier(Detector):
     """Predicts with an image classifier."""
+
+    def groups(self, loaded: dict[Path, dict]) -> list[dict[Path, dict]]:
+        return of_one_size(loaded)
 
     def load(self, image: Path) -> dict:
         picture = mmcv.imread(image)
@@ -408,9 +421,8 @@ def main(argv: list[str] | None = None) -> None:
     keep_freed_memory()
     inferencer = build_inferencer(cfg, checkpoint, args)
     kind = Segmentor if is_segmentor(cfg) else Classifier if is_classifier(cfg) else Detector
-    predictor = kind(
-        inferencer, classes_of(inferencer, args), names_of_outputs(images), args.score_thr
-    )
+    classes = classes_of(inferencer, args)
+    predictor = kind(inferencer, classes, names_of_outputs(images), args.score_thr)
     for folder in ('vis', *(['label_maps'] if is_segmentor(cfg) else [])):
         (args.out_dir / folder).mkdir(parents=True, exist_ok=True)
     file = args.out_dir / JSON_FILE
