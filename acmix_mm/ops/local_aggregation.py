@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import refuse_second_order, spread
+from ._autograd import refuse_second_order, spread, transformed
 from ._checks import check_geometry, strided_size
 from ._reflection import reflect_pad
+from .export import unrolled_local_aggregation
 
 
 def local_aggregation(
@@ -67,7 +68,8 @@ def local_aggregation(
         )
     pixels = kernel_size // 2 * dilation
     padded = reflect_pad(value, pixels) if padding_mode == 'reflect' else F.pad(value, [pixels] * 4)
-    return _forward(padded, weight, kernel_size, stride, dilation)
+    function = unrolled_local_aggregation if transformed() else _forward
+    return function(padded, weight, kernel_size, stride, dilation)
 
 
 def _windows(
