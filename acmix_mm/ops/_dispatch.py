@@ -122,14 +122,18 @@ def _tell_missing(reason: str) -> None:
     )
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Is autocast on for the device of ``tensor``?"""
+    # The meta device has no autocast, and refuses the question.
+    return tensor.device.type != 'meta' and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast_tensors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype of autocast where it is on, as PyTorch casts those of a convolution.
 
     None and float64 stay as they are.
     """
-    device_type = tensors[0].device.type
-    # The meta device has no autocast, and refuses the question.
-    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

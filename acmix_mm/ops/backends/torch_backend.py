@@ -130,7 +130,10 @@ class _Plan:
         def axis(dim: int) -> _Axis:
             queries = query.size(dim)
             tile = min(TILE[dim], queries)
-            return _Axis(key.size(dim), queries, kernel_size, stride, dilation, tile)
+            # Reflection is periodic; all strides beyond the map are the same.
+            size = key.size(dim)
+            every, apart = min(stride, size), (dilation - 1) % max(1, 2 * (size - 1)) + 1
+            return _Axis(size, queries, kernel_size, every, apart, tile)
 
         self.rows, self.cols = axis(-2), axis(-1)
         self.device = query.device
