@@ -4,6 +4,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def transformed() -> bool:
+    """Is forward-mode differentiation or a transform of torch.func on?
+
+    The custom operators have formulas for the backward pass only, and would drop tangents in
+    silence; what is asked then is plain PyTorch.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def refuse_second_order(backward: str, operator: str, backend: str) -> None:

@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.utils.checkpoint import checkpoint
 
+from ._autograd import transformed
+
 
 def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """``norm(x)``, also for nn.SyncBatchNorm on the CPU, which its own forward refuses.
@@ -168,8 +170,11 @@ def local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recomputed(function: Callable, *args):
-    """``function(*args)``, of which training keeps ``args`` only."""
-    if torch.is_grad_enabled():
+    """``function(*args)``, of which training keeps ``args`` only.
+
+    More under transforms of torch.func, which do not know checkpoints.
+    """
+    if torch.is_grad_enabled() and not transformed():
         return checkpoint(function, *args, use_reentrant=False)
     return function(*args)
 

@@ -2,13 +2,54 @@
 
 from torch import Tensor
 
+# Products of two still fit into PyTorch's 64-bit integers.
+LARGEST = 2**31 - 1
+
 
 def check_positive(name: str, value: int, odd: bool = False) -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer >= 1, and odd where asked."""
+    """Raise ``ValueError`` unless ``value`` is an integer of 1 to LARGEST, and odd where asked."""
     integer = isinstance(value, int) and not isinstance(value, bool)
     if not integer or value < 1 or (odd and value % 2 == 0):
         allowed = 'a positive odd integer' if odd else 'a positive integer'
         raise ValueError(f'{name} must be {allowed}, got {value!r}')
+    if value > LARGEST:
+        raise ValueError(f'{name} must be at most {LARGEST}, got {value}')
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    """Raise an error unless all are floating-point tensors, on one device.
+
+    Raises:
+        TypeError: If one is not.
+        ValueError: If there are several devices.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f'{name} must be a floating-point tensor, got {got}')
+    _check_one('device', tensors)
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """Raise ``ValueError`` unless all have one dtype; None is left out."""
+    _check_one('dtype', {name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+def _check_one(what: str, tensors: dict[str, Tensor]) -> None:
+    values = {name: getattr(tensor, what) for name, tensor in tensors.items()}
+    first = next(iter(values.values()))
+    if any(value != first for value in values.values()):
+        *names, last = values
+        raise ValueError(
+            f'{", ".join(names)} and {last} must have one {what}, got '
+            f'{", ".join(map(str, values.values()))}'
+        )
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
+    """Raise ``ValueError`` unless a tensor has a shape; ``why`` goes into the message."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f'{name} must have shape {expected} for {why}, got {tuple(tensor.shape)}')
 
 
 def check_geometry(kernel_size: int, stride: int, dilation: int) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._autograd import transformed
 from .backends import native_backend, triton_backend
 
 BACKENDS = ('torch', 'native', 'triton')
@@ -19,7 +20,8 @@ class Implementation(NamedTuple):
     """A backend's function for an operator.
 
     ``refuses`` takes the function's arguments and tells what they would have to be, for a message
-    after "needs"; None where the function takes them.
+    after "needs"; None where the function takes them. Of 'torch', the function is differentiable in
+    every way, forward mode and transforms of torch.func included.
     """
 
     function: Callable
@@ -62,7 +64,7 @@ def select(operator: str, backend: str | None, *args) -> str:
             without a kernel of that name is computed by 'torch'. None leaves the choice to the
             environment variable ``ACMIX_MM_BACKEND``, which is a preference, for all operators
             and arguments that its backend takes; then to the device: 'triton' on a GPU, 'native'
-            on the CPU, and 'torch' for what they do not take.
+            on the CPU, and 'torch' for what they do not take, such as forward-mode derivatives.
         *args: Of the implementations.
 
     Raises:
@@ -83,9 +85,16 @@ def select(operator: str, backend: str | None, *args) -> str:
         if backend not in implementations:
             return 'torch'
         needs = implementations[backend].refuses(*args)
+        if needs is None and backend != 'torch' and transformed():
+            needs = (
+                'no forward-mode differentiation or transform of torch.func, for which there is '
+                "'torch' or None"
+            )
         if needs is not None:
             raise ValueError(f'backend {backend!r} of {operator} needs {needs}')
         return backend
+    if transformed():
+        return 'torch'
     # Interpreted, 'triton' takes the CPU's tensors too, but only on request.
     automatic = {'cpu': 'native', 'cuda': 'triton'}.get(device.type)
     for name in (asked, automatic):
@@ -113,14 +122,18 @@ def _tell_missing(reason: str) -> None:
     )
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Is autocast on for the device of ``tensor``?"""
+    # The meta device has no autocast, and refuses the question.
+    return tensor.device.type != 'meta' and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast_tensors(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tensors in the dtype of autocast where it is on, as PyTorch casts those of a convolution.
 
     None and float64 stay as they are.
     """
-    device_type = tensors[0].device.type
-    # The meta device has no autocast, and refuses the question.
-    if device_type == 'meta' or not torch.is_autocast_enabled(device_type):
+    if not autocasts(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device_type)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

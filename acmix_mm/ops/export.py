@@ -1,4 +1,4 @@
-"""Operators in plain PyTorch, for exporters that know none of the backends' kernels."""
+"""Operators in plain PyTorch, for exporters and transforms that know none of the kernels."""
 
 from collections.abc import Callable
 

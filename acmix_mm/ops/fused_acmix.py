@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._autograd import refuse_second_order, spread
-from ._checks import check_geometry, check_positive, strided_size
+from ._checks import (
+    check_dtypes,
+    check_geometry,
+    check_positive,
+    check_shape,
+    check_tensors,
+    strided_size,
+)
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend, triton_backend
 from .group_conv import group_conv
@@ -60,15 +67,53 @@ def fused_acmix(
         Tensor: Shape (B, N * d, ceil(H / stride), ceil(W / stride)).
 
     Raises:
-        ValueError: If an argument is not as described or not for ``backend``; the message names it.
-        RuntimeError: If a shape or dtype is not as described.
+        TypeError: If a tensor is not one of floating-point numbers.
+        ValueError: If an argument is not as described or not for ``backend``, or devices or dtypes
+            do not fit together (those of slopes and scale may be others); the message names it.
     """
+    check_positive('attn_kernel_size', attn_kernel_size, odd=True)
     check_geometry(attn_kernel_size, stride, dilation)
     check_positive('num_heads', num_heads)
-    tensors = (*autocast_tensors(x, weight, bias), slopes)
-    tensors += (*autocast_tensors(kernel, kernel_bias), scale)
+    _check_tensors(x, weight, bias, slopes, kernel, kernel_bias, scale, num_heads)
+    x, weight, bias, kernel, kernel_bias = autocast_tensors(x, weight, bias, kernel, kernel_bias)
+    check_dtypes(x=x, weight=weight, bias=bias, kernel=kernel, kernel_bias=kernel_bias)
+    tensors = (x, weight, bias, slopes, kernel, kernel_bias, scale)
     geometry = (num_heads, attn_kernel_size, stride, dilation)
     return dispatch('fused_acmix', backend, *tensors, *geometry)
+
+
+def _check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slopes: Tensor,
+    kernel: Tensor,
+    kernel_bias: Tensor | None,
+    scale: Tensor,
+    num_heads: int,
+) -> None:
+    tensors = {'weight': weight, 'bias': bias, 'slopes': slopes, 'kernel': kernel, 'scale': scale}
+    check_tensors(x=x, **tensors)
+    if x.dim() != 4 or min(x.shape[1:]) < 1:
+        raise ValueError(
+            f'x must have shape (B, Cin, H, W) with Cin, H, W >= 1, got {tuple(x.shape)}'
+        )
+    if slopes.dim() != 2 or slopes.size(0) < 1 or slopes.size(1) != 2:
+        raise ValueError(f'slopes must have shape (d, 2) with d >= 1, got {tuple(slopes.shape)}')
+    channels = num_heads * slopes.size(0)
+    why = f'num_heads {num_heads}, slopes of shape {tuple(slopes.shape)} and {x.size(1)} channels'
+    side = kernel.size(-1) if kernel.dim() == 4 and kernel.size(-1) % 2 == 1 else 3
+    shapes = {
+        'weight': (3 * channels, x.size(1), 1, 1),
+        'bias': (3 * channels,),
+        'kernel': (channels, 3 * num_heads, side, side),
+        'scale': (1,) if scale.numel() == 1 else (channels,),
+    }
+    for name, shape in shapes.items():
+        check_shape(name, tensors[name], shape, why)
+    if kernel_bias is not None:
+        check_tensors(x=x, kernel_bias=kernel_bias)
+        check_shape('kernel_bias', kernel_bias, (channels,), why)
 
 
 def attention_path(

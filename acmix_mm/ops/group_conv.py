@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_positive
+from ._checks import check_dtypes, check_positive, check_shape, check_tensors
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend
 
@@ -33,22 +33,30 @@ def group_conv(
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)); under autocast, of its dtype.
 
     Raises:
-        ValueError: If a shape or another argument is not as described; the message names it.
-        RuntimeError: If dtypes or devices do not fit together.
+        TypeError: If maps, weight or bias is not a floating-point tensor.
+        ValueError: If shapes, dtypes or devices do not fit together, or another argument is not as
+            described; the message names it.
     """
     check_positive('stride', stride)
     check_positive('dilation', dilation)
-    if maps.dim() != 5:
-        raise ValueError(f'maps must have shape (B, d, M, H, W), got {tuple(maps.shape)}')
-    groups, num_maps, kernel_size = maps.size(1), maps.size(2), weight.size(-1)
-    expected = (num_maps, kernel_size, kernel_size)
-    fits = weight.dim() == 4 and tuple(weight.shape[1:]) == expected
-    if not fits or weight.size(0) % groups or kernel_size % 2 == 0:
+    check_tensors(maps=maps, weight=weight)
+    if maps.dim() != 5 or min(maps.shape[1:]) < 1:
+        raise ValueError(
+            f'maps must have shape (B, d, M, H, W), got {tuple(maps.shape)}; d, M, H, W >= 1'
+        )
+    groups, num_maps = maps.shape[1:3]
+    square = weight.dim() == 4 and weight.size(2) == weight.size(3) and weight.size(3) % 2 == 1
+    fits = square and weight.size(1) == num_maps
+    if not fits or weight.size(0) < 1 or weight.size(0) % groups:
         raise ValueError(
             f'weight must have shape (C, {num_maps}, k, k), C a multiple of {groups}, k odd, for '
             f'maps of shape {tuple(maps.shape)}, got {tuple(weight.shape)}'
         )
+    if bias is not None:
+        check_tensors(maps=maps, bias=bias)
+        check_shape('bias', bias, (weight.size(0),), f'weight of shape {tuple(weight.shape)}')
     inputs, weight, bias = autocast_tensors(maps.flatten(1, 2), weight, bias)
+    check_dtypes(maps=inputs, weight=weight, bias=bias)
     return dispatch('group_conv', backend, inputs, weight, bias, stride, dilation, groups)
 
 

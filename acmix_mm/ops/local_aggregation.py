@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import refuse_second_order, spread
-from ._checks import check_geometry, strided_size
+from ._autograd import refuse_second_order, spread, transformed
+from ._checks import check_dtypes, check_geometry, check_tensors, strided_size
 from ._reflection import reflect_pad
+from .export import unrolled_local_aggregation
 
 
 def local_aggregation(
@@ -39,9 +40,11 @@ def local_aggregation(
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)).
 
     Raises:
+        TypeError: If value or weight is not a floating-point tensor.
         ValueError: If an argument is not as described; the message names it.
     """
     check_geometry(kernel_size, stride, dilation)
+    check_tensors(value=value, weight=weight)
     if padding_mode not in ('reflect', 'zeros'):
         raise ValueError(f"padding_mode must be 'reflect' or 'zeros', got {padding_mode!r}")
     if value.dim() != 4 or min(value.shape[1:]) < 1:
@@ -56,18 +59,15 @@ def local_aggregation(
             f'value of shape {tuple(value.shape)}, kernel_size {kernel_size} and stride {stride}, '
             f'got {tuple(weight.shape)}'
         )
-    if channels % weight.size(1):
+    if weight.size(1) < 1 or channels % weight.size(1):
         raise ValueError(
             f'weight must have a number of groups that divides {channels}, got {weight.size(1)}'
         )
-    if value.dtype != weight.dtype or value.device != weight.device:
-        raise ValueError(
-            f'weight must have dtype and device of value, {value.dtype} and {value.device}, got '
-            f'{weight.dtype} and {weight.device}'
-        )
+    check_dtypes(value=value, weight=weight)
     pixels = kernel_size // 2 * dilation
     padded = reflect_pad(value, pixels) if padding_mode == 'reflect' else F.pad(value, [pixels] * 4)
-    return _forward(padded, weight, kernel_size, stride, dilation)
+    function = unrolled_local_aggregation if transformed() else _forward
+    return function(padded, weight, kernel_size, stride, dilation)
 
 
 def _windows(

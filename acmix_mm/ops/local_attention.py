@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ._checks import check_geometry, strided_size
+from ._checks import check_dtypes, check_geometry, check_shape, check_tensors, strided_size
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend, torch_backend, triton_backend
 
@@ -66,24 +66,18 @@ def local_attention(
     _check_tensors(query, key, value, stride)
     if scale is None:
         scale = query.size(2) ** -0.5
-    elif not math.isfinite(scale):
+    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise ValueError(f'scale must be a finite number or None, got {scale!r}')
 
     query, key, value = autocast_tensors(query, key, value)
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(
-            'query, key and value must have one dtype, got '
-            f'{query.dtype}, {key.dtype}, {value.dtype}'
-        )
+    check_dtypes(query=query, key=key, value=value)
     geometry = (kernel_size, stride, dilation, float(scale))
     return dispatch('local_attention', backend, query, key, value, *geometry)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> None:
+    check_tensors(query=query, key=key, value=value)
     for name, tensor in (('query', query), ('key', key), ('value', value)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f'{name} must be a floating-point tensor, got {got}')
         if tensor.dim() != 5:
             raise ValueError(
                 f'{name} must have 5 dimensions (B, N, d, H, W), got shape {tuple(tensor.shape)}'
@@ -95,13 +89,5 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> No
             f'value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}'
         )
     expected = (*key.shape[:3], *strided_size(key, stride))
-    if tuple(query.shape) != expected:
-        raise ValueError(
-            f'query must have shape {expected} for key of shape {tuple(key.shape)} and stride '
-            f'{stride}, got {tuple(query.shape)}'
-        )
-    if not query.device == key.device == value.device:
-        raise ValueError(
-            'query, key and value must be on one device, got '
-            f'{query.device}, {key.device}, {value.device}'
-        )
+    why = f'key of shape {tuple(key.shape)} and stride {stride}'
+    check_shape('query', query, expected, why)

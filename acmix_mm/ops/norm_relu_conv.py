@@ -13,6 +13,8 @@ from ._batch_norm import (
     recomputed,
     update_statistics,
 )
+from ._checks import check_dtypes, check_shape, check_tensors
+from ._dispatch import autocasts
 
 
 def norm_relu_conv(
@@ -44,14 +46,16 @@ def norm_relu_conv(
         Tensor: Shape (B, O, H, W), or what ``then`` returns.
 
     Raises:
-        ValueError: For a batch with one value a channel, from whose statistics ``norm`` is to take
-            its own, as nn.BatchNorm2d has it.
+        TypeError: If x, weight or bias is not a floating-point tensor.
+        ValueError: If an argument is not as described; the message names it. Also for a batch with
+            one value a channel, from whose statistics ``norm`` is to take its own, as
+            nn.BatchNorm2d has it.
     """
+    _check_tensors(x, norm, weight, bias)
     if not is_batch_norm(norm):
         out = F.conv2d(F.relu(norm(x)), weight, bias)
         return out if then is None else then(out, *args)
 
-    norm._check_input_dim(x)
     statistics = prepare_statistics(norm, x[:, 0].numel(), lambda: recomputed(local_statistics, x))
     normalisation = (norm.weight, norm.bias, norm.eps, *statistics)
     parts = len(normalisation)
@@ -63,6 +67,26 @@ def norm_relu_conv(
     out, *batch = recomputed(chain, x, weight, bias, *normalisation, *args)
     update_statistics(norm, *batch)
     return out
+
+
+def _check_tensors(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensors(x=x, weight=weight)
+    channels = getattr(norm, 'num_features', None) if is_batch_norm(norm) else None
+    if x.dim() != 4 or min(x.shape[1:]) < 1 or channels not in (None, x.size(1)):
+        raise ValueError(
+            f'x must have shape (B, {channels or "I"}, H, W) with I, H, W >= 1, got '
+            f'{tuple(x.shape)}'
+        )
+    if weight.dim() != 4 or weight.size(0) < 1 or weight.shape[1:] != (x.size(1), 1, 1):
+        raise ValueError(
+            f'weight must have shape (O, {x.size(1)}, 1, 1) for x of shape {tuple(x.shape)}, got '
+            f'{tuple(weight.shape)}'
+        )
+    if bias is not None:
+        check_tensors(x=x, bias=bias)
+        check_shape('bias', bias, (weight.size(0),), f'weight of shape {tuple(weight.shape)}')
+    if not autocasts(x):
+        check_dtypes(x=x, weight=weight, bias=bias)
 
 
 def normalised_conv(

@@ -14,8 +14,8 @@ from ._batch_norm import (
     recomputed,
     update_statistics,
 )
-from ._checks import check_geometry, strided_size
-from ._dispatch import OPERATORS, Implementation, dispatch
+from ._checks import check_dtypes, check_geometry, check_shape, check_tensors, strided_size
+from ._dispatch import OPERATORS, Implementation, autocasts, dispatch
 from ._reflection import reflect_pad
 from .backends import native_backend
 from .norm_relu_conv import normalised_conv
@@ -58,24 +58,23 @@ def patch_weights(
         Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
 
     Raises:
+        TypeError: If query, key or weight is not a floating-point tensor.
         ValueError: If an argument is not as described; the message names it. Also for a batch with
             one value a channel, from whose statistics ``norm`` is to take its own, as
             nn.BatchNorm2d has it.
     """
     check_geometry(kernel_size, stride, dilation)
+    check_tensors(query=query, key=key, weight=weight)
     if key.dim() != 4 or min(key.shape[1:]) < 1:
         raise ValueError(
             f'key must have shape (B, R, H, W) with R, H, W >= 1, got {tuple(key.shape)}'
         )
     channels = key.size(1)
     expected = (*key.shape[:2], *strided_size(key, stride))
-    if tuple(query.shape) != expected:
-        raise ValueError(
-            f'query must have shape {expected} for key of shape {tuple(key.shape)} and stride '
-            f'{stride}, got {tuple(query.shape)}'
-        )
+    why = f'key of shape {tuple(key.shape)} and stride {stride}'
+    check_shape('query', query, expected, why)
     inputs = channels * (1 + kernel_size**2)
-    if weight.dim() != 4 or weight.shape[1:] != (inputs, 1, 1):
+    if weight.dim() != 4 or weight.size(0) < 1 or weight.shape[1:] != (inputs, 1, 1):
         raise ValueError(
             f'weight must have shape (O, {inputs}, 1, 1) for key of shape {tuple(key.shape)} and '
             f'kernel_size {kernel_size}, got {tuple(weight.shape)}'
@@ -86,6 +85,7 @@ def patch_weights(
             f'channels, got {type(norm).__name__} of {getattr(norm, "num_features", "unknown")}'
         )
     norm._check_input_dim(key)
+    check_dtypes(query=query, key=key, weight=None if autocasts(key) else weight)
 
     padded = reflect_pad(key, kernel_size // 2 * dilation)
     geometry = (kernel_size, stride, dilation)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import acmix_mm
 from acmix_mm.layers import ACmix, DepthwiseBlock, PatchACmix, PatchAttention, XVolution
@@ -125,6 +126,31 @@ def test_channels_last_changes_nothing(name):
         out = layer(tensor, *rest)
         results.append((out, *torch.autograd.grad(out.square().sum(), (tensor, *leaves))))
     torch.testing.assert_close(*results)
+
+
+@every_layer
+@pytest.mark.parametrize('deployed', [True, False])
+def test_forward_mode(name, deployed):
+    """Adjoint to the gradients, in evaluation mode: batch norms write to statistics in training."""
+    layer = LAYERS[name]().double().eval()
+    if deployed:
+        acmix_mm.deploy(layer)
+    x, *rest = arguments(name, layer, dtype=torch.float64)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    point = tuple(t.detach().requires_grad_() for t in (x, *parameters))
+    tangents = tuple(torch.randn_like(t) for t in point)
+
+    def function(x, *parameters):
+        weights = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, weights, (x, *rest))
+
+    # PyTorch's fast attention on CPUs refuses tangents.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        _, tangent = torch.func.jvp(function, point, tangents)
+    grad = torch.randn_like(tangent)
+    gradients = torch.autograd.grad(function(*point), point, grad)
+    total = sum((g * t).sum().item() for g, t in zip(gradients, tangents, strict=True))
+    assert (grad * tangent).sum().item() == pytest.approx(total, rel=1e-9)
 
 
 @every_layer

@@ -1,11 +1,13 @@
-"""What holds for every operator and backend: layouts, second-order gradients, needed ones only."""
+"""What holds for every operator and backend: layouts, all kinds of derivatives, needed ones."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from devices import device_of, needs_native
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from acmix_mm.layers import ACmix
 from acmix_mm.ops import (
@@ -90,6 +92,79 @@ def test_second_order_gradients(name, backend):
     penalty = sum(gradient.square().sum() for gradient in gradients)
     with pytest.raises(NotImplementedError, match='has no second-order gradients'):
         penalty.backward()
+
+
+NAMES = list(dict(OPERATORS))
+
+
+def in_evaluation(name: str, backend: str | None) -> tuple[Callable, tuple[Tensor, ...]]:
+    """As :func:`operator`, without gradients, and batch norms by their running statistics."""
+    function, tensors = operator(name, backend)
+    for cell in function.__closure__ or ():
+        if isinstance(cell.cell_contents, nn.Module):
+            cell.cell_contents.eval()
+    return function, tuple(t.detach() for t in tensors)
+
+
+def differences(function: Callable, tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]):
+    """The directional derivative, by central differences."""
+    step = 1e-5
+    ends = [
+        function(*(t + sign * step * d for t, d in zip(tensors, tangents, strict=True)))
+        for sign in (1, -1)
+    ]
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+@pytest.mark.parametrize('backend', [None, 'torch'])
+@pytest.mark.parametrize('name', NAMES)
+def test_forward_mode(name, backend):
+    """Tangents, with gradients on and off, by the two ways that PyTorch has."""
+    function, tensors = in_evaluation(name, backend)
+    tangents = tuple(torch.randn_like(t) for t in tensors)
+    with torch.no_grad():
+        expected = differences(function, tensors, tangents)
+    results = [torch.func.jvp(function, tensors, tangents)[1]]
+    for context in (nullcontext(), torch.no_grad()):
+        with forward_ad.dual_level(), context:
+            duals = [forward_ad.make_dual(*pair) for pair in zip(tensors, tangents, strict=True)]
+            results.append(forward_ad.unpack_dual(function(*duals)).tangent)
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_transforms(name):
+    """Of torch.func: maps over samples, of gradients too, and Jacobians by either mode."""
+    function, tensors = in_evaluation(name, None)
+
+    def loss(*tensors):
+        return function(*tensors).square().sum()
+
+    batches = tuple(torch.stack([t, t + 1]) for t in tensors)
+    samples = list(zip(*batches, strict=True))
+    torch.testing.assert_close(
+        torch.func.vmap(function)(*batches), torch.stack([function(*s) for s in samples])
+    )
+    gradients = [
+        torch.autograd.grad(loss(first.requires_grad_(), *rest), first)[0]
+        for first, *rest in samples
+    ]
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(loss))(*batches), torch.stack(gradients)
+    )
+    expected = torch.autograd.functional.jacobian(lambda t: function(t, *tensors[1:]), tensors[0])
+    torch.testing.assert_close(torch.func.jacrev(function)(*tensors), expected)
+    torch.testing.assert_close(torch.func.jacfwd(function)(*tensors), expected)
+
+
+@needs_native
+@pytest.mark.parametrize('name', ['local_attention', 'group_conv', 'fused_acmix', 'patch_weights'])
+def test_kernels_refuse_forward_mode(name):
+    """On demand; left to choose, another backend is taken."""
+    function, tensors = in_evaluation(name, 'native')
+    with pytest.raises(ValueError, match=f"backend 'native' of {name} needs no forward-mode"):
+        torch.func.jvp(function, tensors, tensors)
 
 
 @every_operator

@@ -110,7 +110,7 @@ def test_wrong_padding_mode():
 
 
 def test_wrong_dtype():
-    with pytest.raises(ValueError, match='weight must have dtype and device of value'):
+    with pytest.raises(ValueError, match='value and weight must have one dtype'):
         local_aggregation(torch.zeros(1, 8, 3, 4), torch.zeros(1, 1, 49, 3, 4).double())
 
 

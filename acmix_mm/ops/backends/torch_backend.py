@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._autograd import refuse_second_order, spread
+from .._autograd import refuse_second_order, spread, transformed
 from .._reflection import reflect
+from ..export import unrolled_local_attention
 
 # Queries in a tile, (rows, columns). Of the shapes tried (4x4 to 8x16) on maps of 25x38 to
 # 200x304 this was the fastest, or within noise of it.
@@ -129,7 +130,10 @@ class _Plan:
         def axis(dim: int) -> _Axis:
             queries = query.size(dim)
             tile = min(TILE[dim], queries)
-            return _Axis(key.size(dim), queries, kernel_size, stride, dilation, tile)
+            # Reflection is periodic; all strides beyond the map are the same.
+            size = key.size(dim)
+            every, apart = min(stride, size), (dilation - 1) % max(1, 2 * (size - 1)) + 1
+            return _Axis(size, queries, kernel_size, every, apart, tile)
 
         self.rows, self.cols = axis(-2), axis(-1)
         self.device = query.device
@@ -453,6 +457,9 @@ def local_attention(
     Memory beyond inputs and output: one chunk of tiles (:data:`CHUNK_BYTES`, or one row of tiles
     of one sample where that is more), and padded copies of key and value of the samples in work
     (one, unless several fit a chunk); the backward pass adds the gradients of those copies. For
-    half precision these are float32.
+    half precision these are float32. Under transforms of torch.func it is one of
+    :func:`unrolled_local_attention`.
     """
+    if transformed():
+        return unrolled_local_attention(query, key, value, kernel_size, stride, dilation, scale)
     return _forward(query, key, value, kernel_size, stride, dilation, scale)

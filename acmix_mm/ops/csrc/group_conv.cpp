@@ -52,16 +52,17 @@ Kernels<S, T> kernels() {
 ConvShape conv_shape(int64_t batch, int64_t channels, int64_t height, int64_t width,
                      at::IntArrayRef weight, int64_t stride, int64_t dilation, int64_t groups) {
   TORCH_CHECK(stride > 0 && dilation > 0 && groups > 0,
-              "stride, dilation and groups must be positive");
+              "stride, dilation and groups must be positive, got ", stride, ", ", dilation,
+              " and ", groups);
   TORCH_CHECK(channels > 0 && height > 0 && width > 0,
               "input must have C, H, W >= 1, got shape ",
               at::IntArrayRef({batch, channels, height, width}));
   TORCH_CHECK(channels % groups == 0, "input must have a multiple of ", groups,
               " channels, got ", channels);
-  TORCH_CHECK(weight.size() == 4 && weight[3] > 0 && weight[3] % 2 == 1 && weight[0] > 0 &&
-                  weight[0] % groups == 0,
-              "weight must have an odd kernel and some multiple of ", groups,
-              " output channels, got shape ", weight);
+  TORCH_CHECK(weight.size() == 4 && weight[3] > 0 && weight[3] % 2 == 1 &&
+                  weight[3] <= kMaxKernel && weight[0] > 0 && weight[0] % groups == 0,
+              "weight must have an odd kernel of side ", kMaxKernel,
+              " at most and some multiple of ", groups, " output channels, got shape ", weight);
   return {batch,  groups, channels / groups, weight[0] / groups, height,
           width,  weight[3], stride,         dilation};
 }
@@ -158,9 +159,13 @@ at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& weight, int64_t 
   TORCH_CHECK(grad.dim() == 4 && weight.dim() == 4,
               "grad and weight must have 4 dimensions, got shapes ", grad.sizes(), " and ",
               weight.sizes());
+  const auto dtype = grad.scalar_type();
+  check_same(weight, "weight", weight.sizes(), dtype);
+  TORCH_CHECK(weight.numel() > 0, "weight must not be empty, got shape ", weight.sizes());
+  TORCH_CHECK(groups <= weight.size(0), "groups must be at most the output channels, ",
+              weight.size(0), ", got ", groups);
   const ConvShape shape = conv_shape(grad.size(0), groups * weight.size(1), height, width,
                                      weight.sizes(), stride, dilation, groups);
-  const auto dtype = grad.scalar_type();
   check_weight(weight, shape, dtype);
   check_same(grad, "grad", output_sizes(shape), dtype);
   at::Tensor out =
@@ -187,7 +192,7 @@ at::Tensor grad_weight(const at::Tensor& grad, const at::Tensor& input, int64_t 
   TORCH_CHECK(grad.dim() == 4 && input.dim() == 4,
               "grad and input must have 4 dimensions, got shapes ", grad.sizes(), " and ",
               input.sizes());
-  TORCH_CHECK(groups > 0, "stride, dilation and groups must be positive");
+  TORCH_CHECK(groups > 0, "groups must be positive, got ", groups);
   const std::vector<int64_t> sizes{grad.size(1), input.size(1) / groups, kernel_size, kernel_size};
   const ConvShape shape = conv_shape(input, sizes, stride, dilation, groups);
   const auto dtype = input.scalar_type();

@@ -69,15 +69,17 @@ struct Axes {
 
 Axes check_inputs(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                   int64_t kernel_size, int64_t stride, int64_t dilation) {
-  TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1 && stride > 0 && dilation > 0,
-              "kernel_size must be odd, kernel_size, stride and dilation positive");
+  TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1 && kernel_size <= kMaxKernel,
+              "kernel_size must be odd, positive and at most ", kMaxKernel, ", got ", kernel_size);
+  TORCH_CHECK(stride > 0 && dilation > 0, "stride and dilation must be positive, got ", stride,
+              " and ", dilation);
   TORCH_CHECK(key.dim() == 5, "key must have 5 dimensions, got shape ", key.sizes());
   for (int64_t dim = 1; dim < 5; ++dim) {
     TORCH_CHECK(key.size(dim) > 0, "key must have N, d, H, W >= 1, got shape ", key.sizes());
   }
+  check_same(key, "key", key.sizes(), query.scalar_type());
   const Axes axes{Axis(key.size(3), kernel_size, stride, dilation),
                   Axis(key.size(4), kernel_size, stride, dilation)};
-  check_same(key, "key", key.sizes(), query.scalar_type());
   check_same(value, "value", key.sizes(), query.scalar_type());
   check_same(query, "query",
              {key.size(0), key.size(1), key.size(2), axes.rows.queries, axes.cols.queries},

@@ -97,6 +97,13 @@ struct Plan {
     key_pitch = spread(slots * slot_pitch, line);
     query_pitch = spread(margin + round_up(cols.queries, line) + margin, line);
     unit = cols.stride == 1 && cols.dilation == 1;
+    // What the backward pass holds of rings and queries, more or less.
+    const double numbers =
+        4. * ring_rows * dim * key_pitch +
+        2. * group_rows * query_pitch * (dim + static_cast<double>(rows.kernel) * cols.kernel);
+    TORCH_CHECK(numbers <= kMaxScratch, "kernel_size, stride, dilation and columns of key must ",
+                "be smaller, got ", rows.kernel, ", ", cols.stride, ", ", cols.dilation, " and ",
+                cols.size, ": packed rows of keys and weights would have ", numbers, " numbers");
     for (int64_t j = 0; j < cols.kernel; ++j) {
       offset.push_back(slot[j] * slot_pitch + shift[j]);
     }

@@ -104,8 +104,21 @@ inline at::ScalarType compute_type(at::ScalarType type) {
   return type == at::kDouble ? type : at::kFloat;
 }
 
+// Larger arguments are refused, before any of them is multiplied by another: sums and products of
+// sizes, strides, dilations and taps stay far from overflow then. Elements count as often as an
+// expanded tensor shows them.
+constexpr int64_t kMaxElements = int64_t{1} << 40;
+constexpr int64_t kMaxKernel = (1 << 15) - 1;
+constexpr double kMaxScratch = int64_t{1} << 31;  // numbers a thread
+
 inline void check_same(const at::Tensor& tensor, const char* name, at::IntArrayRef shape,
                        at::ScalarType dtype) {
+  bool fits = tensor.numel() <= kMaxElements;
+  for (const int64_t size : tensor.sizes()) {  // of an empty tensor, too
+    fits = fits && size <= kMaxElements;
+  }
+  TORCH_CHECK(fits, name, " must have at most ", kMaxElements, " elements, got shape ",
+              tensor.sizes());
   TORCH_CHECK(tensor.device().is_cpu(), name, " must be on the CPU");
   TORCH_CHECK(tensor.scalar_type() == dtype, name, " must be of dtype ", dtype, ", got ",
               tensor.scalar_type());

@@ -32,17 +32,25 @@ at::Tensor forward(const at::Tensor& padded, const at::Tensor& scale, const at::
                    const at::Tensor& weight, int64_t kernel_size, int64_t stride,
                    int64_t dilation) {
   TORCH_CHECK(kernel_size > 0 && stride > 0 && dilation > 0,
-              "kernel_size, stride and dilation must be positive");
+              "kernel_size, stride and dilation must be positive, got ", kernel_size, ", ", stride,
+              " and ", dilation);
   TORCH_CHECK(padded.dim() == 4 && weight.dim() == 2,
               "padded and weight must have 4 and 2 dimensions, got shapes ", padded.sizes(),
               " and ", weight.sizes());
+  const auto dtype = padded.scalar_type();
+  check_same(padded, "padded", padded.sizes(), dtype);
+  const int64_t last = std::min(padded.size(2), padded.size(3)) - 1;
+  TORCH_CHECK(padded.size(1) > 0 && last >= 0, "padded must have R, H, W >= 1, got shape ",
+              padded.sizes());
+  TORCH_CHECK(kernel_size - 1 <= last / dilation, "padded must have more rows and columns than ",
+              "kernel_size - 1, ", kernel_size - 1, ", times dilation, ", dilation,
+              ", got shape ", padded.sizes());
   const int64_t reach = (kernel_size - 1) * dilation;
   const int64_t height = padded.size(2) - reach, width = padded.size(3) - reach;
-  TORCH_CHECK(height > 0 && width > 0, "padded must have more than ", reach,
-              " rows and columns, got shape ", padded.sizes());
-  const auto dtype = padded.scalar_type();
+  TORCH_CHECK(padded.size(1) <= kMaxElements / kernel_size / kernel_size,
+              "kernel_size must be smaller for padded of shape ", padded.sizes(), ", got ",
+              kernel_size);
   const int64_t inputs = padded.size(1) * kernel_size * kernel_size, outputs = weight.size(1);
-  check_same(padded, "padded", padded.sizes(), dtype);
   check_same(scale, "scale", {inputs}, dtype);
   check_same(shift, "shift", {inputs}, dtype);
   check_same(weight, "weight", {inputs, outputs}, dtype);
