@@ -1,14 +1,16 @@
 # The commands that a fresh machine needs. Each sets up .venv first; a second run starts at once.
+# test-openmmlab has an environment of its own, with the original OpenMMLab packages.
 PYTHON ?= python3
 TASK ?= detection
-VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready
-# Nothing from the environment that make is called in may leak into .venv. Without bytecode, which
+BIN := .venv/bin
+READY := .venv/.ready
+READY_OPENMMLAB := .venv-openmmlab/.ready
+# Nothing from the environment that make is called in may leak into ours. Without bytecode, which
 # some container images switch off, every program would start twice as slowly.
 RUN := env -u PYTHONPATH -u PYTHONHOME -u PYTHONDONTWRITEBYTECODE PYTHONNOUSERSITE=1
+PYTEST := python -m pytest --numprocesses auto --dist worksteal
 
-.PHONY: help setup demo test test-slow lint clean
+.PHONY: help setup demo test test-slow test-openmmlab lint clean
 
 help:
 	@echo 'make demo       make a small real data set, train, evaluate, draw predictions (CPU);'
@@ -16,13 +18,17 @@ help:
 	@echo '                PRETRAINED=1 starts the detector from that classifier'
 	@echo 'make test       lint and run the tests, one process a core'
 	@echo 'make test-slow  run the tests that take long'
+	@echo 'make test-openmmlab'
+	@echo '                run the tests of make test with the original OpenMMLab packages'
 	@echo 'make setup      only create .venv with everything installed'
-	@echo 'make clean      remove .venv and what the demo made'
+	@echo 'make clean      remove .venv, .venv-openmmlab and what the demo made'
 
-$(READY): constraints.txt setup.py tools/dev/install.py tools/dev/cxx.py $(wildcard acmix_mm/ops/csrc/*)
+$(READY): FAMILY := onedl
+$(READY_OPENMMLAB): FAMILY := openmmlab
+$(READY) $(READY_OPENMMLAB): $(wildcard constraints*.txt) setup.py tools/dev/install.py tools/dev/cxx.py $(wildcard acmix_mm/ops/csrc/*)
 	@$(RUN) $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "error: Python >= 3.10 is needed; choose one with make PYTHON=...")'
-	$(RUN) $(PYTHON) -m venv $(VENV)
-	$(RUN) $(BIN)/python tools/dev/install.py
+	$(RUN) $(PYTHON) -m venv $(@D)
+	$(RUN) $(@D)/bin/python tools/dev/install.py --family $(FAMILY)
 	@touch $@
 
 setup: $(READY)
@@ -35,10 +41,13 @@ lint: $(READY)
 	$(RUN) $(BIN)/ruff format --check .
 
 test: lint
-	$(RUN) $(BIN)/python -m pytest -m 'not slow' --numprocesses auto --dist worksteal
+	$(RUN) $(BIN)/$(PYTEST) -m 'not slow'
 
 test-slow: $(READY)
-	$(RUN) $(BIN)/python -m pytest -m slow --numprocesses auto --dist worksteal
+	$(RUN) $(BIN)/$(PYTEST) -m slow
+
+test-openmmlab: $(READY_OPENMMLAB)
+	$(RUN) $(<D)/bin/$(PYTEST) -m 'not slow'
 
 clean:
-	rm -rf $(VENV) build *.egg-info data/scene_digits work_dirs/demo checkpoints/acmix-r26_single-digits.pth
+	rm -rf .venv .venv-openmmlab build *.egg-info data/scene_digits work_dirs/demo checkpoints/acmix-r26_single-digits.pth

@@ -1,4 +1,4 @@
-"""Installation of acmix_mm; exact tested versions are in constraints.txt."""
+"""Installation of acmix_mm; exact tested versions are in constraints*.txt."""
 
 import sys
 from pathlib import Path
@@ -97,6 +97,7 @@ setup(
             'packaging',
             'ftfy',
             'regex',
+            'setuptools<80',  # mmengine imports its pkg_resources
         ],
         # Image classifiers (configs/imagenet), beside one of the two families.
         'classification': ['onedl-mmpretrain>=1.3.6'],

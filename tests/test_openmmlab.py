@@ -161,7 +161,7 @@ def test_installed_packages_pass():
 
 
 def test_install_commands_are_the_tested_versions(pytestconfig):
-    constraints = (pytestconfig.rootpath / 'constraints.txt').read_text().splitlines()
+    constraints = (pytestconfig.rootpath / 'constraints-onedl.txt').read_text().splitlines()
     for requirement in REQUIREMENTS:
         pinned = requirement.install.split()[-1]
         assert pinned in constraints, requirement

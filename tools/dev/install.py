@@ -1,8 +1,9 @@
 """Install acmix_mm and everything it needs, in tested versions, into the running Python.
 
-Made for ``make``: run it with the virtual environment's own Python. Standard library only. The one
-long step is compiling mmcv's operators, about four minutes on two cores; pip keeps the result, so
-that later environments of the same machine get it in seconds.
+Made for ``make``: run it with the virtual environment's own Python. Standard library only. Which of
+the two families of OpenMMLab packages is installed is a choice; it has the versions of
+constraints-FAMILY.txt. The one long step is compiling mmcv's operators, about four minutes on two
+cores; pip keeps the result, so that later environments of the same machine get it in seconds.
 """
 
 import argparse
@@ -17,13 +18,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRESS_SECONDS = 15
+# The distribution that has mmcv, and the extras of acmix_mm that have the rest.
+FAMILIES = {
+    'onedl': ('onedl-mmcv', 'onedl,classification'),
+    'openmmlab': ('mmcv', 'openmmlab,classification-openmmlab'),
+}
 
 
-def pip(*arguments: str, env: dict[str, str] | None = None, log: Path | None = None) -> bool:
+def pip(
+    family: str, *arguments: str, env: dict[str, str] | None = None, log: Path | None = None
+) -> bool:
     """Install the pinned versions; with ``log``, show that a long build is alive and may fail."""
     command = [sys.executable, '-m', 'pip', 'install', '--disable-pip-version-check']
     # Bytecode is written where a module is first imported: all of it at once takes a while.
-    command += ['--no-compile', '--constraint', str(ROOT / 'constraints.txt'), *arguments]
+    constraints = ROOT / f'constraints-{family}.txt'
+    command += ['--no-compile', '--constraint', str(constraints), *arguments]
     # Settings of a surrounding environment must not send packages elsewhere.
     for name in ('PYTHONPATH', 'PYTHONHOME', 'PIP_TARGET', 'PIP_PREFIX', 'PIP_USER'):
         os.environ.pop(name, None)
@@ -75,13 +84,14 @@ def fast_compiler(folder: str) -> dict[str, str]:
     return {'CXX': str(command), 'ACMIX_CXX': compiler, 'ACMIX_CXX_FOLDER': folder}
 
 
-def install_mmcv() -> None:
+def install_mmcv(family: str) -> None:
     """Build mmcv with its operators, against the torch that is installed."""
     log = Path(sys.prefix) / 'mmcv-build.log'
+    mmcv, _ = FAMILIES[family]
 
     def build(*options: str, compiler: dict[str, str]) -> bool:
-        arguments = [*options, '--no-build-isolation', 'onedl-mmcv']
-        return pip(*arguments, env={'MMCV_WITH_OPS': '1', **compiler}, log=log)
+        arguments = [*options, '--no-build-isolation', mmcv]
+        return pip(family, *arguments, env={'MMCV_WITH_OPS': '1', **compiler}, log=log)
 
     options: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -95,7 +105,7 @@ def install_mmcv() -> None:
     if not built:
         print('    once more, with the plain compiler', flush=True)
         if not build(*options, compiler={}):
-            sys.exit(f'error: pip could not install onedl-mmcv (see {log})')
+            sys.exit(f'error: pip could not install {mmcv} (see {log})')
     if not imports('mmcv.ops'):
         sys.exit(f'error: mmcv was built, but mmcv.ops does not import (see {log})')
 
@@ -104,19 +114,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    parser.add_argument(
+        '--family',
+        choices=list(FAMILIES),
+        default='onedl',
+        help="OneDL's maintained packages (default) or the original ones",
+    )
+    family = parser.parse_args().family
     if sys.prefix == sys.base_prefix:
         sys.exit('error: run this with the Python of a virtual environment, as "make setup" does')
     print('[1/3] torch and build tools', flush=True)
-    pip('torch', 'numpy', 'ninja', 'psutil', 'setuptools', 'wheel')
+    pip(family, 'torch', 'numpy', 'ninja', 'psutil', 'setuptools', 'wheel')
     print(
         '[2/3] mmcv with compiled operators: about 4 minutes on 2 cores the first time, '
         "seconds from pip's cache",
         flush=True,
     )
-    install_mmcv()
+    install_mmcv(family)
     print('[3/3] the other packages and acmix_mm', flush=True)
-    pip('--no-build-isolation', '--editable', f'{ROOT}[onedl,classification,demo,onnx,dev]')
+    _, extras = FAMILIES[family]
+    pip(family, '--no-build-isolation', '--editable', f'{ROOT}[{extras},demo,onnx,dev]')
     check = 'import acmix_mm; print("acmix_mm", acmix_mm.__version__, "is ready")'
     sys.exit(subprocess.run([sys.executable, '-c', check], cwd=Path(sys.prefix)).returncode)
 
