@@ -34,9 +34,7 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
         for layer in module.modules():
             if type(layer).forward is nn.SyncBatchNorm.forward:
                 layer.forward = functools.partial(batch_norm, norm=layer)
-        super().__init__(
-            module, device_ids=None, broadcast_buffers=broadcast_buffers, **kwargs
-        )
+        super().__init__(module, device_ids=None, broadcast_buffers=broadcast_buffers, **kwargs)
 
     def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
         """Where PyTorch refuses the norms."""
