@@ -14,7 +14,7 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
     """mmengine's wrapper for processes that train on CPUs, models with synchronised norms included.
 
     PyTorch computes ``nn.SyncBatchNorm`` on GPUs alone, and refuses to wrap a model on a CPU that
-    has any. Here they join the processes' statistics by :func:`acmix_mm.ops._batch_norm.batch_norm`.
+    has any. Here they join the statistics by :func:`acmix_mm.ops._batch_norm.batch_norm`.
 
     Args:
         module (nn.Module): The model, on the CPU.
