@@ -3,9 +3,9 @@
     python -m acmix_mm.launch [arguments of torchrun] PROGRAM [arguments of PROGRAM]
 
 The scripts ``tools/dist_*.sh`` start it. When a process fails, the others are ended, and the exit
-code is that of the first. SIGTERM goes to all processes, which have 30 seconds, or as many as
-``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` says, to save what they have; the exit code then is 75, which asks
-a scheduler to try again.
+code is that of the first. SIGTERM goes to all processes, which have 30 seconds to save what they
+have (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` in the environment: another number); the exit code then is
+75, which asks a scheduler to try again.
 """
 
 import os
