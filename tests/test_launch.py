@@ -53,7 +53,7 @@ def end(launcher: subprocess.Popen, folder: Path) -> str:
     ('what', 'code', 'how'),
     [
         ('os.kill(os.getpid(), signal.SIGKILL)', 128 + 9, 'was killed by SIGKILL'),
-        ('sys.exit(75)', 75, 'ended with exit code 75'),
+        pytest.param('sys.exit(75)', 75, 'ended with exit code 75', marks=pytest.mark.slow),
     ],
 )
 def test_one_process_ends(start, tmp_path, what, code, how):
@@ -64,7 +64,11 @@ def test_one_process_ends(start, tmp_path, what, code, how):
 
 
 @pytest.mark.parametrize(
-    ('number', 'code'), [(signal.SIGTERM, os.EX_TEMPFAIL), (signal.SIGINT, 130)]
+    ('number', 'code'),
+    [
+        (signal.SIGTERM, os.EX_TEMPFAIL),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_signals_reach_the_processes(start, tmp_path, number, code):
     """They have the time to save, here a file each."""
@@ -83,6 +87,7 @@ def test_signals_reach_the_processes(start, tmp_path, number, code):
     assert {file.name for file in tmp_path.glob('saved*')} == {'saved0', 'saved1'}
 
 
+@pytest.mark.slow
 def test_restarts(start, tmp_path):
     launcher = start(
         'if rank == 1 and restarts < 2:\n    os.kill(os.getpid(), signal.SIGKILL)\n'
