@@ -24,7 +24,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 
-from .engine.cpu_wrapper import CPUDistributedDataParallel
+from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
 from .openmmlab import make_checkpoints_loadable
 from .weights import read_checkpoint
 
@@ -202,6 +202,7 @@ def join_processes(cfg: Config) -> None:
     """
     if cfg.launcher == 'none' or is_distributed():
         return
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), {'type': SharedBuffersHook.__name__}]
     env_cfg = cfg.get('env_cfg', {})
     set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
     dist_cfg = {'backend': 'nccl', **env_cfg.get('dist_cfg', {})}

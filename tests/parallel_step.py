@@ -12,7 +12,7 @@ import torch
 from processes import save_both_and_leave
 from torch import Tensor, distributed, nn
 
-from acmix_mm.engine.cpu_wrapper import CPUDistributedDataParallel
+from acmix_mm.engine.distributed import CPUDistributedDataParallel
 
 
 def outputs_and_loss(model: nn.Module, batch: Tensor | dict) -> tuple[list[Tensor], Tensor]:

@@ -22,7 +22,7 @@ WAIT = 'time.sleep(100)\n'
 
 @pytest.fixture
 def start(tmp_path):
-    """Launch two processes of a program, which tell that they are there by files in ``tmp_path``."""
+    """Launch two processes of a program; each puts its id into a file in ``tmp_path``."""
     launched = []
 
     def launch(program: str, *options: str) -> subprocess.Popen:

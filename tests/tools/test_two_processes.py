@@ -80,8 +80,9 @@ def wait_for_iteration(launcher: subprocess.Popen, work_dir: Path, iteration: in
         assert launcher.poll() is None, launcher.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
-        lines = [file.read_text().splitlines() for file in work_dir.glob('*/vis_data/scalars.json')]
-        logged = [json.loads(line) for line in sum(lines, []) if line.endswith('}')]
+        for file in work_dir.glob('*/vis_data/scalars.json'):
+            lines = file.read_text().splitlines()
+            logged = [json.loads(line) for line in lines if line.endswith('}')]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
-"""Models of several processes without a GPU."""
+"""Several processes: models without a GPU, and validation of what is saved."""
 
 import functools
 
+from mmengine.dist import broadcast
+from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
-from mmengine.registry import MODEL_WRAPPERS
+from mmengine.registry import HOOKS, MODEL_WRAPPERS
+from mmengine.runner import Runner
 from torch import nn
 
 from ..ops._batch_norm import batch_norm
@@ -38,3 +41,18 @@ class CPUDistributedDataParallel(MMDistributedDataParallel):
 
     def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
         """Where PyTorch refuses the norms."""
+
+
+@HOOKS.register_module()
+class SharedBuffersHook(Hook):
+    """Validate the model that checkpoints hold, with the first process's buffers in all processes.
+
+    Batch norms that are not synchronised have running statistics by process. Otherwise each process
+    validates its share of the data with its own, and the metrics are those of no model.
+    """
+
+    priority = 'LOWEST'  # after those that put an averaged model in place
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        for buffer in runner.model.buffers():
+            broadcast(buffer)
