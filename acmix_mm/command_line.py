@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import torch
 from mmengine.config import Config, DictAction
@@ -24,6 +25,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 
+from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
 from .openmmlab import make_checkpoints_loadable
 from .weights import read_checkpoint
 
@@ -197,30 +199,22 @@ def load_run_config(args: argparse.Namespace) -> Config:
 def join_processes(cfg: Config) -> None:
     """Connect the processes of a distributed job, as the Runner would later; see :func:`once`.
 
-    Without a GPU, where mmengine connects none, those started by torchrun exchange over gloo.
+    Without a GPU, where mmengine connects none, they exchange over gloo.
     """
     if cfg.launcher == 'none' or is_distributed():
         return
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), {'type': SharedBuffersHook.__name__}]
     env_cfg = cfg.get('env_cfg', {})
     set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
+    dist_cfg = {'backend': 'nccl', **env_cfg.get('dist_cfg', {})}
     if torch.cuda.is_available():
-        init_dist(cfg.launcher, **env_cfg.get('dist_cfg', {'backend': 'nccl'}))
-    elif cfg.launcher == 'pytorch':
-        torch.distributed.init_process_group('gloo')
-        cfg.setdefault(
-            'model_wrapper_cfg',
-            {
-                'type': 'MMDistributedDataParallel',
-                'device_ids': None,  # mmengine's default is a GPU
-                'broadcast_buffers': False,
-                'find_unused_parameters': cfg.get('find_unused_parameters', False),
-            },
-        )
-    else:
-        sys.exit(
-            f'error: --launcher {cfg.launcher} needs a GPU, and there is none; without one, '
-            'processes start with --launcher pytorch'
-        )
+        init_dist(cfg.launcher, **dist_cfg)
+        return
+    with mock.patch('torch.cuda.set_device'):  # all that mmengine needs a GPU for
+        init_dist(cfg.launcher, **{**dist_cfg, 'backend': 'gloo'})
+    find_unused = cfg.get('find_unused_parameters', False)
+    cfg.setdefault('model_wrapper_cfg', {'find_unused_parameters': find_unused})
+    cfg.model_wrapper_cfg.setdefault('type', CPUDistributedDataParallel.__name__)
 
 
 def once(action: Callable[[Config], object], cfg: Config) -> Config:

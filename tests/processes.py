@@ -24,6 +24,14 @@ def run_two_processes(program: Path, *arguments) -> None:
     assert result.returncode == 0, result.stderr
 
 
+def parallel_step(tasks: list[tuple], folder: Path) -> list[tuple[dict, dict]]:
+    """What both processes get for each model of :mod:`parallel_step`."""
+    torch.save(tasks, folder / 'tasks.pth')
+    program = Path(__file__).with_name('parallel_step.py')
+    run_two_processes(program, folder / 'tasks.pth', folder / 'results.pth')
+    return list(zip(*torch.load(folder / 'results.pth'), strict=True))
+
+
 def save_both_and_leave(results: object, file: str) -> None:
     """Write what both processes have, a list of two, and end the process."""
     gathered = [None, None]

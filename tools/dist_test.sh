@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
-# Evaluate on the GPUs of one or several machines, one process a GPU, started by torchrun.
-#   tools/dist_test.sh CONFIG CHECKPOINT GPUS_PER_MACHINE [arguments of tools/test.py]
+# Evaluate on the GPUs, or CPU cores, of one or several machines by torchrun, one process each.
+#   tools/dist_test.sh CONFIG CHECKPOINT PROCESSES_PER_MACHINE [arguments of tools/test.py]
 # Several machines: run it on each, with NNODES, NODE_RANK (0, 1, ...), MASTER_ADDR and PORT set.
+# One machine takes a free PORT unless it is set. PYTHON (python) is the interpreter.
 set -euo pipefail
 if [ $# -lt 3 ]; then
-    sed -n '2,4s/^# //p' "$0" >&2
+    sed -n '2,5s/^# //p' "$0" >&2
     exit 2
 fi
 tools=$(dirname "$0")
-exec torchrun \
-    --nnodes "${NNODES:-1}" \
-    --node_rank "${NODE_RANK:-0}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" \
-    --master_port "${PORT:-29500}" \
-    --nproc_per_node "$3" \
+rendezvous=(--standalone)
+if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
+    rendezvous=(
+        --nnodes "${NNODES:-1}"
+        --node-rank "${NODE_RANK:-0}"
+        --master-addr "${MASTER_ADDR:-127.0.0.1}"
+        --master-port "${PORT:-29500}"
+    )
+fi
+exec "${PYTHON:-python}" -m acmix_mm.launch \
+    "${rendezvous[@]}" \
+    --nproc-per-node "$3" \
     "$tools"/test.py "$1" "$2" --launcher pytorch "${@:4}"

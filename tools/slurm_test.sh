@@ -23,4 +23,4 @@ exec srun -p "$1" \
     --cpus-per-task="${CPUS_PER_TASK:-5}" \
     --kill-on-bad-exit=1 \
     ${SRUN_ARGS:-} \
-    python -u "$tools"/test.py "$3" "$4" --launcher slurm "${@:5}"
+    "${PYTHON:-python}" -u "$tools"/test.py "$3" "$4" --launcher slurm "${@:5}"

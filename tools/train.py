@@ -1,6 +1,7 @@
 """Train a detector, segmenter or image classifier from a config."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def build_config(args: argparse.Namespace) -> Config:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit(f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
+    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
+    if restarts and find_latest_checkpoint(cfg.work_dir) is not None:
+        args.resume = 'auto'  # torchrun has started all processes again, after one ended
     if args.resume is not None:
         cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
     return cfg

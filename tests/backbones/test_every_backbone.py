@@ -6,10 +6,14 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS
+from parallel_step import mean_gradients
+from processes import parallel_step
 from torch import nn
 
 import acmix_mm
 from acmix_mm import backbones
+from acmix_mm.layers.mixed_operator import MIX_MODES
+from acmix_mm.layers.x_volution import ATTENTIONS
 
 # A small one of each family, for images of 64 x 64.
 SMALL = {
@@ -114,3 +118,20 @@ def test_inductor_trains(name, monkeypatch):
         torch.testing.assert_close(
             gradients[1][parameter], expected, rtol=1e-3, atol=1e-3 * scale + 1e-6
         )
+
+
+@pytest.mark.slow
+def test_two_processes_average_to_the_gradients_of_both_halves(tmp_path):
+    """In every variant every parameter has a part in the loss, as DistributedDataParallel needs."""
+    mixed = ('ACmixResNet', 'ACmixSAN', 'ACmixPyramidVisionTransformer', 'ACmixSwinTransformer')
+    variants = [(name, {'mix': mix}) for name in mixed for mix in MIX_MODES]
+    variants += [('SAN', {}), ('ACmixSwinTransformer', {'conv_on_shifted': False})]
+    variants += [('XVolutionResNet', {'attention': a}) for a in ATTENTIONS]
+    variants += [('DWNet', {'dynamic': d}) for d in (None, 'homogeneous', 'inhomogeneous')]
+    halves = torch.randn(4, 3, 64, 64, dtype=torch.float64).chunk(2)
+    models = [build(name, **options).double() for name, options in variants]
+    tasks = [(model, halves) for model in models]
+    for model, results in zip(models, parallel_step(tasks, tmp_path), strict=True):
+        expected = mean_gradients(model, halves)
+        for result in results:
+            torch.testing.assert_close(result['grads'], expected)

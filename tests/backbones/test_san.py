@@ -1,12 +1,11 @@
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.registry import MODELS
-from processes import run_two_processes
+from processes import parallel_step
 from torch import nn
 
 from acmix_mm.backbones import SAN, ACmixSAN
@@ -163,11 +162,8 @@ def test_sync_bn_of_two_processes_is_bn_of_the_whole_batch(tmp_path):
     options = [(SAN, True), (ACmixSAN, False)]
     models = [small(f, norm_eval=False, with_cp=cp).double() for f, cp in options]
     synchronised = [convert_sync_batchnorm(copy.deepcopy(model)) for model in models]
-    torch.save((synchronised, x), tmp_path / 'models.pth')
-    program = Path(__file__).with_name('synchronised_training.py')
-    files = [tmp_path / 'models.pth', tmp_path / 'results.pth']
-    run_two_processes(program, *files)
-    for model, *results in zip(models, *torch.load(files[1]), strict=True):
+    tasks = [(model, x.chunk(2)) for model in synchronised]
+    for model, results in zip(models, parallel_step(tasks, tmp_path), strict=True):
         outputs, grads, buffers = step(model, x)
         for i, expected in enumerate(outputs):
             both = torch.cat([ours['outputs'][i] for ours in results])

@@ -1,4 +1,4 @@
-"""The shell scripts hand the right command to torchrun and srun."""
+"""The shell scripts hand the right command to Python and srun."""
 
 import os
 import subprocess
@@ -12,14 +12,17 @@ TOOLS = Path(__file__).resolve().parents[2] / 'tools'
 @pytest.fixture
 def launch(tmp_path):
     """Run a script with stand-ins for the launchers that print their arguments."""
-    for name in ('torchrun', 'srun'):
+    for name in ('python', 'srun', 'my python'):
         (tmp_path / name).write_text('#!/bin/sh\nfor a in "$@"; do echo "$a"; done\n')
         (tmp_path / name).chmod(0o755)
 
+    read = ('PYTHON', 'NNODES', 'NODE_RANK', 'MASTER_ADDR', 'PORT', 'MAX_RESTARTS', 'SRUN_ARGS')
+
     def run(script: str, *arguments: str, **variables: str) -> list[str]:
         path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+        environment = {name: value for name, value in os.environ.items() if name not in read}
         result = subprocess.run(
-            [TOOLS / script, *arguments], env={**os.environ, **variables, 'PATH': path},
+            [TOOLS / script, *arguments], env={**environment, **variables, 'PATH': path},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         return result.stdout.splitlines()
@@ -28,11 +31,25 @@ def launch(tmp_path):
 
 
 def test_one_machine(launch):
+    """By the Python that is active, over a free port; a given one is used."""
     words = launch('dist_train.sh', 'my config.py', '8', '--amp')
-    assert words[words.index('--nproc_per_node') + 1] == '8'
-    assert words[words.index('--nnodes') + 1] == '1'
+    options = ['--standalone', '--nproc-per-node', '8', '--max-restarts', '0']
+    assert words[:-5] == ['-m', 'acmix_mm.launch', *options]
     assert Path(words[-5]).samefile(TOOLS / 'train.py')
     assert words[-4:] == ['my config.py', '--launcher', 'pytorch', '--amp']
+    words = launch('dist_train.sh', 'c.py', '2', PORT='1234', MAX_RESTARTS='3')
+    assert '--standalone' not in words
+    assert words[words.index('--master-port') + 1] == '1234'
+    assert words[words.index('--max-restarts') + 1] == '3'
+
+
+def test_another_python(launch, tmp_path):
+    """Given by its path, which may hold white space; srun gets it, too."""
+    other = str(tmp_path / 'my python')
+    assert launch('dist_test.sh', 'c.py', 'c.pth', '2', PYTHON=other)[1] == 'acmix_mm.launch'
+    for arguments in (('slurm_train.sh', 'p', 'j', 'c.py', 'w'), ('slurm_test.sh', *'pjcc')):
+        words = launch(*arguments, PYTHON=other)
+        assert words[words.index('-u') - 1] == other
 
 
 def test_several_machines(launch):
@@ -40,13 +57,13 @@ def test_several_machines(launch):
         'dist_test.sh', 'c.py', 'c.pth', '4', '--out', 'o.pkl',
         NNODES='3', NODE_RANK='2', MASTER_ADDR='host', PORT='1234',
     )  # fmt: skip
-    options = dict(zip(words[:10:2], words[1:10:2], strict=True))
+    options = dict(zip(words[2:12:2], words[3:12:2], strict=True))
     assert options == {
-        '--nnodes': '3', '--node_rank': '2', '--master_addr': 'host', '--master_port': '1234',
-        '--nproc_per_node': '4',
+        '--nnodes': '3', '--node-rank': '2', '--master-addr': 'host', '--master-port': '1234',
+        '--nproc-per-node': '4',
     }  # fmt: skip
-    assert Path(words[10]).samefile(TOOLS / 'test.py')
-    assert words[11:] == ['c.py', 'c.pth', '--launcher', 'pytorch', '--out', 'o.pkl']
+    assert Path(words[12]).samefile(TOOLS / 'test.py')
+    assert words[13:] == ['c.py', 'c.pth', '--launcher', 'pytorch', '--out', 'o.pkl']
 
 
 def test_slurm(launch):
