@@ -32,6 +32,7 @@ from .command_line import in_one_line
 
 ENDS = 16  # pictures at each end of a data set that the quick check opens
 EXAMPLES = 3  # of each kind of problem that a report shows
+ID = (int, str)  # types of ids in annotation files
 IGNORED = 255  # label of pixels that no loss counts
 # Heads whose classes are the data set's.
 HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'head')
@@ -42,6 +43,7 @@ LAYOUTS = {
     'CustomDataset': 'train/ and val/ with a folder for each class for ImageNet',
 }
 
+ANNOTATION_KEYS = {'image_id', 'category_id', 'bbox', 'area'}
 BOX = 'bbox is x, y, width and height in pixels, finite, width and height not negative'
 IMAGE_SIZE = 'height and width are numbers of pixels, at least 1'
 POLYGON = 'polygons have pairs x, y of finite coordinates, at least three, none far outside'
@@ -359,7 +361,7 @@ def _check_coco(
     _check_images(file, content['images'], prefix, coco, contents)
     if contents.errors:
         return coco
-    seen = set()
+    seen, chosen = set(), {*classes}
     annotations = content.get('annotations', [])
     for annotation in tqdm(annotations, 'annotations', disable=not thorough, leave=False):
         if not isinstance(annotation, dict):
@@ -369,12 +371,12 @@ def _check_coco(
         number = annotation.get('id')
         for found, allowed, stops in _faults(annotation, coco, masks, evaluated):
             contents.add(file, f'annotation {number}: {found}', allowed, stops)
-        if not isinstance(number, int | str):
+        if not isinstance(number, ID):
             contents.add(file, f'annotation has id {reprlib.repr(number)}', 'id is a number')
         elif number in seen:
             contents.add(file, f'annotation {number} is there twice', 'each id once')
         seen.add(str(number) if isinstance(number, list | dict) else number)
-        _count(annotation, coco, {*classes}, contents)
+        _count(annotation, coco, chosen, contents)
     return coco
 
 
@@ -386,7 +388,7 @@ def _check_categories(
         number, name = (
             (category.get('id'), category.get('name')) if isinstance(category, dict) else (0, 0)
         )
-        if not isinstance(number, int | str) or not isinstance(name, str):
+        if not isinstance(number, ID) or not isinstance(name, str):
             found = f'categories has {reprlib.repr(category)}'
             contents.add(file, found, 'categories are objects with id and name')
         elif number in coco.categories or name in coco.categories.values():
@@ -431,7 +433,7 @@ def _check_images(file: str, images: list, prefix: str, coco: _Coco, contents: C
             contents.add(file, f'{named} has no {missing[0]}', allowed)
             continue
         name, width, height = (image[key] for key in ('file_name', 'width', 'height'))
-        if not isinstance(number, int | str):
+        if not isinstance(number, ID):
             found = f'images[{place}] has id {reprlib.repr(number)}'
             contents.add(file, found, 'id is a number')
         elif number in coco.sizes:
@@ -465,23 +467,20 @@ def _faults(
     annotation: dict, coco: _Coco, masks: bool, evaluated: bool
 ) -> Iterator[tuple[str, str, bool]]:
     """What is wrong with an annotation, what is allowed, and whether training stops at it."""
-    # An annotation of the category or image id [] or {} is in no dict.
-    image, category = (
-        value if isinstance(value := annotation.get(key), int | str) else None
-        for key in ('image_id', 'category_id')
-    )
-    for key in ('image_id', 'category_id', 'bbox', 'area'):
-        if key not in annotation:
-            yield f'has no {key}', 'annotations have image_id, category_id, bbox and area', True
-            return
+    missing = ANNOTATION_KEYS - annotation.keys()
+    if missing:
+        allowed = 'annotations have image_id, category_id, bbox and area'
+        yield f'has no {min(missing)}', allowed, True
+        return
+    image, category = annotation['image_id'], annotation['category_id']
     if evaluated and 'iscrowd' not in annotation:
         yield 'has no iscrowd', 'what COCO metrics evaluate has iscrowd, 0 or 1', True
-    if image not in coco.sizes:
-        found = f'image_id {reprlib.repr(annotation["image_id"])}'
+    if not isinstance(image, ID) or image not in coco.sizes:
+        found = f'image_id {reprlib.repr(image)}'
         yield found, 'id of one of the images', True
         return
-    if category not in coco.categories:
-        found = f'category_id {reprlib.repr(annotation["category_id"])}'
+    if not isinstance(category, ID) or category not in coco.categories:
+        found = f'category_id {reprlib.repr(category)}'
         yield found, f'one of {reprlib.repr([*coco.categories])}', True
     if not _finite([annotation['area']]):
         yield f'area {annotation["area"]!r}', 'a finite number of pixels', True
@@ -501,10 +500,10 @@ def _faults(
         found = f'bbox {box}, area {annotation["area"]}'
         yield found, 'boxes of less than 1 pixel or without area are left out', False
     if masks:
-        yield from _mask_faults(annotation.get('segmentation'), width, height)
+        yield from _mask_faults(annotation.get('segmentation'), width, height, evaluated)
 
 
-def _mask_faults(mask, width: int, height: int) -> Iterator[tuple[str, str, bool]]:
+def _mask_faults(mask, width: int, height: int, evaluated: bool) -> Iterator[tuple[str, str, bool]]:
     if not mask:
         yield f'segmentation {mask!r}', 'a mask for each object, polygons or run lengths', True
     elif isinstance(mask, dict):
@@ -524,11 +523,14 @@ def _mask_faults(mask, width: int, height: int) -> Iterator[tuple[str, str, bool
         yield f'segmentation {reprlib.repr(mask)}', 'polygons or run lengths', True
     else:
         bad = [p for p in mask if not _is_polygon(p, width, height)]
-        # mmdet leaves out polygons that are too short next to others.
-        short = all(isinstance(p, list) and _finite(p) for p in bad) and len(bad) < len(mask)
+        # mmdet leaves out those of too few numbers next to others, pycocotools cannot take them.
+        few = len(bad) < len(mask) and all(
+            isinstance(p, list) and (len(p) < 6 or len(p) % 2) and _finite(p) for p in bad
+        )
+        stops = evaluated or not few
         if bad:
-            allowed = 'short or odd polygons next to others are left out' if short else POLYGON
-            yield f'segmentation has {reprlib.repr(bad[0])}', allowed, not short
+            allowed = POLYGON if stops else 'short or odd polygons next to others are left out'
+            yield f'segmentation has {reprlib.repr(bad[0])}', allowed, stops
 
 
 def _is_polygon(polygon, width: int, height: int) -> bool:
