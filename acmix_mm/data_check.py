@@ -34,8 +34,6 @@ ENDS = 16  # pictures at each end of a data set that the quick check opens
 EXAMPLES = 3  # of each kind of problem that a report shows
 ID = (int, str)  # types of ids in annotation files
 IGNORED = 255  # label of pixels that no loss counts
-# Heads whose classes are the data set's.
-HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'head')
 LAYOUTS = {
     'CocoDataset': 'annotations/instances_{train,val}2017.json, train2017/ and val2017/ for COCO',
     'BaseSegDataset': 'images/{training,validation}/ and annotations/{training,validation}/ for '
@@ -141,7 +139,7 @@ def look_through(cfg: Config, splits: Iterable[str], thorough: bool = False) -> 
             contents = Contents(place, str(dataset_cfg.get('type')))
             try:
                 dataset = _build(dataset_cfg, cfg.get('default_scope', 'mmdet'))
-                _look(dataset, contents, cfg, metrics, thorough, pictures)
+                _look(dataset, contents, metrics, thorough, pictures)
             except Exception as error:
                 if not thorough:
                     raise
@@ -174,7 +172,6 @@ def _build(dataset_cfg: dict, scope: str):
 def _look(
     dataset,
     contents: Contents,
-    cfg: Config,
     metrics: list[dict],
     thorough: bool,
     pictures: dict[bytes, str],
@@ -186,7 +183,7 @@ def _look(
     }
     kinds = [kind.__name__ for kind in type(dataset).__mro__]
     known = next((kind for kind in kinds if kind in looks and _is_read_like(dataset, kind)), None)
-    _check_classes(dataset, contents, cfg)
+    _check_classes(dataset, contents)
     if known is not None and not _check_places(dataset, contents, known):
         return
     if known is None or contents.errors:
@@ -207,8 +204,8 @@ def _is_read_like(dataset, kind: str) -> bool:
     return type(dataset).load_data_list is base.load_data_list
 
 
-def _check_classes(dataset, contents: Contents, cfg: Config) -> None:
-    """Class names are a list, and the model's heads have as many."""
+def _check_classes(dataset, contents: Contents) -> None:
+    """Class names are a list."""
     classes = dataset.metainfo.get('classes')
     if classes is None:
         return
@@ -216,23 +213,6 @@ def _check_classes(dataset, contents: Contents, cfg: Config) -> None:
     if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
         found = f'classes {reprlib.repr(classes)}'
         contents.add(f'{contents.place}.metainfo', found, 'a list of names')
-    for place, count in _head_classes(cfg.get('model') or {}, 'model'):
-        if count != len(classes):
-            found = f'{count} (classes of {contents.place}: {len(classes)})'
-            contents.add(place, found, 'as many as the data set has')
-
-
-def _head_classes(model: dict, place: str) -> Iterator[tuple[str, int]]:
-    """The number of classes of each head of a model's config, with its place."""
-    for key, value in model.items():
-        for number, part in enumerate(value if isinstance(value, list | tuple) else [value]):
-            if isinstance(part, dict):
-                at = f'{place}.{key}[{number}]' if part is not value else f'{place}.{key}'
-                count = part.get('num_classes')
-                # A segmentor's head with one output for two classes has a count of its own.
-                if key in HEADS and isinstance(count, int) and part.get('out_channels') != 1:
-                    yield f'{at}.num_classes', count
-                yield from _head_classes(part, at)
 
 
 def _check_places(dataset, contents: Contents, kind: str) -> bool:
