@@ -73,6 +73,7 @@ def connect() -> None:
         ('mmengine.registry', register),
         ('mmengine.config.utils', find_packages_by_module),
         ('mmengine.analysis.complexity_analysis', register_flop_formulas),
+        ('mmengine.dataset.base_dataset', name_samples),
         ('mmpretrain', spare_torchvision),
     ):
         if sys.modules.get(module) is not None:
@@ -179,6 +180,35 @@ def _handle(
 def _shape(value: torch.Value):
     """The shape of a tensor, other constants as they are; None for what the graph computes."""
     return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
+
+
+class SampleError(RuntimeError):
+    """A sample of a data set that cannot be had; the message begins with its files.
+
+    From the process of a worker, torch hands on its traceback as the message, which ends with it.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().rpartition(f'{type(self).__name__}: ')[2].strip()
+
+
+def name_samples() -> None:
+    """Have errors of data sets' pipelines name the sample's files; few of them do by themselves."""
+    from mmengine.dataset.base_dataset import BaseDataset
+
+    prepare = BaseDataset.prepare_data
+
+    @functools.wraps(prepare)
+    def prepare_data(self, idx):
+        try:
+            return prepare(self, idx)
+        except Exception as error:
+            info = self.get_data_info(idx)
+            files = [info[key] for key in ('img_path', 'seg_map_path') if info.get(key)]
+            sample = ' and '.join(files) or f'sample {idx}'
+            raise SampleError(f'{sample}: {type(error).__name__}: {error}') from error
+
+    BaseDataset.prepare_data = prepare_data
 
 
 class _Absent(ModuleType):

@@ -20,6 +20,7 @@ from acmix_mm.command_line import (
     once,
     program,
 )
+from acmix_mm.data_check import check_data
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,6 +146,12 @@ def dump_of(cfg: Config, args: argparse.Namespace) -> DumpResults | None:
     return Dump(out_file_path=args.out)
 
 
+def check_start(cfg: Config) -> None:
+    """Read the checkpoint and look at the data; exits with a message if one cannot be used."""
+    load_checkpoint(cfg.load_from)
+    check_data(cfg, ['test'])
+
+
 @master_only
 def report(runner: Runner, args: argparse.Namespace, metrics: dict[str, float]) -> None:
     """Say the metrics and where the results are."""
@@ -162,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = build_config(args)
     join_processes(cfg)
-    cfg = once(lambda cfg: load_checkpoint(cfg.load_from), cfg)
+    cfg = once(check_start, cfg)
     keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)

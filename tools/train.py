@@ -19,6 +19,7 @@ from acmix_mm.command_line import (
     once,
     program,
 )
+from acmix_mm.data_check import check_data
 from acmix_mm.weights import check_starts, resolve_weights
 
 
@@ -71,6 +72,7 @@ def check_start(cfg: Config) -> None:
         if latest is not None:
             load_checkpoint(latest)
     check_starts(cfg)
+    check_data(cfg, ['train', 'val'])
 
 
 @master_only
