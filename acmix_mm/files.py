@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -33,8 +34,18 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         _sync(part)
         os.replace(part, file)
         _sync(file.parent)
+    except OSError as error:
+        if error.filename is None:  # as of a full disk
+            error.filename = str(file)
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: str | Path) -> None:
+    """Remove what :func:`whole_file` has left in a folder when processes were killed."""
+    for part in Path(folder).glob(_part(Path('*')).name):
+        part.unlink()
 
 
 @contextlib.contextmanager
@@ -67,6 +78,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 def claim(folder: str | Path) -> IO[str]:
     """Claim a folder for this process until the returned file is closed, or the process ends.
 
+    Processes forked from this one do not prolong it. Where the file system has no locks, there is a
+    warning.
+
     Args:
         folder (str | Path): An existing folder; it gets a hidden file ``.lock``.
 
@@ -81,6 +95,10 @@ def claim(folder: str | Path) -> IO[str]:
         process = lock.read().strip() or 'unknown'
         lock.close()
         raise FolderInUse(f'folder {folder} is in use by process {process}') from None
+    except OSError as error:  # some file systems of clusters have none
+        warnings.warn(f'folder {folder} cannot be locked: {error.strerror}', stacklevel=2)
+    # The workers of a data loader outlive a killed training for some seconds.
+    os.register_at_fork(after_in_child=lock.close)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()
