@@ -35,8 +35,8 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         os.replace(part, file)
         _sync(file.parent)
     except OSError as error:
-        if error.filename is None:  # as of a full disk
-            error.filename = str(file)
+        if error.errno and error.filename in (None, str(part)):  # a full disk names no file
+            error.filename, error.filename2 = str(file), None
         raise
     finally:
         part.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Trainings of a small model, by a real Runner, with randomness wherever it can be."""
 
+# ruff: noqa: NPY002, as transforms use the legacy generator
+
 import random
 import uuid
 from pathlib import Path

@@ -170,5 +170,7 @@ class SafeCheckpointHook(CheckpointHook):
 
 def last_checkpoint(runner: Runner) -> str:
     """For messages: which checkpoint there is."""
-    path = runner.message_hub.runtime_info.get('last_ckpt')
-    return f'the last checkpoint is {path}' if path else 'no checkpoint has been saved yet'
+    file = Path(runner.work_dir, LAST)
+    return (
+        f'the last checkpoint is {file.read_text()}' if file.exists() else 'none was saved before'
+    )

@@ -1,5 +1,7 @@
 """Random numbers that depend on seed and position in training alone."""
 
+# ruff: noqa: NPY002, the generator that transforms use is the legacy one
+
 import contextlib
 import functools
 import random
@@ -7,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
-from mmengine.dataset import InfiniteSampler
 from torch.utils.data import DataLoader, IterableDataset
 
 EPOCH, ITERATION, BATCH = range(3)  # what a seed is for
@@ -58,7 +60,9 @@ class ReproducibilityHook(Hook):
         if type(sampler) is InfiniteSampler:
             # mmengine 0.10.7 has begun to take from it.
             sampler.__init__(sampler.dataset, sampler.shuffle, sampler.seed)
-        self.batches = SeededBatchSampler(loader.batch_sampler, (runner.seed, BATCH, get_rank()), endless)
+        self.batches = SeededBatchSampler(
+            loader.batch_sampler, (runner.seed, BATCH, get_rank()), endless
+        )
         vars(loader)['batch_sampler'] = self.batches  # which its __setattr__ would refuse
         load = getattr(loader.dataset, '__getitems__', None)
         load = load or functools.partial(_load_each, loader.dataset)

@@ -1,13 +1,16 @@
 """A resumed run is equal to an undisturbed one, and workers make no difference."""
 
+# ruff: noqa: NPY002, as transforms use the legacy generator
+
+import contextlib
 import itertools
 import random
 
 import numpy as np
 import pytest
 import torch
-from small_runs import Each, Kill, kill, make_runner, weights
 from mmengine.hooks import Hook
+from small_runs import Each, Kill, kill, make_runner, weights
 
 LOADERS = [(0, False), (2, False), (2, True)]
 
@@ -16,10 +19,8 @@ def train(work_dir, iteration=None, act=None, **settings):
     """The Runner after training, and what it was trained on."""
     each = Each(iteration, act)
     runner = make_runner(work_dir, each, **settings)
-    try:
+    with contextlib.suppress(Kill):
         runner.train()
-    except Kill:
-        pass
     return runner, each.inputs, each.indices
 
 
@@ -59,7 +60,7 @@ class Draw(Hook):
     def before_train(self, runner):
         random.random(), np.random.rand(), torch.rand(1)
 
-    before_train_epoch = after_train_epoch = before_save_checkpoint = before_train
+    before_train_epoch = after_train_epoch = before_train
 
     def before_save_checkpoint(self, runner, checkpoint):
         self.before_train(runner)
@@ -78,7 +79,7 @@ def test_draws_of_others_change_nothing(by_epoch, tmp_path):
 def test_seed_that_no_config_sets(tmp_path):
     """Is random, and on resumption that of the checkpoint, of the sampler, too."""
     whole, inputs, _ = train(tmp_path / 'a', seed=None)
-    other, others, _ = train(tmp_path / 'b', 8, kill, seed=None)
+    _, others, _ = train(tmp_path / 'b', 8, kill, seed=None)
     assert not torch.equal(inputs[0], others[0])
     (tmp_path / 'c').mkdir()
     first = torch.load(tmp_path / 'a' / 'epoch_1.pth', weights_only=True)
@@ -120,6 +121,6 @@ def test_another_number_of_batches(tmp_path):
     """The position in the epoch means nothing then: it begins again."""
     settings = {'checkpoint': {'by_epoch': False, 'interval': 4}}
     train(tmp_path, 10, kill, **settings)
-    resumed, after, counted = train(tmp_path, resume=True, size=12, **settings)
+    _, after, counted = train(tmp_path, resume=True, size=12, **settings)
     assert counted == [*range(6), *range(6)]
     assert len({row[0].item() for batch in after[:6] for row in batch}) == 12
