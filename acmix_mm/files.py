@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -50,6 +51,12 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: str | Path) -> None:
+    """Remove what :func:`whole_file` has left in a folder when processes were killed."""
+    for part in Path(folder).glob(_part(Path('*')).name):
+        part.unlink()
 
 
 def write_whole(file: str | Path, content: bytes | memoryview | str) -> None:
@@ -131,6 +138,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 def claim(folder: str | Path) -> IO[str]:
     """Claim a folder for this process until the returned file is closed, or the process ends.
 
+    Processes forked from this one do not prolong it. Where the file system has no locks, there is a
+    warning.
+
     Args:
         folder (str | Path): An existing folder; it gets a hidden file ``.lock``.
 
@@ -145,6 +155,10 @@ def claim(folder: str | Path) -> IO[str]:
         process = lock.read().strip() or 'unknown'
         lock.close()
         raise FolderInUse(f'folder {folder} is in use by process {process}') from None
+    except OSError as error:  # some file systems of clusters have none
+        warnings.warn(f'folder {folder} cannot be locked: {error.strerror}', stacklevel=2)
+    # The workers of a data loader outlive a killed training for some seconds.
+    os.register_at_fork(after_in_child=lock.close)
     lock.truncate(0)
     try:
         lock.write(str(os.getpid()))

@@ -32,6 +32,12 @@ BACKBONES = (
     'SAN',
     'XVolutionResNet',
 )
+TRAINING_HOOKS = (
+    'PreemptionHook',
+    'ReproducibilityHook',
+    'SafeCheckpointHook',
+    'StopAtNonFiniteLossHook',
+)
 
 
 class _Watch(importlib.abc.MetaPathFinder):
@@ -83,24 +89,29 @@ def connect() -> None:
 
 
 def register() -> None:
-    """Register layers and backbones in mmengine's root registry of models.
+    """Register layers and backbones, and hooks, in mmengine's root registries.
 
     The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
     in the place of the functions that import them. As layer types, layers leave 1x1 convolutions
     what they are, see :func:`_layer_type`.
     """
-    from mmengine.registry import MODELS
+    from mmengine.registry import HOOKS, MODELS
 
     from .layers import ACmix, LastMapPooling, XVolution
 
     backbones = sys.modules.get('acmix_mm.backbones')
     entries = {layer.__name__: _layer_type(layer) for layer in (ACmix, XVolution)}
     entries['LastMapPooling'] = LastMapPooling
-    entries |= {name: getattr(backbones, name, None) or _backbone(name) for name in BACKBONES}
+    entries |= {
+        name: getattr(backbones, name, None) or _imported('acmix_mm.backbones', name)
+        for name in BACKBONES
+    }
     for name, entry in entries.items():
         taken = MODELS.module_dict.get(name)
         ours = taken is not None and taken.__module__.startswith('acmix_mm.')
         MODELS.register_module(name=name, module=entry, force=ours)
+    for name in TRAINING_HOOKS:
+        HOOKS.register_module(name=name, module=_imported('acmix_mm.engine', name), force=True)
 
 
 def find_packages_by_module() -> None:
@@ -117,9 +128,11 @@ def find_packages_by_module() -> None:
             MODULE2PACKAGE[module] = module
 
 
-def _backbone(name: str) -> Callable:
+def _imported(module: str, name: str) -> Callable:
+    """Builds what a module has under a name, and imports it only then."""
+
     def build(*args, **kwargs):
-        return getattr(importlib.import_module('acmix_mm.backbones'), name)(*args, **kwargs)
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = name
     return build
