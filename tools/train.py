@@ -13,7 +13,6 @@ from acmix_mm.command_line import (
     add_run_arguments,
     join_processes,
     keep_freed_memory,
-    load_checkpoint,
     load_run_config,
     once,
     program,
@@ -63,9 +62,7 @@ def check_start(cfg: Config) -> None:
     """
     resolve_weights(cfg)
     if cfg.get('resume') and cfg.get('load_from') is None:
-        latest = find_latest_checkpoint(cfg.work_dir)
-        if latest is not None:
-            load_checkpoint(latest)
+        cfg.load_from = find_latest_checkpoint(cfg.work_dir)
     check_starts(cfg)
 
 
