@@ -13,6 +13,7 @@ from acmix_mm.command_line import (
     add_run_arguments,
     join_processes,
     keep_freed_memory,
+    load_checkpoint,
     load_run_config,
     once,
     program,
@@ -62,7 +63,9 @@ def check_start(cfg: Config) -> None:
     """
     resolve_weights(cfg)
     if cfg.get('resume') and cfg.get('load_from') is None:
-        cfg.load_from = find_latest_checkpoint(cfg.work_dir)
+        latest = find_latest_checkpoint(cfg.work_dir)
+        if latest is not None:
+            load_checkpoint(latest)
     check_starts(cfg)
 
 
