@@ -19,15 +19,12 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import load_state_dict
-from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 
+from .checkpoints import make_checkpoints_loadable, read_checkpoint
 from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
-from .openmmlab import make_checkpoints_loadable
-from .weights import read_checkpoint
+from .weights import build, misfit
 
 WORK_DIRS = 'work_dirs'
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
@@ -251,7 +248,7 @@ def keep_freed_memory() -> None:
 
 
 def load_checkpoint(path: str) -> dict:
-    """:func:`~acmix_mm.weights.read_checkpoint`; exits with a message if it cannot be read."""
+    """:func:`~acmix_mm.checkpoints.read_checkpoint`; exits with a message if that refuses it."""
     try:
         return read_checkpoint(path)
     except ValueError as error:
@@ -259,29 +256,19 @@ def load_checkpoint(path: str) -> dict:
 
 
 def check_weights(model: torch.nn.Module, checkpoint: dict, args: argparse.Namespace) -> None:
-    """Exits with a message unless the checkpoint holds every weight of the model."""
-    weights = checkpoint.get('state_dict', checkpoint)
-    missing = [
-        name
-        for name, value in model.state_dict().items()
-        if name not in weights or weights[name].shape != value.shape
-    ]
-    if missing:
+    """Load the checkpoint; exits with a message unless its weights are just those of the model."""
+    problem = misfit(model, checkpoint)
+    if problem:
         sys.exit(
-            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: '
-            f'{len(missing)} weights are missing or of another shape, for example {missing[0]}'
+            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: {problem}'
         )
 
 
 def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torch.nn.Module:
     """The config's model in evaluation mode with the checkpoint's weights, which must fit."""
-    import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    model = MODELS.build(cfg.model)
+    model = build(cfg)
     check_weights(model, checkpoint, args)
-    load_state_dict(model, checkpoint.get('state_dict', checkpoint))
-    model.eval()
-    return model
+    return model.eval()
 
 
 def check_out(out: Path, suffix: str) -> None:

@@ -6,7 +6,6 @@ are those that were tried.
 """
 
 import contextlib
-import copyreg
 import functools
 import importlib
 import importlib.abc
@@ -14,7 +13,6 @@ import importlib.util
 import inspect
 import io
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -323,44 +321,3 @@ def check_requirements() -> None:
             raise ImportError(
                 f'acmix_mm needs {name} >= {requirement.minimum}, and found {found}. {advice}'
             )
-
-
-def make_checkpoints_loadable() -> None:
-    """Make checkpoints of mmengine's Runner load with torch's safe loader (``weights_only``).
-
-    The programs in tools/ call it before they load or write any; importing ``acmix_mm`` does not
-    change what torch takes for safe.
-
-    They hold the log's history as ``HistoryBuffer``, which torch >= 2.6 refuses, so that resuming
-    with the original mmengine fails and OneDL's falls back to the unsafe loader. Here the class is
-    registered as safe, with the numpy objects in it, and is pickled by its constructor: by default
-    a pickle of it also calls ``getattr``, which no safe loader can allow. Checkpoints of Swin's
-    training program, and of those made from it, hold their yacs config; it is read as a dict.
-    """
-    import numpy as np
-    from mmengine.logging.history_buffer import HistoryBuffer
-    from torch.serialization import add_safe_globals
-
-    copyreg.pickle(HistoryBuffer, _reduce_history_buffer)
-    dtypes = {type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float']}
-    functions = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
-    # numpy 2 moved these functions; a file names them by the place they had when it was written.
-    names = [
-        (function, f'numpy.{core}.multiarray.{function.__name__}')
-        for function in functions
-        for core in ('core', '_core')
-    ]
-    yacs = (_PlainConfig, 'yacs.config.CfgNode')
-    add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *dtypes, *names, yacs])
-
-
-class _PlainConfig:
-    """Stands for the config class of yacs, of which nothing runs and which need not be there."""
-
-    def __new__(cls):
-        return OrderedDict()  # which torch's safe loader fills, subclasses of dict it does not
-
-
-def _reduce_history_buffer(buffer):
-    log_history, count_history = buffer.data
-    return type(buffer), (log_history, count_history, buffer.max_length)

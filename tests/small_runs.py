@@ -14,7 +14,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch.utils.data import Dataset
 
-from acmix_mm.openmmlab import make_checkpoints_loadable
+from acmix_mm.checkpoints import make_checkpoints_loadable
 
 HOOKS = ('ReproducibilityHook', 'StopAtNonFiniteLossHook', 'PreemptionHook')
 

@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from acmix_mm.command_line import (
     Parser,
     add_run_arguments,
+    build_model,
     join_processes,
     keep_freed_memory,
     load_checkpoint,
@@ -72,11 +73,20 @@ def build_config(args: argparse.Namespace) -> Config:
                     backend.img_save_dir = str(Path('..', args.show_dir))
         elif args.show_dir:
             hook.test_out_dir = args.show_dir
-    if args.tta:
-        augment(cfg, args)
     if args.out is not None:
         check_out(cfg, args)
     return cfg
+
+
+def complete(cfg: Config, args: argparse.Namespace) -> None:
+    """Check that the checkpoint fits, and the data; set what changes the model afterwards.
+
+    For one process of a job, which exits with a message; what it changes in the config, all get.
+    """
+    build_model(cfg, load_checkpoint(cfg.load_from), args)
+    check_data(cfg, ['test'])
+    if args.tta:
+        augment(cfg, args)
 
 
 def augment(cfg: Config, args: argparse.Namespace) -> None:
@@ -146,12 +156,6 @@ def dump_of(cfg: Config, args: argparse.Namespace) -> DumpResults | None:
     return Dump(out_file_path=args.out)
 
 
-def check_start(cfg: Config) -> None:
-    """Read the checkpoint and look at the data; exits with a message if one cannot be used."""
-    load_checkpoint(cfg.load_from)
-    check_data(cfg, ['test'])
-
-
 @master_only
 def report(runner: Runner, args: argparse.Namespace, metrics: dict[str, float]) -> None:
     """Say the metrics and where the results are."""
@@ -169,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = build_config(args)
     join_processes(cfg)
-    cfg = once(check_start, cfg)
+    cfg = once(lambda cfg: complete(cfg, args), cfg)
     keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..openmmlab import make_checkpoints_loadable
-from ..weights import read_checkpoint
+from ..checkpoints import make_checkpoints_loadable, read_checkpoint
 
 LAST = 'last_checkpoint'  # mmengine's file that names the newest one
 INTERRUPTED = 'interrupted_iter_{}.pth'
