@@ -171,6 +171,4 @@ class SafeCheckpointHook(CheckpointHook):
 def last_checkpoint(runner: Runner) -> str:
     """For messages: which checkpoint there is."""
     file = Path(runner.work_dir, LAST)
-    return (
-        f'the last checkpoint is {file.read_text()}' if file.exists() else 'none was saved before'
-    )
+    return f'the last checkpoint is {file.read_text()}' if file.exists() else 'none has been saved'

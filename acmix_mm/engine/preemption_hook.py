@@ -9,7 +9,8 @@ import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
+from torch.utils.data import DataLoader
 
 from .checkpoint_hook import SafeCheckpointHook
 
@@ -41,10 +42,8 @@ class PreemptionHook(Hook):
     def before_train(self, runner: Runner) -> None:
         self.signal = None
         self.previous = {name: signal.signal(name, self._receive) for name in SIGNALS}
-        for loop in (runner.train_loop, runner.val_loop):
-            if loop is not None:
-                loader = loop.dataloader
-                loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
+        for loader in self._loaders(runner):
+            loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
         if runner.iter and self.validate:
             runner.val_loop.run()
 
@@ -65,6 +64,14 @@ class PreemptionHook(Hook):
         for name, handler in self.previous.items():
             signal.signal(name, handler)
         self.previous = {}
+        # Workers end with their iterators; left to the end of the process, each takes seconds.
+        for loader in self._loaders(runner):
+            loader._iterator = None
+        if isinstance(runner.train_loop, IterBasedTrainLoop):
+            runner.train_loop.dataloader_iterator = None
+
+    def _loaders(self, runner: Runner) -> list[DataLoader]:
+        return [loop.dataloader for loop in (runner.train_loop, runner.val_loop) if loop]
 
     def _receive(self, number: int, frame) -> None:
         self.signal = signal.Signals(number).name

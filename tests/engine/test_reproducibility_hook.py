@@ -21,6 +21,8 @@ def train(work_dir, iteration=None, act=None, **settings):
     runner = make_runner(work_dir, each, **settings)
     with contextlib.suppress(Kill):
         runner.train()
+    # Its workers end at once.
+    runner.train_loop.dataloader_iterator = runner.train_dataloader._iterator = None
     return runner, each.inputs, each.indices
 
 
