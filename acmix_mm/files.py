@@ -23,6 +23,22 @@ class FolderInUse(ValueError):
 
 
 @contextlib.contextmanager
+def naming(path: str | Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Context in which errors of the system that name no file, as of a full disk, name this one.
+
+    Args:
+        path (str | Path): What is written to.
+        instead_of (Path | None): Another name to be replaced by it. Default: None.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, str(instead_of)):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextlib.contextmanager
 def whole_file(file: str | Path) -> Iterator[Path]:
     """Context in which a file is written beside its place, which it takes when it is whole.
 
@@ -41,14 +57,11 @@ def whole_file(file: str | Path) -> Iterator[Path]:
     file = Path(file)
     part = _part(file)
     try:
-        yield part
-        _sync(part)
-        os.replace(part, file)
-        _sync(file.parent)
-    except OSError as error:
-        if error.errno and error.filename in (None, str(part)):  # a full disk names no file
-            error.filename, error.filename2 = str(file), None
-        raise
+        with naming(file, instead_of=part):
+            yield part
+            _sync(part)
+            os.replace(part, file)
+            _sync(file.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -160,12 +173,9 @@ def claim(folder: str | Path) -> IO[str]:
     # The workers of a data loader outlive a killed training for some seconds.
     os.register_at_fork(after_in_child=lock.close)
     lock.truncate(0)
-    try:
+    with naming(lock.name):
         lock.write(str(os.getpid()))
         lock.flush()
-    except OSError as error:  # a full disk names no file
-        error.filename = lock.name
-        raise
     return lock
 
 
