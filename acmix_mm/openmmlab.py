@@ -87,13 +87,13 @@ def connect() -> None:
 
 
 def register() -> None:
-    """Register layers and backbones, and hooks, in mmengine's root registries.
+    """Register layers, backbones and what training takes in mmengine's root registries.
 
     The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
     in the place of the functions that import them. As layer types, layers leave 1x1 convolutions
     what they are, see :func:`_layer_type`.
     """
-    from mmengine.registry import HOOKS, MODELS
+    from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
     from .layers import ACmix, LastMapPooling, XVolution
 
@@ -110,6 +110,8 @@ def register() -> None:
         MODELS.register_module(name=name, module=entry, force=ours)
     for name in TRAINING_HOOKS:
         HOOKS.register_module(name=name, module=_imported('acmix_mm.engine', name), force=True)
+    name = 'CPUAmpOptimWrapper'
+    OPTIM_WRAPPERS.register_module(name=name, module=_imported('acmix_mm.engine', name), force=True)
 
 
 def find_packages_by_module() -> None:

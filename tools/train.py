@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import master_only
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -27,7 +28,7 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.data_check import check_data
-from acmix_mm.engine import newest_checkpoint, protect, set_aside
+from acmix_mm.engine import newest_checkpoint, protect, set_aside, use_bfloat16
 from acmix_mm.files import FolderInUse, claim
 from acmix_mm.weights import check_starts, resolve_weights
 
@@ -43,7 +44,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='go on from a checkpoint with its optimiser and schedule state; without a value, from '
         'the newest one in the work directory that is whole, if any',
     )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--amp', action='store_true', help='automatic mixed precision; on a CPU, in bfloat16'
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -87,6 +90,8 @@ def check_start(cfg: Config, claimed: contextlib.ExitStack) -> None:
         cfg.resume = cfg.load_from is not None
         start = f'goes on from {cfg.load_from}' if cfg.resume else 'begins, nothing to resume'
         print(f'training in {cfg.work_dir} {start}')
+    if get_device() == 'cpu' and use_bfloat16(cfg):
+        print('mixed precision on a CPU: forward passes in bfloat16, no loss scale')
     check_starts(cfg)
     check_data(cfg, ['train', 'val'])
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ Each works in anyone's config, with ``custom_imports = dict(imports=['acmix_mm']
 """
 
 from .checkpoint_hook import SafeCheckpointHook, WholeFileBackend
+from .cpu_amp import CPUAmpOptimWrapper, use_bfloat16
 from .non_finite_loss_hook import StopAtNonFiniteLossHook
 from .preemption_hook import PreemptionHook
 from .protection import protect
@@ -12,6 +13,7 @@ from .reproducibility_hook import ReproducibilityHook
 from .work_dir import newest_checkpoint, set_aside
 
 __all__ = [
+    'CPUAmpOptimWrapper',
     'PreemptionHook',
     'ReproducibilityHook',
     'SafeCheckpointHook',
@@ -20,4 +22,5 @@ __all__ = [
     'newest_checkpoint',
     'protect',
     'set_aside',
+    'use_bfloat16',
 ]
