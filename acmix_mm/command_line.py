@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import importlib.util
-import inspect
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -20,38 +19,18 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 
 from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
+from .config_check import check_config, merge_options, read_config, reason
 from .openmmlab import make_checkpoints_loadable
 from .weights import read_checkpoint
 
 WORK_DIRS = 'work_dirs'
+LENGTH = 300  # of a message
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-
-# What is read of a config: by the Runner as its arguments and from the config itself, and by
-# programs. All else only helps a config file to say it.
-KEYS_READ = {*inspect.signature(Runner).parameters} - {'cfg'} | {
-    'activation_checkpointing',
-    'compile',
-    'custom_imports',
-    'efficient_conv_bn_eval',
-    'find_unused_parameters',
-    'model_wrapper_cfg',
-    'sync_bn',
-    'tta_model',
-    'tta_pipeline',
-}
-# Usual variables of config files whose settings have another name.
-VARIABLES = {
-    'dataset_type': 'dataset.type',
-    'train_pipeline': 'train_dataloader.dataset.pipeline',
-    'val_pipeline': 'val_dataloader.dataset.pipeline',
-    'test_pipeline': 'test_dataloader.dataset.pipeline',
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -92,7 +71,12 @@ def in_one_line(error: Exception) -> str:
     """What went wrong, without line breaks."""
     if isinstance(error, OSError) and error.filename is not None:
         return f'{error.filename}: {error.strerror}'
-    return ' '.join(f'{type(error).__name__}: {error}'.split())
+    return shortened(reason(error))
+
+
+def shortened(text: str) -> str:
+    """A message of such length that it is read."""
+    return text if len(text) <= LENGTH else f'{text[: LENGTH - 3]}...'
 
 
 def log_traceback() -> None:
@@ -143,45 +127,24 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(file: str, options: dict | None = None) -> Config:
     """The config file with ``--cfg-options``.
 
-    Exits with a message if it does not exist, if nothing would read an option, or if it is for
-    mmpretrain, the one package of OpenMMLab that is optional, which is not installed.
+    Exits with a message if it cannot be read, if it is for mmpretrain, the one package of OpenMMLab
+    that is optional, which is not installed, or for what
+    :func:`~acmix_mm.config_check.check_config` finds.
     """
-    if not Path(file).is_file():
-        sys.exit(f'error: config {file} does not exist')
     make_checkpoints_loadable()
-    cfg = Config.fromfile(file)
-    if cfg.get('default_scope') == 'mmpretrain' and importlib.util.find_spec('mmpretrain') is None:
-        sys.exit(
-            f'error: config {file} is for mmpretrain, which is not installed: '
-            f'pip install onedl-mmpretrain==1.3.6'
-        )
-    if options:
-        check_options(options, cfg)
-        cfg.merge_from_dict(options)
+    try:
+        cfg = read_config(file)
+        if cfg.get('default_scope') == 'mmpretrain' and find_spec('mmpretrain') is None:
+            raise ValueError(
+                f'config {file} is for mmpretrain, which is not installed: '
+                f'pip install onedl-mmpretrain==1.3.6'
+            )
+        if options:
+            merge_options(cfg, options)
+        check_config(cfg, file)
+    except ValueError as error:
+        raise SystemExit(f'error: {shortened(str(error))}') from error
     return cfg
-
-
-def check_options(options: dict, cfg: Config) -> None:
-    """Exits with a message, which says where the setting is, if nothing reads an option's key."""
-    for option in options:
-        key = option.partition('.')[0]
-        if key in KEYS_READ:
-            continue
-        name = VARIABLES.get(key, key)
-        places = [p for p in places_of(cfg) if f'.{p}'.endswith(f'.{name}')]
-        least = min((place.count('.') for place in places), default=0)
-        places = ', '.join(place for place in places if place.count('.') == least)
-        advice = f'the setting is {places}' if places else 'no setting has this name'
-        sys.exit(f'error: --cfg-options {option}: nothing reads {key} of a config; {advice}')
-
-
-def places_of(cfg: dict, prefix: str = '') -> Iterator[str]:
-    """Dotted names of all settings that are read."""
-    for key, value in cfg.items():
-        if prefix or key in KEYS_READ:
-            yield prefix + key
-            if isinstance(value, dict):
-                yield from places_of(value, f'{prefix}{key}.')
 
 
 def load_run_config(args: argparse.Namespace) -> Config:
