@@ -123,7 +123,7 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     'train_cfg.max_epochs': POSITIVE,
     'train_cfg.max_iters': POSITIVE,
     'train_cfg.val_begin': NATURAL,
-    'train_cfg.val_interval': POSITIVE,
+    'train_cfg.val_interval': (lambda v: isinstance(v, (int, float)) and v > 0, 'above 0'),
     'model.*num_classes': POSITIVE,
     'auto_scale_lr.base_batch_size': POSITIVE,
     'optim_wrapper.accumulative_counts': POSITIVE,
@@ -455,7 +455,7 @@ def _unknown_argument(place: str, kind: Callable, key: str) -> str:
 
 
 def _check_type(place: str, parameter: inspect.Parameter, value: object) -> None:
-    """Refuse texts in the place of numbers, and fractions in the place of integers."""
+    """Refuse texts in the place of numbers."""
     annotation = parameter.annotation
     allowed = set(typing.get_args(annotation)) or {annotation}
     if annotation is parameter.empty and parameter.default is not parameter.empty:
@@ -466,9 +466,6 @@ def _check_type(place: str, parameter: inspect.Parameter, value: object) -> None
         return
     if isinstance(value, str) and str not in allowed:
         raise ValueError(f'{place} must be a number, got {value!r}')
-    if annotation is not parameter.empty and isinstance(value, float) and float not in allowed:
-        names = ' or '.join(sorted(kind.__name__ for kind in allowed))
-        raise ValueError(f'{place} must be {names}, got {value!r}')
 
 
 class _WithoutValues(TorchFunctionMode):
