@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 import torch
@@ -23,14 +24,33 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 
-from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
 from .config_check import check_config, merge_options, read_config, reason
+from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
 from .openmmlab import make_checkpoints_loadable
+from .ops._dispatch import BACKEND_VARIABLE, check_backend
 from .weights import read_checkpoint
 
 WORK_DIRS = 'work_dirs'
 LENGTH = 300  # of a message
+MEMORY_ADVICE = (
+    'smaller batches and fewer processes need less, for example --cfg-options '
+    'train_dataloader.batch_size=1 train_dataloader.num_workers=0'
+)
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+
+
+# How processes are started for a launcher, and the environment that they then have.
+LAUNCHERS = {
+    'pytorch': ('torchrun', ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')),
+    'slurm': ('srun', ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST')),
+    'mpi': (
+        'mpirun',
+        (
+            'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK',
+            'MASTER_ADDR',
+        ),
+    ),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +64,24 @@ class Parser(argparse.ArgumentParser):
             help='show where in the code an error was raised, too',
         )
 
+    def error(self, message: str) -> NoReturn:
+        """End with one line, not with the usage before it."""
+        self.exit(2, f'error: {message} (see {self.prog} --help)\n')
+
+
+class OptionsAction(DictAction):
+    """Action of ``--cfg-options``; mmengine's takes half a list for a text, or raises."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for option in values:
+            key, equals, value = option.partition('=')
+            pairs = (value.count(a) == value.count(b) for a, b in ('()', '[]'))
+            if not key or not equals or not all(pairs):
+                raise argparse.ArgumentError(
+                    self, f'must be KEY=VALUE with pairs of brackets, got {option!r}'
+                )
+        super().__call__(parser, namespace, values, option_string)
+
 
 def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
     """Decorate the main function of a program: every error of it ends in one line.
@@ -53,25 +91,59 @@ def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | N
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
+        traced = '--traceback' in (sys.argv[1:] if argv is None else argv)
         try:
+            check_backend(os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE)
             main(argv)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print('interrupted', file=sys.stderr)
             sys.exit(130)  # as shells say it
+        except SystemExit as error:
+            if traced and error.__cause__ is not None:
+                raise error.__cause__ from None
+            raise
         except Exception as error:
-            if '--traceback' in (sys.argv[1:] if argv is None else argv):
+            if isinstance(error, BrokenPipeError) and is_stdout_closed():
+                sys.exit(141)  # as shells say it
+            if traced:
                 raise
-            log_traceback()
-            raise SystemExit(f'error: {in_one_line(error)}') from error
+            raise SystemExit(f'error: {in_one_line(error)}{log_traceback(error)}') from error
 
     return run
 
 
+def is_stdout_closed() -> bool:
+    """Whether nobody reads the output any more, as behind ``| head``; then there is none."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return True
+    return False
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the package itself refuses something, with a message for users."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals['__name__'].startswith('acmix_mm.')
+
+
 def in_one_line(error: Exception) -> str:
-    """What went wrong, without line breaks."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f'{error.filename}: {error.strerror}'
-    return shortened(reason(error))
+    """What went wrong, without line breaks, and what helps, if that is known."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror if error.filename is None else f'{error.filename}: {error.strerror}'
+    text = str(error)
+    if re.match(r'Caught \w+ in DataLoader worker process', text):
+        # The traceback of the worker; its last lines, not indented, are what it raised.
+        text = re.split(r'\n +.*\n(?! )', text)[-1]
+        return shortened(' '.join(text.split()))
+    text = reason(error)
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or 'allocate memory' in text:
+        return f'out of memory; {MEMORY_ADVICE}: {text}'[:LENGTH]
+    if re.search(r'DataLoader worker .* (killed|exited unexpectedly)', text):
+        return f'a process that loads data has died, often for want of memory; {MEMORY_ADVICE}'
+    return shortened(text.partition(': ')[2] if is_ours(error) else text)
 
 
 def shortened(text: str) -> str:
@@ -79,14 +151,19 @@ def shortened(text: str) -> str:
     return text if len(text) <= LENGTH else f'{text[: LENGTH - 3]}...'
 
 
-def log_traceback() -> None:
-    """Write the traceback of the exception at hand to the files of the log, not to the terminal."""
+def log_traceback(error: Exception) -> str:
+    """Write the traceback to the files of the log, not to the terminal; says where it is."""
+    if is_ours(error) or isinstance(error, OSError):
+        return ''
+    where = '--traceback shows where'
     if MMLogger.check_instance_created('mmengine'):
         record = logging.makeLogRecord({'levelno': logging.ERROR, 'levelname': 'ERROR'})
-        record.msg = traceback.format_exc()
+        record.msg = ''.join(traceback.format_exception(error))
         for handler in MMLogger.get_current_instance().handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.handle(record)
+                where = f'traceback in {os.path.relpath(handler.baseFilename)}'
+    return f' ({where})'
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +177,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionsAction,
         metavar='KEY=VALUE',
         help='override settings of the config, for example optim_wrapper.optimizer.lr=0.005 or '
         'key="[(a,b),(c,d)]" (no white space inside)',
@@ -116,7 +193,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        choices=['none', *LAUNCHERS],
         default='none',
         help='how the processes of a distributed job were started (default: none)',
     )
@@ -148,7 +225,11 @@ def load_config(file: str, options: dict | None = None) -> Config:
 
 
 def load_run_config(args: argparse.Namespace) -> Config:
-    """:func:`load_config` with launcher and work directory set for the Runner."""
+    """:func:`load_config` with launcher and work directory set for the Runner.
+
+    Exits with a message, too, if the launcher's environment is not there or no work directory can.
+    """
+    check_launcher(args.launcher)
     cfg = load_config(args.config, args.cfg_options)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
@@ -156,7 +237,32 @@ def load_run_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path(WORK_DIRS) / Path(args.config).stem)
+    check_work_dir(cfg.work_dir)
     return cfg
+
+
+def check_launcher(launcher: str) -> None:
+    """Exits with a message unless the process was started as ``--launcher`` says."""
+    program, names = LAUNCHERS.get(launcher, (None, ()))
+    for name in names:
+        value = os.environ.get(name)
+        number = not name.endswith(('ADDR', 'NODELIST'))
+        if not value or (number and not value.isdecimal()):
+            found = 'is not set' if value is None else f'is {value!r}'
+            sys.exit(
+                f'error: --launcher {launcher}: the environment variable {name} {found}; '
+                f'{program} starts processes and sets it'
+            )
+
+
+def check_work_dir(folder: str) -> None:
+    """Exits with a message unless the folder is there or can be made, and can be written to."""
+    path = Path(folder)
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        problem = 'cannot be written to' if path.is_dir() else 'is no folder'
+        sys.exit(f'error: --work-dir {folder}: {path} {problem}')
 
 
 def join_processes(cfg: Config) -> None:

@@ -17,6 +17,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -115,6 +116,10 @@ def _is_positive(value: object) -> bool:
     return _is_whole(value) and value > 0
 
 
+def _is_amount(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
 # Values that nobody looks at before work has started, by patterns of their places.
 POSITIVE, NATURAL = (_is_positive, 'a positive integer'), (_is_natural, 'an integer, at least 0')
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
@@ -127,6 +132,9 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     'model.*num_classes': POSITIVE,
     'auto_scale_lr.base_batch_size': POSITIVE,
     'optim_wrapper.accumulative_counts': POSITIVE,
+    'optim_wrapper.*lr': (_is_amount, 'a number, at least 0'),
+    'optim_wrapper.*momentum': (_is_amount, 'a number, at least 0'),
+    'optim_wrapper.*weight_decay': (_is_amount, 'a number, at least 0'),
     '*_hooks.*.interval': (_is_whole, 'an integer'),
     'randomness.seed': (lambda v: v is None or _is_natural(v), 'None or an integer, at least 0'),
     'load_from': (lambda v: v is None or isinstance(v, str), 'None or a file'),
@@ -373,6 +381,9 @@ def _find(name: object, registries: tuple[Registry, ...], scope: str | None) -> 
         with registry.switch_scope_and_registry(scope) as scoped:
             found = scoped.get(name)
         if found is not None:
+            if found.__module__ == 'acmix_mm.openmmlab':  # stands for a backbone until this import
+                import_module('acmix_mm.backbones')
+                return _find(name, (registry,), scope)
             return found
     return None
 
@@ -448,10 +459,8 @@ def _names(registry: Registry) -> Iterator[str]:
 
 def _unknown_argument(place: str, kind: Callable, key: str) -> str:
     names = _arguments(kind) or {}
-    return (
-        f'{place}.{key}: {kind.__name__} has no argument {key}{nearest(key, names)}; '
-        f'it has {", ".join(names)}'
-    )
+    listed = f'; it has {", ".join(names)}' if names else ''
+    return f'{place}.{key}: {kind.__name__} has no argument {key}{nearest(key, names)}{listed}'
 
 
 def _check_type(place: str, parameter: inspect.Parameter, value: object) -> None:
