@@ -4,51 +4,50 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import importlib.util
-import inspect
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
 from mmengine.logging import MMLogger
-from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
 from .checkpoints import make_checkpoints_loadable, read_checkpoint
+from .config_check import check_config, merge_options, read_config, reason
 from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
+from .ops._dispatch import BACKEND_VARIABLE, check_backend
 from .weights import build, misfit
 
 WORK_DIRS = 'work_dirs'
+LENGTH = 300  # of a message
+MEMORY_ADVICE = (
+    'smaller batches and fewer processes need less, for example --cfg-options '
+    'train_dataloader.batch_size=1 train_dataloader.num_workers=0'
+)
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
 
-# What is read of a config: by the Runner as its arguments and from the config itself, and by
-# programs. All else only helps a config file to say it.
-KEYS_READ = {*inspect.signature(Runner).parameters} - {'cfg'} | {
-    'activation_checkpointing',
-    'compile',
-    'custom_imports',
-    'efficient_conv_bn_eval',
-    'find_unused_parameters',
-    'model_wrapper_cfg',
-    'sync_bn',
-    'tta_model',
-    'tta_pipeline',
-}
-# Usual variables of config files whose settings have another name.
-VARIABLES = {
-    'dataset_type': 'dataset.type',
-    'train_pipeline': 'train_dataloader.dataset.pipeline',
-    'val_pipeline': 'val_dataloader.dataset.pipeline',
-    'test_pipeline': 'test_dataloader.dataset.pipeline',
-}
+
+# How processes are started for a launcher, and the environment that they then have.
+LAUNCHERS = {
+    'pytorch': ('torchrun', ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')),
+    'slurm': ('srun', ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_NODELIST')),
+    'mpi': (
+        'mpirun',
+        (
+            'OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK',
+            'MASTER_ADDR',
+        ),
+    ),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +61,24 @@ class Parser(argparse.ArgumentParser):
             help='show where in the code an error was raised, too',
         )
 
+    def error(self, message: str) -> NoReturn:
+        """End with one line, not with the usage before it."""
+        self.exit(2, f'error: {message} (see {self.prog} --help)\n')
+
+
+class OptionsAction(DictAction):
+    """Action of ``--cfg-options``; mmengine's takes half a list for a text, or raises."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for option in values:
+            key, equals, value = option.partition('=')
+            pairs = (value.count(a) == value.count(b) for a, b in ('()', '[]'))
+            if not key or not equals or not all(pairs):
+                raise argparse.ArgumentError(
+                    self, f'must be KEY=VALUE with pairs of brackets, got {option!r}'
+                )
+        super().__call__(parser, namespace, values, option_string)
+
 
 def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
     """Decorate the main function of a program: every error of it ends in one line.
@@ -71,35 +88,79 @@ def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | N
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
+        traced = '--traceback' in (sys.argv[1:] if argv is None else argv)
         try:
+            check_backend(os.environ.get(BACKEND_VARIABLE) or None, BACKEND_VARIABLE)
             main(argv)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             print('interrupted', file=sys.stderr)
             sys.exit(130)  # as shells say it
+        except SystemExit as error:
+            if traced and error.__cause__ is not None:
+                raise error.__cause__ from None
+            raise
         except Exception as error:
-            if '--traceback' in (sys.argv[1:] if argv is None else argv):
+            if isinstance(error, BrokenPipeError) and is_stdout_closed():
+                sys.exit(141)  # as shells say it
+            if traced:
                 raise
-            log_traceback()
-            raise SystemExit(f'error: {in_one_line(error)}') from error
+            raise SystemExit(f'error: {in_one_line(error)}{log_traceback(error)}') from error
 
     return run
 
 
+def is_stdout_closed() -> bool:
+    """Whether nobody reads the output any more, as behind ``| head``; then there is none."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return True
+    return False
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether the package itself refuses something, with a message for users."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and frame.f_globals['__name__'].startswith('acmix_mm.')
+
+
 def in_one_line(error: Exception) -> str:
-    """What went wrong, without line breaks."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f'{error.filename}: {error.strerror}'
-    return ' '.join(f'{type(error).__name__}: {error}'.split())
+    """What went wrong, without line breaks, and what helps, if that is known."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror if error.filename is None else f'{error.filename}: {error.strerror}'
+    text = str(error)
+    if re.match(r'Caught \w+ in DataLoader worker process', text):
+        # The traceback of the worker; its last lines, not indented, are what it raised.
+        text = re.split(r'\n +.*\n(?! )', text)[-1]
+        return shortened(' '.join(text.split()))
+    text = reason(error)
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or 'allocate memory' in text:
+        return f'out of memory; {MEMORY_ADVICE}: {text}'[:LENGTH]
+    if re.search(r'DataLoader worker .* (killed|exited unexpectedly)', text):
+        return f'a process that loads data has died, often for want of memory; {MEMORY_ADVICE}'
+    return shortened(text.partition(': ')[2] if is_ours(error) else text)
 
 
-def log_traceback() -> None:
-    """Write the traceback of the exception at hand to the files of the log, not to the terminal."""
+def shortened(text: str) -> str:
+    """A message of such length that it is read."""
+    return text if len(text) <= LENGTH else f'{text[: LENGTH - 3]}...'
+
+
+def log_traceback(error: Exception) -> str:
+    """Write the traceback to the files of the log, not to the terminal; says where it is."""
+    if is_ours(error) or isinstance(error, OSError):
+        return ''
+    where = '--traceback shows where'
     if MMLogger.check_instance_created('mmengine'):
         record = logging.makeLogRecord({'levelno': logging.ERROR, 'levelname': 'ERROR'})
-        record.msg = traceback.format_exc()
+        record.msg = ''.join(traceback.format_exception(error))
         for handler in MMLogger.get_current_instance().handlers:
             if isinstance(handler, logging.FileHandler):
                 handler.handle(record)
+                where = f'traceback in {os.path.relpath(handler.baseFilename)}'
+    return f' ({where})'
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,7 +174,7 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionsAction,
         metavar='KEY=VALUE',
         help='override settings of the config, for example optim_wrapper.optimizer.lr=0.005 or '
         'key="[(a,b),(c,d)]" (no white space inside)',
@@ -129,7 +190,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        choices=['none', *LAUNCHERS],
         default='none',
         help='how the processes of a distributed job were started (default: none)',
     )
@@ -140,49 +201,32 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def load_config(file: str, options: dict | None = None) -> Config:
     """The config file with ``--cfg-options``.
 
-    Exits with a message if it does not exist, if nothing would read an option, or if it is for
-    mmpretrain, the one package of OpenMMLab that is optional, which is not installed.
+    Exits with a message if it cannot be read, if it is for mmpretrain, the one package of OpenMMLab
+    that is optional, which is not installed, or for what
+    :func:`~acmix_mm.config_check.check_config` finds.
     """
-    if not Path(file).is_file():
-        sys.exit(f'error: config {file} does not exist')
     make_checkpoints_loadable()
-    cfg = Config.fromfile(file)
-    if cfg.get('default_scope') == 'mmpretrain' and importlib.util.find_spec('mmpretrain') is None:
-        sys.exit(
-            f'error: config {file} is for mmpretrain, which is not installed: '
-            f'pip install onedl-mmpretrain==1.3.6'
-        )
-    if options:
-        check_options(options, cfg)
-        cfg.merge_from_dict(options)
+    try:
+        cfg = read_config(file)
+        if cfg.get('default_scope') == 'mmpretrain' and find_spec('mmpretrain') is None:
+            raise ValueError(
+                f'config {file} is for mmpretrain, which is not installed: '
+                f'pip install onedl-mmpretrain==1.3.6'
+            )
+        if options:
+            merge_options(cfg, options)
+        check_config(cfg, file)
+    except ValueError as error:
+        raise SystemExit(f'error: {shortened(str(error))}') from error
     return cfg
 
 
-def check_options(options: dict, cfg: Config) -> None:
-    """Exits with a message, which says where the setting is, if nothing reads an option's key."""
-    for option in options:
-        key = option.partition('.')[0]
-        if key in KEYS_READ:
-            continue
-        name = VARIABLES.get(key, key)
-        places = [p for p in places_of(cfg) if f'.{p}'.endswith(f'.{name}')]
-        least = min((place.count('.') for place in places), default=0)
-        places = ', '.join(place for place in places if place.count('.') == least)
-        advice = f'the setting is {places}' if places else 'no setting has this name'
-        sys.exit(f'error: --cfg-options {option}: nothing reads {key} of a config; {advice}')
-
-
-def places_of(cfg: dict, prefix: str = '') -> Iterator[str]:
-    """Dotted names of all settings that are read."""
-    for key, value in cfg.items():
-        if prefix or key in KEYS_READ:
-            yield prefix + key
-            if isinstance(value, dict):
-                yield from places_of(value, f'{prefix}{key}.')
-
-
 def load_run_config(args: argparse.Namespace) -> Config:
-    """:func:`load_config` with launcher and work directory set for the Runner."""
+    """:func:`load_config` with launcher and work directory set for the Runner.
+
+    Exits with a message, too, if the launcher's environment is not there or no work directory can.
+    """
+    check_launcher(args.launcher)
     cfg = load_config(args.config, args.cfg_options)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
@@ -190,7 +234,32 @@ def load_run_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
         cfg.work_dir = str(Path(WORK_DIRS) / Path(args.config).stem)
+    check_work_dir(cfg.work_dir)
     return cfg
+
+
+def check_launcher(launcher: str) -> None:
+    """Exits with a message unless the process was started as ``--launcher`` says."""
+    program, names = LAUNCHERS.get(launcher, (None, ()))
+    for name in names:
+        value = os.environ.get(name)
+        number = not name.endswith(('ADDR', 'NODELIST'))
+        if not value or (number and not value.isdecimal()):
+            found = 'is not set' if value is None else f'is {value!r}'
+            sys.exit(
+                f'error: --launcher {launcher}: the environment variable {name} {found}; '
+                f'{program} starts processes and sets it'
+            )
+
+
+def check_work_dir(folder: str) -> None:
+    """Exits with a message unless the folder is there or can be made, and can be written to."""
+    path = Path(folder)
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        problem = 'cannot be written to' if path.is_dir() else 'is no folder'
+        sys.exit(f'error: --work-dir {folder}: {path} {problem}')
 
 
 def join_processes(cfg: Config) -> None:

@@ -120,7 +120,7 @@ def test_an_option_without_a_place():
 def test_options_that_are_read():
     """Also such as the file does not have, and new ones below those that it has."""
     options = {
-        'model.backbone.anew': 1, 'auto_scale_lr.enable': True, 'compile': True,
+        'model.backbone.patch_norm': False, 'auto_scale_lr.enable': True, 'compile': True,
         'find_unused_parameters': True, 'tta_model.type': 'DetTTAModel', 'randomness.seed': 3,
         'custom_imports.allow_failed_imports': True, 'default_scope': 'mmdet',
         'model_wrapper_cfg.broadcast_buffers': True,
