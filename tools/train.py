@@ -68,8 +68,10 @@ def build_config(args: argparse.Namespace) -> Config:
     restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
     if restarts and find_latest_checkpoint(cfg.work_dir) is not None:
         args.resume = 'auto'  # torchrun has started all processes again, after one ended
-    if args.resume is not None:
-        cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
+    if args.resume == 'auto':
+        cfg.resume = 'auto'  # check_start looks for the checkpoint
+    elif args.resume is not None:
+        cfg.resume, cfg.load_from = True, args.resume
     return cfg
 
 
@@ -82,14 +84,17 @@ def check_start(cfg: Config, claimed: contextlib.ExitStack) -> None:
     resolve_weights(cfg)
     saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     out_dir, template = saving.get('out_dir'), saving.get('filename_tmpl')
-    if cfg.get('resume') and cfg.get('load_from') is None:
+    if cfg.get('resume') == 'auto' or cfg.get('resume') and cfg.get('load_from') is None:
         try:
-            cfg.load_from = newest_checkpoint(cfg.work_dir, out_dir)
+            newest = newest_checkpoint(cfg.work_dir, out_dir)
         except ValueError as error:
             sys.exit(f'error: --resume: {error}')
-        cfg.resume = cfg.load_from is not None
-        start = f'goes on from {cfg.load_from}' if cfg.resume else 'begins, nothing to resume'
-        print(f'training in {cfg.work_dir} {start}')
+        cfg.resume = newest is not None
+        if cfg.resume:
+            cfg.load_from = newest
+            print(f'training goes on from {newest}')
+        else:
+            print(f'training begins: {cfg.work_dir} has no checkpoint to go on from')
     if get_device() == 'cpu' and use_bfloat16(cfg):
         print('mixed precision on a CPU: forward passes in bfloat16, no loss scale')
     check_starts(cfg)
