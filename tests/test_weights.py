@@ -13,7 +13,7 @@ import pytest
 import releases
 import torch
 import train
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 from releases import parallel
@@ -382,7 +382,7 @@ def test_releases_for_the_plain_networks(family, many, tmp_path, monkeypatch):
         )
     backbone = {**plain, 'convert_weights': True, 'init_cfg': pretrained(str(tmp_path / 'x.pth'))}
     check_starts(Config({'model': {'backbone': backbone}}))
-    target = MODELS.build(backbone)
+    target = MODELS.build(ConfigDict(backbone))
     target.init_weights()
     for name, value in target.state_dict().items():
         if not re.match(r'norm\d', name):  # the release has the classifier's
