@@ -2,22 +2,27 @@
 
 import argparse
 import re
+import sys
+import types
 from pathlib import Path
 
 import compare
 import hostile
 import predict
 import pytest
+import releases
 import torch
 import train
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
+from releases import parallel
 
+from acmix_mm import deploy
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
 from acmix_mm.checkpoints import read_checkpoint
-from acmix_mm.command_line import build_model, load_checkpoint, load_config
-from acmix_mm.weights import check_starts, resolve_weights
+from acmix_mm.command_line import build_model, check_weights, load_checkpoint, load_config
+from acmix_mm.weights import check_starts, misfit, resolve_weights
 
 NOWHERE = 'http://127.0.0.1:9/weights.pth'  # the port of a service that no machine offers
 CONFIG = Path('configs/demo/retinanet_acmix-r26_fpn_scene-digits.py')
@@ -248,6 +253,140 @@ def test_only_training_needs_the_file(recipe, tmp_path):
     predict.build_inferencer(cfg, checkpoint, args)
     with pytest.raises(SystemExit, match=r'none\.pth does not exist'):
         check_starts(cfg)
+
+
+def small() -> torch.nn.Module:
+    """A model around a mixed backbone."""
+    backbone = ACmixResNet(26, base_channels=16).eval()
+    return torch.nn.ModuleDict({'backbone': backbone, 'head': torch.nn.Linear(3, 2)})
+
+
+def check(model: torch.nn.Module, weights: dict) -> str:
+    """The message of programs for a state dict that is not the model's."""
+    args = argparse.Namespace(config='c.py', checkpoint='x.pth')
+    with pytest.raises(SystemExit) as caught:
+        check_weights(model, {'state_dict': weights}, args)
+    assert caught.value.code.startswith('error: checkpoint x.pth does not fit config c.py: ')
+    assert '\n' not in caught.value.code
+    return caught.value.code.partition('c.py: ')[2]
+
+
+@pytest.mark.parametrize('form', [lambda state: state, parallel])
+def test_all_weights_of_a_model(form):
+    """In parallel or not, with what its loading leaves out, without counters of batches."""
+    source, target = small(), small()
+    weights = form(source.state_dict() | {'backbone.layer1.0.conv2.conv_p.bias': torch.ones(1)})
+    weights = {n: v for n, v in weights.items() if not n.endswith('num_batches_tracked')}
+    assert misfit(target, {'state_dict': weights}) is None
+    for ours, theirs in zip(source.parameters(), target.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_does_not_fit():
+    model = small()
+    state = model.state_dict()
+    total = len(state)
+    half = dict(list(state.items())[: total // 2])
+    message = check(model, half)
+    counters = [n for n in state if n not in half and n.endswith('num_batches_tracked')]
+    missing = total - len(half) - len(counters)
+    assert message.startswith(f'{missing} of {total} weights are missing, such as ')
+    message = check(model, {**state, 'head.weight': torch.ones(5, 3), 'head.bias': torch.ones(5)})
+    assert message == (
+        f'2 of {total} weights have another shape, such as head.weight: (5, 3) instead of (2, 3)'
+    )
+    message = check(model, {**state, 'mask_head.weight': torch.ones(1)})
+    assert message == (
+        f'1 of its {total + 1} weights are not in the model, such as mask_head.weight'
+    )
+    swin = ACmixSwinTransformer(**SWIN).state_dict()
+    message = check(model, {f'backbone.{name}': value for name, value in swin.items()})
+    assert 'are missing' in message
+    assert f'{len(swin)} of its {len(swin)} weights are not in the model' in message
+
+
+def test_the_other_form():
+    """Which one it is, and where the config of it is or how to make it."""
+    trained, deployed = small(), deploy(small())
+    assert check(trained, deployed.state_dict()).startswith('it is of the form for inference')
+    assert check(deployed, trained.state_dict()).startswith('it is of the model as it is trained')
+    assert misfit(deployed, deploy(small()).state_dict()) is None
+
+
+def whole(model: torch.nn.Module) -> dict:
+    """A checkpoint to go on from, as far as it is looked at."""
+    return {'state_dict': model.state_dict(), 'meta': {}, 'message_hub': {}, 'optimizer': {}}
+
+
+def started(checkpoint: dict, file: Path, **settings) -> None:
+    torch.save(checkpoint, file)
+    cfg = Config({'model': RESNET, 'load_from': str(file), **settings})
+    check_starts(cfg)
+
+
+def test_going_on_needs_all_weights_and_the_state(tmp_path):
+    file, model = tmp_path / 'x.pth', ACmixResNet(26, base_channels=16)
+    started(whole(model), file, resume=True)
+    half = dict(list(model.state_dict().items())[::2])
+    with pytest.raises(SystemExit, match=r'is not for load_from: \d+ of \d+ weights are missing'):
+        started({**whole(model), 'state_dict': half}, file, resume=True)
+    with pytest.raises(SystemExit, match=r'no state of a training \(message_hub, optimizer\)'):
+        started({'state_dict': model.state_dict(), 'meta': {}}, file, resume=True)
+
+
+def test_how_much_of_a_model_a_start_has(tmp_path, capsys):
+    """In one line; nothing at all is refused."""
+    file, model = tmp_path / 'x.pth', ACmixResNet(26, base_channels=16)
+    started(model.state_dict(), file)
+    assert not capsys.readouterr().out
+    names = [n for n in model.state_dict() if not n.endswith('num_batches_tracked')]
+    weights = dict(model.state_dict(), **{names[0]: torch.ones(7)})
+    del weights[names[1]]
+    started(weights, file)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        f'load_from starts with {len(names) - 2} of {len(names)} weights from {file}; others, '
+        f'such as {names[0]}, keep'
+    )
+    with pytest.raises(SystemExit, match='it has none of the weights of ACmixResNet'):
+        started({'other': torch.ones(1)}, file)
+
+
+class CfgNode(dict):
+    """Stands for yacs', where a file is written."""
+
+
+CfgNode.__module__ = 'yacs.config'
+
+
+@pytest.mark.parametrize('many', [False, True])
+@pytest.mark.parametrize('family', ['Swin', 'PyramidVision'])
+def test_releases_for_the_plain_networks(family, many, tmp_path, monkeypatch):
+    """mmdet's own classes, of whose names the converters cannot take off ``module.``."""
+    plain = {
+        'Swin': {'type': 'SwinTransformer', **SWIN},
+        'PyramidVision': {'type': 'PyramidVisionTransformer', 'embed_dims': 16,
+                          'num_layers': [1, 1, 1, 1], 'num_heads': [1, 2, 2, 4]},
+    }[family]  # fmt: skip
+    init_default_scope('mmdet')
+    source = MODELS.build(plain)
+    weights = {'Swin': releases.swin, 'PyramidVision': releases.pvt}[family](source.state_dict())
+    module = types.ModuleType('yacs.config')
+    module.CfgNode = CfgNode
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+        patch.setitem(sys.modules, 'yacs.config', module)
+        torch.save(
+            {'model': parallel(weights) if many else weights, 'config': CfgNode(A=CfgNode(B=1))},
+            tmp_path / 'x.pth',
+        )
+    backbone = {**plain, 'convert_weights': True, 'init_cfg': pretrained(str(tmp_path / 'x.pth'))}
+    check_starts(Config({'model': {'backbone': backbone}}))
+    target = MODELS.build(ConfigDict(backbone))
+    target.init_weights()
+    for name, value in target.state_dict().items():
+        if not re.match(r'norm\d', name):  # the release has the classifier's
+            assert torch.equal(value, source.state_dict()[name]), name
 
 
 def test_every_start_has_a_source(pytestconfig, monkeypatch):

@@ -72,6 +72,8 @@ def newest_checkpoint(work_dir: str | Path, out_dir: str | Path | None = None) -
 def _iterations(file: Path) -> float:
     """After how many iterations a checkpoint was saved; infinity for what tells nothing."""
     make_checkpoints_loadable()
+    if not file.is_file():
+        return math.inf  # a pipe would be waited for
     try:
         # Mapped into memory, weights are not read.
         checkpoint = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
