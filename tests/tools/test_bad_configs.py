@@ -3,7 +3,6 @@
 import contextlib
 import io
 
-import get_flops
 import pytest
 import train
 
@@ -137,7 +136,8 @@ FILES = {
     'scale that is no pair': (
         DETECTOR,
         "train_dataloader = dict(dataset=dict(pipeline=[dict(type='Resize', scale='big')]))",
-        'train_dataloader.dataset.pipeline.0: Resize',
+        'train_dataloader.dataset.pipeline.0.scale must be a number, a pair of them or a list of '
+        "pairs, got 'big'",
     ),
     'probability': (
         DETECTOR,
