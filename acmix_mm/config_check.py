@@ -120,6 +120,13 @@ def _is_amount(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
 
 
+def _is_size(value: object) -> bool:
+    if isinstance(value, (list, tuple)) and any(isinstance(v, (list, tuple)) for v in value):
+        return all(_is_size(v) for v in value)
+    values = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    return value is None or all(isinstance(v, (int, float)) for v in values)
+
+
 # Values that nobody looks at before work has started, by patterns of their places.
 POSITIVE, NATURAL = (_is_positive, 'a positive integer'), (_is_natural, 'an integer, at least 0')
 VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
@@ -136,6 +143,10 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     'optim_wrapper.*momentum': (_is_amount, 'a number, at least 0'),
     'optim_wrapper.*weight_decay': (_is_amount, 'a number, at least 0'),
     '*_hooks.*.interval': (_is_whole, 'an integer'),
+    **dict.fromkeys(
+        (f'*pipeline.*.{name}' for name in ('scale', 'scales', 'img_scale', 'crop_size')),
+        (_is_size, 'a number, a pair of them or a list of pairs'),
+    ),
     'randomness.seed': (lambda v: v is None or _is_natural(v), 'None or an integer, at least 0'),
     'load_from': (lambda v: v is None or isinstance(v, str), 'None or a file'),
     'work_dir': (lambda v: v is None or isinstance(v, str), 'None or a folder'),
@@ -249,6 +260,13 @@ def _check_option(option: str, cfg: Config) -> None:
         else:
             raise ValueError(f'--cfg-options {option}: {place} is {node!r}, which has no {part}')
         place = f'{place}.{part}'.lstrip('.')
+
+
+def setting(cfg: Config, key: str) -> object:
+    """A value by its dotted name, None where there is none."""
+    for part in key.split('.'):
+        cfg = cfg.get(part) if isinstance(cfg, (dict, Config)) else None
+    return cfg
 
 
 def settings_of(node: object, place: str = '') -> Iterator[tuple[str, object]]:
@@ -376,7 +394,7 @@ def _typed_below(
 def _find(name: object, registries: tuple[Registry, ...], scope: str | None) -> object:
     """The class or function of a type; None if it is not registered."""
     if not isinstance(name, str):
-        return name
+        return name if callable(name) else None
     for registry in registries:
         with registry.switch_scope_and_registry(scope) as scoped:
             found = scoped.get(name)
@@ -388,21 +406,23 @@ def _find(name: object, registries: tuple[Registry, ...], scope: str | None) -> 
     return None
 
 
-def _arguments(kind: Callable) -> dict[str, inspect.Parameter] | None:
-    """Arguments of a class, with those of its bases that it passes on; None if any are taken."""
+def _arguments(kind: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Arguments of a class, with those of its bases that it passes on; whether it takes others."""
     found: dict[str, inspect.Parameter] = {}
     functions = [kind]
     if inspect.isclass(kind):
-        functions = [vars(c)['__init__'] for c in kind.__mro__ if '__init__' in vars(c)]
+        functions = [vars(c)['__init__'] for c in kind.__mro__[:-1] if '__init__' in vars(c)]
+    takes_any = False
     for function in functions:
         parameters = inspect.signature(function).parameters.values()
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 found.setdefault(parameter.name, parameter)
-        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
-            found.pop('self', None)
-            return found
-    return None
+        takes_any = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+        if not takes_any:
+            break
+    found.pop('self', None)
+    return found, takes_any
 
 
 # What is taken from these before the class gets them.
@@ -436,31 +456,34 @@ def _check_arguments(place: str, node: dict, kind: object) -> None:
     if kind is None:
         if not any(pattern.fullmatch(place) for pattern in NEED_TYPE):
             return  # building tells, or it is of others, such as Albumentations
-        names = {name for registry in REGISTRIES[place.split('.')[0]] for name in _names(registry)}
-        advice = nearest(node['type'], names)
-        raise ValueError(f'{place}.type: no class {node["type"]!r} is registered for it{advice}')
-    arguments = _arguments(kind)
-    if arguments is None:
-        return
+        raise ValueError(
+            _unknown_type(f'{place}.type', node['type'], REGISTRIES[place.split('.')[0]])
+        )
+    arguments, takes_any = _arguments(kind)
     taken = set().union(*(keys for pattern, keys in TAKEN.items() if fnmatch(place, pattern)))
     for key, value in node.items():
         if key in arguments:
             _check_type(f'{place}.{key}', arguments[key], value)
-        elif key not in taken | {'type', '_scope_'} and not place.startswith('model'):
+        elif key in taken | {'type', '_scope_'} or place.startswith('model'):
+            continue
+        elif not takes_any or difflib.get_close_matches(key, arguments, cutoff=0.85):
             raise ValueError(_unknown_argument(place, kind, key))
 
 
-def _names(registry: Registry) -> Iterator[str]:
-    with registry.switch_scope_and_registry(None) as scoped:
-        while scoped is not None:
-            yield from scoped.module_dict
-            scoped = scoped.parent
+def _unknown_type(place: str, name: object, registries: tuple[Registry, ...]) -> str:
+    names: list[str] = []
+    for registry in registries:
+        with registry.switch_scope_and_registry(None) as scoped:
+            while scoped is not None:
+                names += scoped.module_dict
+                scoped = scoped.parent
+    return f'{place}: no class {name!r} is registered for it{nearest(str(name), names)}'
 
 
 def _unknown_argument(place: str, kind: Callable, key: str) -> str:
-    names = _arguments(kind) or {}
-    listed = f'; it has {", ".join(names)}' if names else ''
-    return f'{place}.{key}: {kind.__name__} has no argument {key}{nearest(key, names)}{listed}'
+    names, _ = _arguments(kind)
+    advice = f'{nearest(key, names)}; it has {", ".join(names)}'
+    return f'{place}.{key}: {kind.__name__} has no argument {key}{advice}'
 
 
 def _check_type(place: str, parameter: inspect.Parameter, value: object) -> None:
@@ -518,18 +541,19 @@ def _build(place: str, registry: Registry, config: dict, **defaults) -> None:
                 place = places.get(id(node), place)
         if 'process group' in str(error):
             return  # it will be there in a distributed job
-        raise ValueError(_explain(error, place, node, kind, registry)) from error
+        raise ValueError(_explain(error, place, node, kind)) from error
 
 
-def _explain(error: Exception, place: str, node: dict, kind: object, registry: Registry) -> str:
+def _explain(error: Exception, place: str, node: dict, kind: object) -> str:
+    registries = REGISTRIES[place.split('.')[0]]
     text = reason(error)
     found = re.search(r"unexpected keyword argument '(\w+)'", text)
     if found and kind is not None and found[1] in node:
         return _unknown_argument(place, kind, found[1])
-    if kind is None and 'is not in the' in text:
-        return f'{place}.type: no class {node["type"]!r} is registered for it' + nearest(
-            node['type'], _names(registry)
-        )
+    if isinstance(error, KeyError) and 'registry' in text:
+        for name, value in settings_of(node, place):
+            if name.endswith('.type') and _find(value, registries, node.get('_scope_')) is None:
+                return _unknown_type(name, value, registries)
     return f'{place}: {getattr(kind, "__name__", "")}: {text}'
 
 

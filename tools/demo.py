@@ -26,8 +26,9 @@ from mmseg.structures import SegDataSample
 from mmseg.visualization import SegLocalVisualizer
 from pycocotools import mask as coco_mask
 
-from acmix_mm.command_line import Parser, program
-from acmix_mm.files import encode_picture, write_whole
+from acmix_mm.command_line import Parser, load_config, program
+from acmix_mm.config_check import setting
+from acmix_mm.files import claim, encode_picture, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path('data/scene_digits')
@@ -155,10 +156,22 @@ TASKS = {
 }
 
 
+def check_task(file: Path, name: str) -> None:
+    """Exits with a message unless a config is for the data and metrics of a task."""
+    cfg, own = load_config(str(file)), Config.fromfile(ROOT / TASKS[name].config)
+    for key in ('default_scope', 'test_dataloader.dataset.data_root', 'test_evaluator.metric'):
+        found, needed = setting(cfg, key), setting(own, key)
+        fits = found == needed
+        if key.endswith('metric') and found is not None:  # others may be there, too
+            fits = {*np.atleast_1d(needed)} <= {*np.atleast_1d(found)}
+        if not fits:
+            sys.exit(f'error: --task {name} needs {key} {needed!r}, config {file} has {found!r}')
+
+
 def draw_grid(task: Task, config: Path, images: Path, folder: Path, out: Path) -> None:
     """Write one picture of the first images with what is predicted in them."""
     entries = json.loads((folder / 'predictions.json').read_text())[: COLUMNS * ROWS]
-    meta = Config.fromfile(config).metainfo
+    meta = Config.fromfile(config).test_dataloader.dataset.metainfo
     cells = []
     for entry in entries:
         image = enlarge(cv2.imread(str(images / entry['image']))[..., ::-1], cv2.INTER_CUBIC)
@@ -188,13 +201,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.pretrained and (args.task != 'detection' or args.config):
         parser.error('--pretrained goes with the detection task and its own config')
     task = TASKS[args.task]
-    config = PRETRAINED if args.pretrained else args.config or task.config
-    work_dir = Path(args.work_dir or f'work_dirs/demo/{Path(config).stem}')
+    config = PRETRAINED if args.pretrained else task.config
+    if args.config:
+        config = str(Path(args.config).resolve())  # the programs run in the clone
+    check_task(ROOT / config, args.task)
+    work_dir = Path('work_dirs/demo', Path(config).stem)
+    if args.work_dir:
+        work_dir = Path(args.work_dir).resolve()
+    elif (ROOT / work_dir).is_dir():  # an earlier demo's
+        with claim(ROOT / work_dir):
+            shutil.rmtree(ROOT / work_dir)
     images = DATA / task.images
     if not (ROOT / images).exists():
         run('data', 'tools/dataset_converters/scene_digits.py', str(DATA))
     run('train', 'tools/train.py', config, '--work-dir', str(work_dir))
-    checkpoint = (ROOT / work_dir / 'last_checkpoint').read_text().strip()
+    last = Path((ROOT / work_dir / 'last_checkpoint').read_text().strip()).name
+    checkpoint = str(ROOT / work_dir / last)
     evaluation = work_dir / 'evaluation'
     run('evaluate', 'tools/test.py', config, checkpoint, '--work-dir', str(evaluation))
     if args.task == 'classification':

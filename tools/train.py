@@ -84,7 +84,7 @@ def check_start(cfg: Config, claimed: contextlib.ExitStack) -> None:
     resolve_weights(cfg)
     saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     out_dir, template = saving.get('out_dir'), saving.get('filename_tmpl')
-    if cfg.get('resume') == 'auto' or cfg.get('resume') and cfg.get('load_from') is None:
+    if cfg.get('resume') == 'auto' or (cfg.get('resume') and cfg.get('load_from') is None):
         try:
             newest = newest_checkpoint(cfg.work_dir, out_dir)
         except ValueError as error:

@@ -143,7 +143,8 @@ FILES = {
     'scale that is no pair': (
         DETECTOR,
         "train_dataloader = dict(dataset=dict(pipeline=[dict(type='Resize', scale='big')]))",
-        'train_dataloader.dataset.pipeline.0: Resize',
+        'train_dataloader.dataset.pipeline.0.scale must be a number, a pair of them or a list of '
+        "pairs, got 'big'",
     ),
     'probability': (
         DETECTOR,

@@ -58,6 +58,7 @@ from acmix_mm.command_line import (
     load_config,
     program,
 )
+from acmix_mm.config_check import setting
 from acmix_mm.engine import newest_checkpoint, protect
 from acmix_mm.files import claim, write_figure, write_whole
 from acmix_mm.weights import check_starts, resolve_weights
@@ -161,13 +162,6 @@ def prepare(file: str, options: dict | None, epochs: int | None) -> Config:
         set_epochs(cfg, epochs, file)
     cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     cfg.test_cfg = {'type': 'TestLoop'}
-    return cfg
-
-
-def setting(cfg: Config, key: str) -> object:
-    """A value by its dotted name, None where there is none."""
-    for part in key.split('.'):
-        cfg = cfg.get(part) if isinstance(cfg, (dict, Config)) else None
     return cfg
 
 
