@@ -16,7 +16,7 @@ import posixpath
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -95,7 +95,10 @@ class Contents:
         problem = self.problems.setdefault(allowed, Problem(allowed, stops))
         problem.count += 1
         if problem.count <= EXAMPLES:
-            problem.examples.append(f'{file}: {found}')
+            text = f'{file}: {found}'
+            # A name may hold line breaks, and what no terminal shows.
+            shown = [c if c.isprintable() else repr(c)[1:-1] for c in text]
+            problem.examples.append(''.join(shown))
 
     @property
     def errors(self) -> list[Problem]:
@@ -238,32 +241,63 @@ def _check_places(dataset, contents: Contents, kind: str) -> bool:
 # COCO's annotation files
 
 
+@dataclass(frozen=True)
+class _Use:
+    """What an annotation file is used for.
+
+    Args:
+        classes (Sequence[str]): The data set's.
+        prefix (str): Folder of the pictures.
+        masks (bool): Whether masks are loaded or evaluated.
+        labelled (bool): Whether annotations are needed.
+        evaluated (bool): Whether a metric reads them.
+        thorough (bool): Whether there is time for a progress bar.
+    """
+
+    classes: Sequence[str]
+    prefix: str
+    masks: bool
+    labelled: bool
+    evaluated: bool
+    thorough: bool
+
+
 @dataclass
 class _Coco:
-    """What is used of an annotation file: image sizes (width, height), names, categories."""
+    """What is used of an annotation file, by the ids of images and categories.
 
-    sizes: dict[object, tuple[int, int]] = field(default_factory=dict)
-    files: dict[object, str] = field(default_factory=dict)
-    categories: dict[object, str] = field(default_factory=dict)
-    with_objects: set = field(default_factory=set)
+    Args:
+        sizes (dict): Widths and heights of images.
+        files (dict): Their names.
+        categories (dict): Names of categories.
+        with_objects (set): Ids of the images with objects of the data set's classes.
+    """
+
+    sizes: dict[int | str, tuple[int, int]] = field(default_factory=dict)
+    files: dict[int | str, str] = field(default_factory=dict)
+    categories: dict[int | str, str] = field(default_factory=dict)
+    with_objects: set[int | str] = field(default_factory=set)
 
 
 def _look_at_coco(
     dataset, contents: Contents, metrics: list[dict], thorough: bool
 ) -> list[tuple[str, tuple[int, int]]]:
     """Check a COCO data set without its pictures, which are returned with their sizes."""
-    masks = any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
     metrics = [metric for metric in metrics if metric.get('type') == 'CocoMetric']
-    masks |= any('segm' in metric.get('metric', 'bbox') for metric in metrics)
     labelled = not any(metric.get('format_only') for metric in metrics)
-    evaluated = bool(metrics) and labelled
-    classes = dataset.metainfo['classes']
-    prefix = dataset.data_prefix.get('img', '')
+    use = _Use(
+        classes=dataset.metainfo['classes'],
+        prefix=dataset.data_prefix.get('img', ''),
+        masks=any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
+        or any('segm' in metric.get('metric', 'bbox') for metric in metrics),
+        labelled=labelled,
+        evaluated=bool(metrics) and labelled,
+        thorough=thorough,
+    )
 
     def read(file: str, contents: Contents) -> _Coco:
         content = _read_json(file, dataset.backend_args, contents)
-        checks = (masks, labelled, evaluated, thorough)
-        return _check_coco(file, content, classes, prefix, contents, *checks)
+        return _Coco() if contents.errors else _check_coco(file, content, use, contents)
 
     coco = read(dataset.ann_file, contents)
     for metric in metrics:
@@ -284,7 +318,7 @@ def _look_at_coco(
     for name, values in zip(('widths', 'heights'), zip(*sizes, strict=True), strict=True):
         contents.facts[name] = f'{min(values)} to {max(values)}'
     _check_filter(dataset, coco, contents)
-    return [(os.path.join(prefix, coco.files[i]), size) for i, size in coco.sizes.items()]
+    return [(os.path.join(use.prefix, coco.files[i]), size) for i, size in coco.sizes.items()]
 
 
 def _same_file(one: str, other: str) -> bool:
@@ -306,26 +340,14 @@ def _read_json(file: str, backend_args: dict | None, contents: Contents):
         return None
 
 
-def _check_coco(
-    file: str,
-    content,
-    classes: tuple[str, ...],
-    prefix: str,
-    contents: Contents,
-    masks: bool,
-    labelled: bool,
-    evaluated: bool,
-    thorough: bool,
-) -> _Coco:
-    """Check what an annotation file holds; stops early where the rest depends on it."""
+def _check_coco(file: str, content, use: _Use, contents: Contents) -> _Coco:
+    """Check what an annotation file holds; ends early where the rest depends on it."""
     coco = _Coco()
-    if contents.errors:
-        return coco
     if not isinstance(content, dict):
         found = f'top level is {type(content).__name__}'
         contents.add(file, found, 'an object with the lists images, annotations and categories')
         return coco
-    for key in ('images', 'categories', *(['annotations'] if labelled else [])):
+    for key in ('images', 'categories', *(['annotations'] if use.labelled else [])):
         if key not in content:
             contents.add(file, f'has no key {key}', 'keys are images, annotations and categories')
         elif not isinstance(content[key], list):
@@ -335,19 +357,19 @@ def _check_coco(
         return coco
     if not content['images']:
         contents.add(file, 'images is empty', 'at least one image')
-    _check_categories(file, content['categories'], classes, coco, contents)
-    _check_images(file, content['images'], prefix, coco, contents)
+    _check_categories(file, content['categories'], use.classes, coco, contents)
+    _check_images(file, content['images'], use.prefix, coco, contents)
     if contents.errors:
         return coco
-    seen, chosen = set(), {*classes}
-    annotations = content.get('annotations', [])
-    for annotation in tqdm(annotations, 'annotations', disable=not thorough, leave=False):
+    seen, chosen = set(), {*use.classes}
+    annotations = content.get('annotations') or []
+    for annotation in tqdm(annotations, 'annotations', disable=not use.thorough, leave=False):
         if not isinstance(annotation, dict):
             found = f'annotations has {reprlib.repr(annotation)}'
             contents.add(file, found, 'annotations are objects')
             continue
         number = annotation.get('id')
-        for found, allowed, stops in _faults(annotation, coco, masks, evaluated):
+        for found, allowed, stops in _faults(annotation, coco, use):
             contents.add(file, f'annotation {number}: {found}', allowed, stops)
         if not isinstance(number, ID):
             contents.add(file, f'annotation has id {reprlib.repr(number)}', 'id is a number')
@@ -359,7 +381,7 @@ def _check_coco(
 
 
 def _check_categories(
-    file: str, categories: list, classes: tuple[str, ...], coco: _Coco, contents: Contents
+    file: str, categories: list, classes: Sequence[str], coco: _Coco, contents: Contents
 ) -> None:
     """mmdet numbers classes by the order of the file's categories that have their names."""
     for category in categories:
@@ -441,9 +463,7 @@ def _finite(values) -> bool:
         return False
 
 
-def _faults(
-    annotation: dict, coco: _Coco, masks: bool, evaluated: bool
-) -> Iterator[tuple[str, str, bool]]:
+def _faults(annotation: dict, coco: _Coco, use: _Use) -> Iterator[tuple[str, str, bool]]:
     """What is wrong with an annotation, what is allowed, and whether training stops at it."""
     missing = ANNOTATION_KEYS - annotation.keys()
     if missing:
@@ -451,7 +471,7 @@ def _faults(
         yield f'has no {min(missing)}', allowed, True
         return
     image, category = annotation['image_id'], annotation['category_id']
-    if evaluated and 'iscrowd' not in annotation:
+    if use.evaluated and 'iscrowd' not in annotation:
         yield 'has no iscrowd', 'what COCO metrics evaluate has iscrowd, 0 or 1', True
     if not isinstance(image, ID) or image not in coco.sizes:
         found = f'image_id {reprlib.repr(image)}'
@@ -477,8 +497,9 @@ def _faults(
     elif min(w, h) < 1 or annotation['area'] <= 0:
         found = f'bbox {box}, area {annotation["area"]}'
         yield found, 'boxes of less than 1 pixel or without area are left out', False
-    if masks:
-        yield from _mask_faults(annotation.get('segmentation'), width, height, evaluated)
+    if use.masks:
+        mask = annotation.get('segmentation')
+        yield from _mask_faults(mask, width, height, use.evaluated)
 
 
 def _mask_faults(mask, width: int, height: int, evaluated: bool) -> Iterator[tuple[str, str, bool]]:
@@ -501,11 +522,12 @@ def _mask_faults(mask, width: int, height: int, evaluated: bool) -> Iterator[tup
         yield f'segmentation {reprlib.repr(mask)}', 'polygons or run lengths', True
     else:
         bad = [p for p in mask if not _is_polygon(p, width, height)]
-        # mmdet leaves out those of too few numbers next to others, pycocotools cannot take them.
+        # mmdet leaves out those of too few numbers next to others; pycocotools takes the first of
+        # a mask for a box.
         few = len(bad) < len(mask) and all(
             isinstance(p, list) and (len(p) < 6 or len(p) % 2) and _finite(p) for p in bad
         )
-        stops = evaluated or not few
+        stops = not few or (evaluated and not _is_polygon(mask[0], width, height))
         if bad:
             allowed = POLYGON if stops else 'short or odd polygons next to others are left out'
             yield f'segmentation has {reprlib.repr(bad[0])}', allowed, stops
@@ -625,7 +647,8 @@ def _look_at_label_maps(
 def _look_at_map(file: str, size: tuple[int, int], dataset, contents: Contents) -> None:
     """Check one label map, whose image has a size of (width, height)."""
     # Those of the files, of which the config may choose some.
-    classes = (dataset.METAINFO if dataset.label_map else dataset.metainfo)['classes']
+    classes = (dataset.METAINFO if dataset.label_map else dataset.metainfo).get('classes')
+    classes = classes or range(IGNORED)
     count = len(classes)
     try:
         labels = np.asarray(_open(file, dataset.backend_args)[0])
@@ -648,7 +671,7 @@ def _look_at_map(file: str, size: tuple[int, int], dataset, contents: Contents) 
             contents.add(file, f'label {label} at {number} pixels', allowed)
             return
         left_out = label == IGNORED or label < reduced
-        contents.labels['ignored' if left_out else classes[label - reduced]] += number
+        contents.labels['ignored' if left_out else str(classes[label - reduced])] += number
 
 
 # Classification

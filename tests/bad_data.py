@@ -191,7 +191,9 @@ BAD_ANNOTATIONS = {
         image(file_name='a/../../val2017/0.png'), [TRAIN, 'image 1', 'file below']
     ),
     'file_name is absolute': (image(file_name='/etc/passwd'), [TRAIN, 'image 1', '/etc/passwd']),
-    'file_name has a zero byte': (image(file_name='a\0b'), ['a\0b', 'does not exist']),
+    'file_name has a zero byte': (image(file_name='a\0b'), ['a\\x00b', 'does not exist']),
+    'file_name has a line break': (image(file_name='a\nb'), ['a\\nb', 'does not exist']),
+    'file_name is no text': (image(file_name='\ud800'), ['\\ud800', 'does not exist']),
     'an annotation is a number': (
         edit(lambda content: content['annotations'].append(7)), [TRAIN, 'annotations has 7']
     ),

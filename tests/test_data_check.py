@@ -140,12 +140,15 @@ def test_boxes_may_reach_out_of_their_image(box, tmp_path, capsys):
     assert warnings(coco_config(tmp_path), capsys) == []
 
 
-def test_short_polygons_beside_others_are_left_out_in_training_only(tmp_path, capsys):
+def test_short_polygons_beside_others_are_left_out_unless_taken_for_boxes(tmp_path, capsys):
     make_coco(tmp_path)
     change = {'segmentation': [[8, 4, 28, 4, 28, 20], [8, 4, 28, 4]]}
     annotation(**change)(tmp_path)
     (line,) = warnings(coco_config(tmp_path), capsys)
     assert '[8, 4, 28, 4]' in line
+    edit(lambda content: content['annotations'][1].update(change), 'val')(tmp_path)
+    assert len(warnings(coco_config(tmp_path), capsys)) == 2
+    change['segmentation'].reverse()
     edit(lambda content: content['annotations'][1].update(change), 'val')(tmp_path)
     assert 'instances_val2017.json: annotation 1' in message(coco_config(tmp_path))
 
@@ -418,3 +421,8 @@ def test_no_run_lengths():
     assert _runs('o') is None
     assert _runs('o' * 100 + '0') is None
     assert _runs('é') is None
+
+
+def test_label_maps_without_names_of_classes(tmp_path, capsys):
+    make_ade(tmp_path)
+    assert warnings(ade_config(tmp_path, metainfo={}), capsys) == []

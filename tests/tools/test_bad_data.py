@@ -1,8 +1,12 @@
 """Programs on bad data end in one line that names the file, before anything is written."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import check_dataset
+import numpy as np
 import pytest
 import test as evaluate  # tools/test.py
 import torch
@@ -11,9 +15,16 @@ from bad_data import (
     BAD_ANNOTATIONS,
     BAD_PICTURES,
     MAKE,
+    edit,
+    make_ade,
+    make_coco,
+    picture,
+    rle,
 )
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+from programs import program, scalars
 
 # A narrow detector that loads masks, too, tested on its training data; a narrow segmentor and
 # classifier.
@@ -175,3 +186,114 @@ def test_one_of_each(tmp_path, checkpoints, campaign, capsys):
     run_all(
         'coco', 'bbox with NaN', case, tmp_path, checkpoints, campaign, 'bad annotations', capsys
     )
+
+
+MASKS = """
+_base_ = '{base}'
+model = dict(roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)))
+"""
+ONE_EPOCH = [
+    '--cfg-options', 'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1',
+    'train_dataloader.dataset.filter_cfg.min_size=0',
+]  # fmt: skip
+
+
+def crowds_only(root: Path) -> None:
+    """Masks as run lengths, as COCO has them of crowds."""
+    mask = rle([960, 960])
+    for split in ('train', 'val'):
+        edit(
+            lambda content: [
+                a.update(iscrowd=1, segmentation=mask) for a in content['annotations']
+            ],
+            split,
+        )(root)
+
+
+def no_objects(root: Path) -> None:
+    for split in ('train', 'val'):
+        edit(lambda content: content['annotations'].clear(), split)(root)
+
+
+def one_pixel(width: int, height: int) -> Callable[[Path], None]:
+    """Pictures without objects of such a size, next to one with objects."""
+
+    def act(root: Path) -> None:
+        def shrink(content: dict) -> None:
+            for image in content['images'][1:]:
+                image.update(width=width, height=height)
+            content['annotations'] = content['annotations'][:3]
+
+        for split in ('train', 'val'):
+            edit(shrink, split)(root)
+            for i in (1, 2):
+                picture(root / f'{split}2017/{i}.png', (width, height))
+
+    return act
+
+
+def one_pixel_with_objects(root: Path) -> None:
+    def shrink(content: dict) -> None:
+        for image in content['images']:
+            image.update(width=1, height=1)
+        for a in content['annotations']:
+            a.update(bbox=[0, 0, 1, 1], area=1, segmentation=rle([0, 1], (1, 1)))
+
+    for split in ('train', 'val'):
+        edit(shrink, split)(root)
+        for i in range(3):
+            picture(root / f'{split}2017/{i}.png', (1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('detector', ['RetinaNet', 'Mask R-CNN'])
+@pytest.mark.parametrize(
+    'change, keep_empty',
+    [
+        (crowds_only, False),
+        (no_objects, True),
+        (one_pixel(1, 40), True),
+        (one_pixel(48, 1), True),
+        (one_pixel(1, 1), True),
+        (one_pixel_with_objects, False),
+    ],
+)
+def test_unusual_data_train(detector, change, keep_empty, tmp_path):
+    """Losses are finite, and the evaluation ends."""
+    make_coco(tmp_path / 'data')
+    change(tmp_path / 'data')
+    recipe = write_recipe(tmp_path, tmp_path / 'data', 'coco')
+    if detector == 'Mask R-CNN':
+        text = Path(recipe).read_text()
+        base = Path('configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py').resolve()
+        Path(recipe).write_text(MASKS.format(base=base) + text[text.index('def data') :])
+    keep = f'train_dataloader.dataset.filter_cfg.filter_empty_gt={not keep_empty}'
+    program('train', recipe, '--work-dir', str(tmp_path / 'work'), *ONE_EPOCH, keep)
+    losses = [row['loss'] for row in scalars(tmp_path / 'work') if 'loss' in row]
+    assert len(losses) == 3
+    assert np.isfinite(losses).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('what', ['picture', 'label map'])
+def test_damage_that_is_found_while_training_is_named(what, workers, tmp_path):
+    """In the middle of a data set, where the quick check does not look."""
+    data = tmp_path / 'data'
+    make_ade(data)
+    for i in range(10, 60):
+        picture(data / f'images/training/{i}.jpg')
+        Image.fromarray(np.zeros((40, 48), np.uint8)).save(data / f'annotations/training/{i}.png')
+    damaged = 'images/training/35.jpg' if what == 'picture' else 'annotations/training/35.png'
+    (data / damaged).write_bytes(b'')
+    recipe = write_recipe(tmp_path, data, 'ade')
+    options = [f'train_dataloader.num_workers={workers}', 'default_hooks.logger.interval=1']
+    command = [sys.executable, 'tools/train.py', recipe, '--work-dir', str(tmp_path / 'work')]
+    result = subprocess.run(
+        [*command, '--cfg-options', *options], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 1
+    assert 'Traceback' not in result.stdout + result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith('error: ')
+    assert str(data / damaged) in last

@@ -11,7 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from acmix_mm.command_line import Parser, add_config_arguments, load_config, program
+from acmix_mm.command_line import (
+    Parser,
+    add_config_arguments,
+    check_out,
+    load_config,
+    program,
+)
 from acmix_mm.data_check import Contents, look_through
 from acmix_mm.files import whole_file
 
@@ -26,10 +32,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=['train', 'val', 'test'],
         help='which data sets to check (default: all that the config has)',
     )
-    parser.add_argument('--out', metavar='FILE', help='write the report to a file, too')
+    parser.add_argument('--out', metavar='FILE.txt', help='write the report to a file, too')
     args = parser.parse_args(argv)
-    if args.out is not None and Path(args.out).exists():
-        parser.error(f'--out: {args.out} exists already')
+    if args.out is not None:
+        check_out(Path(args.out), '.txt')
     return args
 
 
