@@ -65,9 +65,6 @@ def build_config(args: argparse.Namespace) -> Config:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit(f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
-    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-    if restarts and find_latest_checkpoint(cfg.work_dir) is not None:
-        args.resume = 'auto'  # torchrun has started all processes again, after one ended
     if args.resume is not None:
         cfg.resume, cfg.load_from = True, None if args.resume == 'auto' else args.resume
     return cfg
@@ -82,12 +79,15 @@ def check_start(cfg: Config, claimed: contextlib.ExitStack) -> None:
     resolve_weights(cfg)
     saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     out_dir, template = saving.get('out_dir'), saving.get('filename_tmpl')
-    if cfg.get('resume') and cfg.get('load_from') is None:
+    # By torchrun, after a process ended.
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0
+    if restarted or (cfg.get('resume') and cfg.get('load_from') is None):
         try:
-            cfg.load_from = newest_checkpoint(cfg.work_dir, out_dir)
+            latest = newest_checkpoint(cfg.work_dir, out_dir)
         except ValueError as error:
             sys.exit(f'error: --resume: {error}')
-        cfg.resume = cfg.load_from is not None
+        if latest or not restarted:  # otherwise as at first
+            cfg.resume, cfg.load_from = latest is not None, latest
         start = f'goes on from {cfg.load_from}' if cfg.resume else 'begins, nothing to resume'
         print(f'training in {cfg.work_dir} {start}')
     if get_device() == 'cpu' and use_bfloat16(cfg):
