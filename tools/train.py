@@ -65,9 +65,6 @@ def build_config(args: argparse.Namespace) -> Config:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit(f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
-    restarts = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))
-    if restarts and find_latest_checkpoint(cfg.work_dir) is not None:
-        args.resume = 'auto'  # torchrun has started all processes again, after one ended
     if args.resume == 'auto':
         cfg.resume = 'auto'  # check_start looks for the checkpoint
     elif args.resume is not None:
@@ -84,16 +81,18 @@ def check_start(cfg: Config, claimed: contextlib.ExitStack) -> None:
     resolve_weights(cfg)
     saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     out_dir, template = saving.get('out_dir'), saving.get('filename_tmpl')
-    if cfg.get('resume') == 'auto' or (cfg.get('resume') and cfg.get('load_from') is None):
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # after a process ended
+    search = cfg.get('resume') == 'auto' or (cfg.get('resume') and cfg.get('load_from') is None)
+    if search or restarted:
         try:
             newest = newest_checkpoint(cfg.work_dir, out_dir)
         except ValueError as error:
             sys.exit(f'error: --resume: {error}')
-        cfg.resume = newest is not None
-        if cfg.resume:
-            cfg.load_from = newest
+        if newest is not None:
+            cfg.resume, cfg.load_from = True, newest
             print(f'training goes on from {newest}')
-        else:
+        elif search:
+            cfg.resume = False
             print(f'training begins: {cfg.work_dir} has no checkpoint to go on from')
     if get_device() == 'cpu' and use_bfloat16(cfg):
         print('mixed precision on a CPU: forward passes in bfloat16, no loss scale')

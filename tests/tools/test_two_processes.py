@@ -165,18 +165,40 @@ def test_killed_process(start, digits_options, tmp_path, rank, campaign):
     campaign('two processes', f'process {rank} killed')
 
 
+def equal_weights(folder: Path, other: Path) -> bool:
+    """Bit for bit, of the last epoch."""
+    ours, theirs = (torch.load(f / 'epoch_2.pth')['state_dict'] for f in (folder, other))
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
 def test_restarts_after_a_kill(start, undisturbed, digits_options, tmp_path, campaign):
-    """From the last checkpoint, to the weights of an undisturbed run."""
-    launcher = start('dist_train', *retinanet(tmp_path, digits_options), MAX_RESTARTS='1')
+    """From the last checkpoint, to the weights of an undisturbed run.
+
+    The killed process has workers, which outlive it for a while.
+    """
+    arguments = retinanet(tmp_path, digits_options, 'train_dataloader.num_workers=2')
+    launcher = start('dist_train', *arguments, MAX_RESTARTS='1')
     wait_for_iteration(launcher, tmp_path, 5)
-    os.kill(workers(launcher)[1], signal.SIGKILL)
-    assert 'resumed epoch: 1, iter: 3' in end(launcher)
-    ours, theirs = (
-        torch.load(folder / 'epoch_2.pth', weights_only=False)['state_dict']
-        for folder in (tmp_path, undisturbed)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    os.kill(workers(launcher)[0], signal.SIGKILL)
+    said = end(launcher)
+    assert f'training in {tmp_path} goes on from {tmp_path / "epoch_1.pth"}' in said
+    assert equal_weights(tmp_path, undisturbed)
     campaign('two processes', 'restart after a kill')
+
+
+def test_preemption(start, undisturbed, digits_options, tmp_path, campaign):
+    """SIGTERM to the script; the same command with --resume ends as an undisturbed run."""
+    arguments = retinanet(tmp_path, digits_options)
+    launcher = start('dist_train', *arguments, TORCH_ELASTIC_SHUTDOWN_TIMEOUT='300')
+    wait_for_iteration(launcher, tmp_path, 4)
+    launcher.terminate()
+    said = end(launcher, os.EX_TEMPFAIL)
+    assert said.splitlines()[-1] == 'all processes are ended by SIGTERM'
+    (checkpoint,) = tmp_path.glob('interrupted_*.pth')
+    said = end(start('dist_train', *arguments[:4], '--resume', *arguments[4:]))
+    assert f'goes on from {checkpoint}' in said
+    assert equal_weights(tmp_path, undisturbed)
+    campaign('two processes', 'SIGTERM and resumption')
 
 
 def test_mistake(start, digits_options, tmp_path, campaign):
