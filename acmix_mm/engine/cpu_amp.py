@@ -1,12 +1,15 @@
 """Mixed precision on a CPU, where mmengine's AmpOptimWrapper does not start."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator
 
 import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 
 class CPUAmpOptimWrapper(OptimWrapper):
@@ -26,8 +29,9 @@ class CPUAmpOptimWrapper(OptimWrapper):
     def __init__(self, dtype: str | torch.dtype | None = None, **kwargs):
         _check(dtype)
         super().__init__(**kwargs)
+        _keep_float32()
 
-    @contextmanager
+    @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """Autocast, around the forward pass and what else OptimWrapper has there."""
         with super().optim_context(model), torch.autocast('cpu', torch.bfloat16):
@@ -55,6 +59,37 @@ def use_bfloat16(cfg: Config) -> bool:
     for gpu_only in ('loss_scale', 'use_fsdp'):
         wrapper.pop(gpu_only, None)
     return True
+
+
+@functools.cache
+def _keep_float32() -> None:
+    """mmcv's kernels for CPUs refuse bfloat16, and autocast does not know them: cast for them."""
+    functions = {'nms': ('NMSop', 'SoftNMSop'), 'roi_align': ('RoIAlignFunction',)}
+    for module, names in functions.items():
+        with contextlib.suppress(ImportError):  # mmcv-lite has none
+            for name in names:
+                function = getattr(importlib.import_module(f'mmcv.ops.{module}'), name)
+                function.forward = staticmethod(_in_float32(function.forward))
+                function.backward = staticmethod(_in_float32(function.backward))
+
+
+def _in_float32(function: Callable) -> Callable:
+    """The same of bfloat16 on the CPU, by way of float32."""
+
+    def is_half(value) -> bool:
+        is_tensor = isinstance(value, torch.Tensor)
+        return is_tensor and value.dtype == torch.bfloat16 and value.device.type == 'cpu'
+
+    @functools.wraps(function)
+    def cast(ctx, *args):
+        if not any(map(is_half, args)):
+            return function(ctx, *args)
+        out = function(ctx, *(a.float() if is_half(a) else a for a in args))
+        return tree_map_only(
+            torch.Tensor, lambda t: t.bfloat16() if t.is_floating_point() else t, out
+        )
+
+    return cast
 
 
 def _check(dtype: str | torch.dtype | None) -> None:

@@ -74,6 +74,10 @@ def _windows(
     padded: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
 ) -> list[Tensor]:
     """What each position of the neighbourhood sees: views (B, C / G, G, Hq, Wq)."""
+    if weight.size(2) != kernel_size**2:  # of a call without the checks in front
+        raise ValueError(
+            f'weight must have kernel_size ** 2 = {kernel_size**2} positions, got {weight.size(2)}'
+        )
     padded = padded.unflatten(1, (-1, weight.size(1)))
     height, width = weight.shape[-2:]
     return [

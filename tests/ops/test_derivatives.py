@@ -1,4 +1,4 @@
-"""What holds for every operator and backend: layouts, all kinds of derivatives, needed ones."""
+"""What holds for every operator: layouts, all kinds of derivatives, needed ones, hostile calls."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -6,6 +6,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from devices import device_of, needs_native
+from fuzzing import LAYOUTS, fuzz, fuzzed
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -235,6 +237,12 @@ def custom_operators(dtype=torch.float32) -> dict[str, tuple]:
     return everything
 
 
+def native_operators() -> set[str]:
+    schemas = torch._C._jit_get_all_schemas()
+    names = {s.name.removeprefix('acmix_mm::') for s in schemas if s.name.startswith('acmix_mm::')}
+    return {n for n in names if '_torch' not in n and '_triton' not in n}
+
+
 def channels_last(tensor):
     """The same numbers with the second dimension innermost."""
     if not isinstance(tensor, Tensor) or tensor.dim() < 4:
@@ -262,7 +270,85 @@ def test_every_custom_operator_is_checked():
     assert native <= set(custom_operators())
 
 
-def native_operators() -> set[str]:
-    schemas = torch._C._jit_get_all_schemas()
-    names = {s.name.removeprefix('acmix_mm::') for s in schemas if s.name.startswith('acmix_mm::')}
-    return {n for n in names if '_torch' not in n and '_triton' not in n}
+def parts_of_operators() -> dict[str, tuple]:
+    """Arguments of those that are called by other operators only, and write to arguments."""
+    maps = [torch.randn(2, HEADS, DIM, *SIZE) for _ in range(7)]
+    slopes, factor, lse = (
+        torch.randn(shape) for shape in ((DIM, 2), (HEADS, DIM), (2, HEADS, *SIZE))
+    )
+    geometry = (3, 1, 1, 0.5)
+    return {
+        'local_attention_native_forward_add_': (*maps[:4], slopes, factor, *geometry),
+        'local_attention_native_backward_add_': (*maps, slopes, 1.0, lse, *geometry),
+    }
+
+
+INTEGERS = [-(2**63), -1, 0, 1, 2, 3, 7, 2**31 + 1, 2**62 + 1, 2**63 - 1]
+SIZES = [0, 1, 2, 5, 2**41, 2**50]
+
+
+def hostile(data, value):
+    """Something else in the place of an argument, of the type that its schema has."""
+    if isinstance(value, bool | list | float) or value is None:
+        return value
+    if isinstance(value, int):
+        return data.draw(st.sampled_from(INTEGERS))
+    kind = data.draw(st.sampled_from(['layout', 'size', 'dimension', 'dtype', 'empty']))
+    if kind == 'layout':
+        return LAYOUTS[data.draw(st.sampled_from(list(LAYOUTS)))](value)
+    if kind == 'dtype':
+        return value.to(data.draw(st.sampled_from([torch.float64, torch.float16, torch.int64])))
+    if kind == 'empty':
+        return value[..., :0]
+    if kind == 'dimension':
+        return data.draw(st.sampled_from([value[None], value[0], value.flatten(), value.sum()]))
+    shape = list(value.shape)  # of one number, which memory holds once
+    shape[data.draw(st.integers(0, len(shape) - 1))] = data.draw(st.sampled_from(SIZES))
+    return value.flatten()[0].expand(shape)
+
+
+@needs_native
+@fuzzed(40, 300)
+@pytest.mark.parametrize('name', sorted(native_operators()))
+def test_hostile_calls(name, examples, campaign):
+    """Of operators as they are, without the checks in front: an exception or finite numbers.
+
+    Never the end of the process, nor (by tools/dev/sanitize.sh) numbers from beyond a tensor.
+    """
+    operator = getattr(torch.ops.acmix_mm, name)
+
+    def check(data):
+        arguments = list({**custom_operators(), **parts_of_operators()}[name])
+        for place in data.draw(st.sets(st.integers(0, len(arguments) - 1), min_size=1, max_size=3)):
+            arguments[place] = hostile(data, arguments[place])
+        try:
+            results = operator(*arguments)
+        except Exception:
+            return
+        if 'backward' not in name:  # whose lse need not be one
+            results = [results] if isinstance(results, Tensor) else results
+            assert all(result.isfinite().all() for result in results)
+
+    fuzz(check, examples, campaign, name)
+
+
+@needs_native
+@pytest.mark.parametrize('dilation', [2**62, 2**63 - 1, 4])
+def test_reach_beyond_the_map(dilation):
+    """A product that overflowed, and read from before the map."""
+    padded, weights = torch.randn(1, 1, 7, 7), (torch.ones(9), torch.ones(9), torch.ones(9, 4))
+    with pytest.raises(RuntimeError, match='padded must have more rows and columns than'):
+        torch.ops.acmix_mm.patch_weights_native(padded, *weights, 3, 1, dilation)
+
+
+@needs_native
+@pytest.mark.parametrize('kernel_size', [2**15 + 1, 2**31 + 1, 2**62 + 1, 2**63 - 1])
+def test_kernel_beyond_memory(kernel_size):
+    maps = torch.randn(1, 1, 1, 3, 3)
+    with pytest.raises(RuntimeError, match='kernel_size must be odd, positive and at most 32767'):
+        torch.ops.acmix_mm.local_attention_native_forward(maps, maps, maps, kernel_size, 1, 1, 1.0)
+    with pytest.raises(RuntimeError, match='kernel_size, stride, dilation and columns of key must'):
+        torch.ops.acmix_mm.local_attention_native_forward(maps, maps, maps, 32767, 1, 2**40, 1.0)
+    weight = maps[0, :, :, :1, :1].expand(1, 1, 1, kernel_size)
+    with pytest.raises(RuntimeError, match='weight must have an odd kernel of side 32767 at most'):
+        torch.ops.acmix_mm.group_conv_native(maps[0], weight, None, 1, 1, 1)
