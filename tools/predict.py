@@ -36,9 +36,7 @@ from mmdet.visualization import get_palette
 from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.infer import BaseInferencer
-from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
-from mmengine.utils import import_modules_from_strings
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 from tqdm import tqdm
@@ -47,8 +45,8 @@ from acmix_mm.command_line import (
     IMAGE_SUFFIXES,
     Parser,
     add_config_arguments,
+    build_model,
     check_folder,
-    check_weights,
     device_type,
     find_images,
     keep_freed_memory,
@@ -316,8 +314,8 @@ class Classifier(Detector):
 
 def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> BaseInferencer:
     """Inferencer of the config's package with the checkpoint's weights, which must all be there."""
-    import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
-    init_default_scope(cfg.get('default_scope', 'mmdet'))  # mmpretrain's inferencer does not
+    # Inferencers go on with what does not fit. It also sets the scope, which mmpretrain's does not.
+    build_model(cfg, checkpoint, args)
     if is_segmentor(cfg):
         from mmseg.apis import MMSegInferencer as Inferencer
     elif is_classifier(cfg):
@@ -327,9 +325,7 @@ def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) ->
 
     if 'visualizer' in cfg:
         cfg.visualizer.vis_backends = None  # pictures are written here
-    inferencer = Inferencer(cfg, args.checkpoint, device=args.device)
-    check_weights(inferencer.model, checkpoint, args)
-    return inferencer
+    return Inferencer(cfg, args.checkpoint, device=args.device)
 
 
 def is_segmentor(cfg: Config) -> bool:

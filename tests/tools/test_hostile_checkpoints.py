@@ -4,6 +4,7 @@ Files that run code (tests/hostile.py), files that are damaged, and files that a
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +21,12 @@ import switch_to_deploy
 import test as evaluate  # tools/test.py
 import torch
 import train
+from mmengine.config import Config
 from PIL import Image
 from programs import program, scalars
+
+from acmix_mm import deploy
+from acmix_mm.weights import build
 
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 SEGMENTOR = 'configs/demo/acmix-swin_upernet_scene-digits.py'
@@ -223,3 +228,78 @@ def test_texts_are_not_executed(tool, trained, digits_options, tmp_path, campaig
         assert (tmp_path / 'predictions.json').exists()
     assert not (trained / 'it-ran').exists()
     campaign('hostile checkpoints', f'{tool}: text that is a program')
+
+
+def state_dict(key: str = 'work_dir', value: object = None) -> dict:
+    """Weights of the config's model with another setting."""
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict({key: value})
+    return build(cfg).state_dict()
+
+
+def without(weights: dict, part: str) -> dict:
+    return {name: value for name, value in weights.items() if part not in name}
+
+
+def deployed() -> dict:
+    return deploy(build(Config.fromfile(CONFIG)).eval()).state_dict()
+
+
+# By kind, weights that do not fit the config, and what the message says.
+OTHERS: dict[str, tuple[Callable[[], dict], str]] = {
+    'of a deeper model': (
+        lambda: state_dict('model.backbone.depth', 38), 'of its 4.. weights are not in the model'
+    ),
+    'half of the weights': (
+        lambda: without(state_dict(), 'layer3'), r'weights are missing, such as backbone\.layer3'
+    ),
+    'without the head': (
+        lambda: without(state_dict(), 'bbox_head'), r'weights are missing, such as bbox_head'
+    ),
+    'of other classes': (
+        lambda: state_dict('model.bbox_head.num_classes', 7),
+        r'retina_cls.weight: \(63, 64, 3, 3\) instead of \(90, 64, 3, 3\)',
+    ),
+    'with weights besides': (
+        lambda: {**state_dict(), 'mask_head.weight': torch.ones(1)}, 'such as mask_head.weight'
+    ),
+    'deployed': (deployed, 'it is of the form for inference; its config is the file beside it'),
+}  # fmt: skip
+EVALUATING = ['train --resume FILE', 'test', 'predict', 'switch_to_deploy', 'export_onnx']
+
+
+@pytest.mark.parametrize(
+    ('tool', 'kind'),
+    [
+        pytest.param(tool, kind, marks=[] if i == j else pytest.mark.slow)
+        for i, tool in enumerate(EVALUATING)
+        for j, kind in enumerate(OTHERS)
+    ],
+)
+def test_weights_of_another_model(tool, kind, tmp_path, campaign):
+    weights, message = OTHERS[kind]
+    file = tmp_path / 'bad.pth'
+    meta = {'epoch': 1, 'iter': 1, 'dataset_meta': {'classes': list('0123456789')}}
+    torch.save({'state_dict': weights(), 'meta': meta, 'message_hub': {}, 'optimizer': {}}, file)
+    program, arguments = TOOLS[tool]
+    with pytest.raises(SystemExit, match=message) as caught:
+        program.main(arguments(file, tmp_path / 'out'))
+    assert re.match(r'error: checkpoint \S+ (does not fit config|is not for load_from)',
+                    caught.value.code)  # fmt: skip
+    assert '\n' not in caught.value.code
+    assert not list(tmp_path.glob('out*'))
+    campaign('hostile checkpoints', f'{tool}: {kind}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('tool', EVALUATING)
+def test_a_training_for_a_deployed_config(tool, tmp_path, campaign):
+    file = tmp_path / 'bad.pth'
+    config = recipe(CONFIG, 'model = dict(backbone=dict(deploy=True))', tmp_path)
+    torch.save({'state_dict': state_dict(), 'meta': {}, 'message_hub': {}, 'optimizer': {}}, file)
+    program, arguments = TOOLS[tool]
+    arguments = [config if a == CONFIG else a for a in arguments(file, tmp_path / 'out')]
+    with pytest.raises(SystemExit, match=r'it is of the model as it is trained|deployed already'):
+        program.main(arguments)
+    assert not list(tmp_path.glob('out*'))
+    campaign('hostile checkpoints', f'{tool}: a training for a deployed config')
