@@ -19,16 +19,13 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner.checkpoint import load_state_dict
-from mmengine.utils import import_modules_from_strings
 from mmengine.utils.dl_utils import set_multi_processing
 
+from .checkpoints import make_checkpoints_loadable, read_checkpoint
 from .config_check import check_config, merge_options, read_config, reason
 from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
-from .openmmlab import make_checkpoints_loadable
 from .ops._dispatch import BACKEND_VARIABLE, check_backend
-from .weights import read_checkpoint
+from .weights import build, misfit
 
 WORK_DIRS = 'work_dirs'
 LENGTH = 300  # of a message
@@ -201,11 +198,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(file: str, options: dict | None = None) -> Config:
+def load_config(file: str, options: dict | None = None, needs: Iterable[str] = ()) -> Config:
     """The config file with ``--cfg-options``.
 
     Exits with a message if it cannot be read, if it is for mmpretrain, the one package of OpenMMLab
-    that is optional, which is not installed, or for what
+    that is optional, which is not installed, if it lacks a key that the program needs, or for what
     :func:`~acmix_mm.config_check.check_config` finds.
     """
     make_checkpoints_loadable()
@@ -218,19 +215,22 @@ def load_config(file: str, options: dict | None = None) -> Config:
             )
         if options:
             merge_options(cfg, options)
+        for key in needs:
+            if cfg.get(key) is None:
+                raise ValueError(f'config {file} has no {key}')
         check_config(cfg, file)
     except ValueError as error:
         raise SystemExit(f'error: {shortened(str(error))}') from error
     return cfg
 
 
-def load_run_config(args: argparse.Namespace) -> Config:
+def load_run_config(args: argparse.Namespace, needs: Iterable[str] = ()) -> Config:
     """:func:`load_config` with launcher and work directory set for the Runner.
 
     Exits with a message, too, if the launcher's environment is not there or no work directory can.
     """
     check_launcher(args.launcher)
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, needs)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
     if args.work_dir is not None:
@@ -320,7 +320,7 @@ def keep_freed_memory() -> None:
 
 
 def load_checkpoint(path: str) -> dict:
-    """:func:`~acmix_mm.weights.read_checkpoint`; exits with a message if it cannot be read."""
+    """:func:`~acmix_mm.checkpoints.read_checkpoint`; exits with a message if that refuses it."""
     try:
         return read_checkpoint(path)
     except ValueError as error:
@@ -328,29 +328,19 @@ def load_checkpoint(path: str) -> dict:
 
 
 def check_weights(model: torch.nn.Module, checkpoint: dict, args: argparse.Namespace) -> None:
-    """Exits with a message unless the checkpoint holds every weight of the model."""
-    weights = checkpoint.get('state_dict', checkpoint)
-    missing = [
-        name
-        for name, value in model.state_dict().items()
-        if name not in weights or weights[name].shape != value.shape
-    ]
-    if missing:
+    """Load the checkpoint; exits with a message unless its weights are just those of the model."""
+    problem = misfit(model, checkpoint)
+    if problem:
         sys.exit(
-            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: '
-            f'{len(missing)} weights are missing or of another shape, for example {missing[0]}'
+            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: {problem}'
         )
 
 
 def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torch.nn.Module:
     """The config's model in evaluation mode with the checkpoint's weights, which must fit."""
-    import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    model = MODELS.build(cfg.model)
+    model = build(cfg)
     check_weights(model, checkpoint, args)
-    load_state_dict(model, checkpoint.get('state_dict', checkpoint))
-    model.eval()
-    return model
+    return model.eval()
 
 
 def check_out(out: Path, suffix: str) -> None:

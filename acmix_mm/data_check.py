@@ -33,6 +33,7 @@ from .command_line import in_one_line
 ENDS = 16  # pictures at each end of a data set that the quick check opens
 EXAMPLES = 3  # of each kind of problem that a report shows
 ID = (int, str)  # types of ids in annotation files
+LAZY = {'lazy_init': True, 'serialize_data': False}
 IGNORED = 255  # label of pixels that no loss counts
 LAYOUTS = {
     'CocoDataset': 'annotations/instances_{train,val}2017.json, train2017/ and val2017/ for COCO',
@@ -166,7 +167,7 @@ def _build(dataset_cfg: dict, scope: str):
         kind = dataset_cfg['type']
         kind = registry.get(kind) if isinstance(kind, str) else kind
         lazy = inspect.isclass(kind) and issubclass(kind, BaseDataset)
-        return registry.build(dict(dataset_cfg, lazy_init=True) if lazy else dataset_cfg)
+        return registry.build(dict(dataset_cfg, **LAZY) if lazy else dataset_cfg)
 
 
 def _look(
@@ -184,18 +185,15 @@ def _look(
     kinds = [kind.__name__ for kind in type(dataset).__mro__]
     known = next((kind for kind in kinds if kind in looks and _is_read_like(dataset, kind)), None)
     _check_classes(dataset, contents)
-    if known is not None and not _check_places(dataset, contents, known):
-        return
-    if known is None or contents.errors:
-        if known is None:
-            contents.facts['annotations'] = 'of a type that is not looked into'
-            contents.images = len(dataset)
-            if not len(dataset):
-                contents.add(contents.place, 'holds no images', 'at least one')
-        return
-    items = looks[known](dataset, contents, metrics, thorough)
-    if not contents.errors:
-        _check_pictures(dataset, items, contents, thorough, pictures)
+    if known is None:
+        contents.facts['annotations'] = 'of a type that is not looked into'
+        contents.images = len(dataset)
+        if not contents.images:
+            contents.add(contents.place, 'holds no images', 'at least one')
+    elif _check_places(dataset, contents, known):
+        items = looks[known](dataset, contents, metrics, thorough)
+        if not contents.errors:
+            _check_pictures(dataset, items, contents, thorough, pictures)
 
 
 def _is_read_like(dataset, kind: str) -> bool:

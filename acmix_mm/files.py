@@ -5,6 +5,7 @@ import fcntl
 import io
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -19,6 +20,22 @@ if TYPE_CHECKING:
 
 class FolderInUse(ValueError):
     """A folder that another process has claimed."""
+
+
+@contextlib.contextmanager
+def naming(path: str | Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Context in which errors of the system that name no file, as of a full disk, name this one.
+
+    Args:
+        path (str | Path): What is written to.
+        instead_of (Path | None): Another name to be replaced by it. Default: None.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename in (None, str(instead_of)):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 @contextlib.contextmanager
@@ -40,16 +57,19 @@ def whole_file(file: str | Path) -> Iterator[Path]:
     file = Path(file)
     part = _part(file)
     try:
-        yield part
-        _sync(part)
-        os.replace(part, file)
-        _sync(file.parent)
-    except OSError as error:
-        if error.errno and error.filename in (None, str(part)):  # a full disk names no file
-            error.filename, error.filename2 = str(file), None
-        raise
+        with naming(file, instead_of=part):
+            yield part
+            _sync(part)
+            os.replace(part, file)
+            _sync(file.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: str | Path) -> None:
+    """Remove what :func:`whole_file` has left in a folder when processes were killed."""
+    for part in Path(folder).glob(_part(Path('*')).name):
+        part.unlink()
 
 
 def write_whole(file: str | Path, content: bytes | memoryview | str) -> None:
@@ -131,6 +151,9 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 def claim(folder: str | Path) -> IO[str]:
     """Claim a folder for this process until the returned file is closed, or the process ends.
 
+    Processes forked from this one do not prolong it. Where the file system has no locks, there is a
+    warning.
+
     Args:
         folder (str | Path): An existing folder; it gets a hidden file ``.lock``.
 
@@ -145,13 +168,14 @@ def claim(folder: str | Path) -> IO[str]:
         process = lock.read().strip() or 'unknown'
         lock.close()
         raise FolderInUse(f'folder {folder} is in use by process {process}') from None
+    except OSError as error:  # some file systems of clusters have none
+        warnings.warn(f'folder {folder} cannot be locked: {error.strerror}', stacklevel=2)
+    # The workers of a data loader outlive a killed training for some seconds.
+    os.register_at_fork(after_in_child=lock.close)
     lock.truncate(0)
-    try:
+    with naming(lock.name):
         lock.write(str(os.getpid()))
         lock.flush()
-    except OSError as error:  # a full disk names no file
-        error.filename = lock.name
-        raise
     return lock
 
 

@@ -6,7 +6,6 @@ are those that were tried.
 """
 
 import contextlib
-import copyreg
 import functools
 import importlib
 import importlib.abc
@@ -14,7 +13,6 @@ import importlib.util
 import inspect
 import io
 import sys
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -31,6 +29,12 @@ BACKBONES = (
     'DWNet',
     'SAN',
     'XVolutionResNet',
+)
+TRAINING_HOOKS = (
+    'PreemptionHook',
+    'ReproducibilityHook',
+    'SafeCheckpointHook',
+    'StopAtNonFiniteLossHook',
 )
 
 
@@ -83,24 +87,31 @@ def connect() -> None:
 
 
 def register() -> None:
-    """Register layers and backbones in mmengine's root registry of models.
+    """Register layers, backbones and what training takes in mmengine's root registries.
 
     The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
     in the place of the functions that import them. As layer types, layers leave 1x1 convolutions
     what they are, see :func:`_layer_type`.
     """
-    from mmengine.registry import MODELS
+    from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
 
     from .layers import ACmix, LastMapPooling, XVolution
 
     backbones = sys.modules.get('acmix_mm.backbones')
     entries = {layer.__name__: _layer_type(layer) for layer in (ACmix, XVolution)}
     entries['LastMapPooling'] = LastMapPooling
-    entries |= {name: getattr(backbones, name, None) or _backbone(name) for name in BACKBONES}
+    entries |= {
+        name: getattr(backbones, name, None) or _imported('acmix_mm.backbones', name)
+        for name in BACKBONES
+    }
     for name, entry in entries.items():
         taken = MODELS.module_dict.get(name)
         ours = taken is not None and taken.__module__.startswith('acmix_mm.')
         MODELS.register_module(name=name, module=entry, force=ours)
+    for name in TRAINING_HOOKS:
+        HOOKS.register_module(name=name, module=_imported('acmix_mm.engine', name), force=True)
+    name = 'CPUAmpOptimWrapper'
+    OPTIM_WRAPPERS.register_module(name=name, module=_imported('acmix_mm.engine', name), force=True)
 
 
 def find_packages_by_module() -> None:
@@ -117,9 +128,11 @@ def find_packages_by_module() -> None:
             MODULE2PACKAGE[module] = module
 
 
-def _backbone(name: str) -> Callable:
+def _imported(module: str, name: str) -> Callable:
+    """Builds what a module has under a name, and imports it only then."""
+
     def build(*args, **kwargs):
-        return getattr(importlib.import_module('acmix_mm.backbones'), name)(*args, **kwargs)
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = name
     return build
@@ -310,44 +323,3 @@ def check_requirements() -> None:
             raise ImportError(
                 f'acmix_mm needs {name} >= {requirement.minimum}, and found {found}. {advice}'
             )
-
-
-def make_checkpoints_loadable() -> None:
-    """Make checkpoints of mmengine's Runner load with torch's safe loader (``weights_only``).
-
-    The programs in tools/ call it before they load or write any; importing ``acmix_mm`` does not
-    change what torch takes for safe.
-
-    They hold the log's history as ``HistoryBuffer``, which torch >= 2.6 refuses, so that resuming
-    with the original mmengine fails and OneDL's falls back to the unsafe loader. Here the class is
-    registered as safe, with the numpy objects in it, and is pickled by its constructor: by default
-    a pickle of it also calls ``getattr``, which no safe loader can allow. Checkpoints of Swin's
-    training program, and of those made from it, hold their yacs config; it is read as a dict.
-    """
-    import numpy as np
-    from mmengine.logging.history_buffer import HistoryBuffer
-    from torch.serialization import add_safe_globals
-
-    copyreg.pickle(HistoryBuffer, _reduce_history_buffer)
-    dtypes = {type(np.dtype(code)) for code in np.typecodes['AllInteger'] + np.typecodes['Float']}
-    functions = [np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
-    # numpy 2 moved these functions; a file names them by the place they had when it was written.
-    names = [
-        (function, f'numpy.{core}.multiarray.{function.__name__}')
-        for function in functions
-        for core in ('core', '_core')
-    ]
-    yacs = (_PlainConfig, 'yacs.config.CfgNode')
-    add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *dtypes, *names, yacs])
-
-
-class _PlainConfig:
-    """Stands for the config class of yacs, of which nothing runs and which need not be there."""
-
-    def __new__(cls):
-        return OrderedDict()  # which torch's safe loader fills, subclasses of dict it does not
-
-
-def _reduce_history_buffer(buffer):
-    log_history, count_history = buffer.data
-    return type(buffer), (log_history, count_history, buffer.max_length)

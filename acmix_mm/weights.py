@@ -1,24 +1,23 @@
-"""Checkpoints: read without running code in them; those from which models start."""
+"""Checkpoints and models: which weights fit, and those from which models start."""
 
 import contextlib
 import copy
-import re
+import functools
 import sys
-import urllib.error
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner.checkpoint import CheckpointLoader
+from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
-from torch import Tensor, nn
+from torch import nn
 
-from .openmmlab import make_checkpoints_loadable
+from .checkpoints import CheckpointNotFound, is_url, read_checkpoint, state_dict_of
+from .layers.deployable import Deployable
 
 FOLDER = Path('checkpoints')  # what lies there takes precedence over a URL
 
@@ -39,81 +38,69 @@ SOURCES = {
 }
 
 
-def state_dict_of(checkpoint: object) -> dict[str, Tensor]:
-    """A checkpoint's weights, by their names without the ``module.`` of parallel wrappers.
+def build(cfg: Config, module: dict | None = None) -> nn.Module:
+    """The model of a config, or a part of it.
 
     Args:
-        checkpoint (object): What has been read from a file: a state dict, or a dict that holds one
-            under ``state_dict``, as OpenMMLab's and SAN's, or ``model``, as Swin's.
+        cfg (Config): Says which packages to import.
+        module (dict | None): The part's config. Default: None, for ``cfg.model``.
+    """
+    import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    return MODELS.build(cfg.model if module is None else module)
+
+
+def misfit(model: nn.Module, checkpoint: dict) -> str | None:
+    """Load a checkpoint into a model, and say what keeps it from being the model's.
+
+    The model's own loading decides, which may rename weights or leave some out.
+
+    Args:
+        model (nn.Module): Gets the weights as far as they fit.
+        checkpoint (dict): See :func:`~acmix_mm.checkpoints.read_checkpoint`.
 
     Returns:
-        dict[str, Tensor]: Empty if it holds no weights.
+        str | None: Part of a sentence about the checkpoint, or None if all of its weights are the
+        model's and it lacks none.
     """
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-            break
-    if not isinstance(checkpoint, dict):
-        return {}
-    return {
-        name.removeprefix('module.'): value
-        for name, value in checkpoint.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-
-
-class CheckpointNotFound(ValueError):
-    """A checkpoint that is not there, or cannot be fetched."""
-
-
-def is_url(file: str) -> bool:
-    return file.startswith(('http://', 'https://'))
-
-
-def _fetched(url: str) -> Path:
-    """Where torch hub keeps it."""
-    return Path(torch.hub.get_dir(), 'checkpoints', url.rsplit('/', 1)[-1])
-
-
-def read_checkpoint(file: str) -> dict:
-    """Read a checkpoint into CPU memory with torch's safe loader, which runs no code in it.
-
-    Args:
-        file (str): A file, or a URL, which is fetched once into torch hub's cache. Other schemes,
-            such as ``torchvision://``, are left to mmengine.
-
-    Raises:
-        CheckpointNotFound: If it is not there; a ValueError, too.
-        ValueError: If it cannot be read, is no checkpoint, or holds more than weights and plain
-            values. All messages are one line that begins with "checkpoint" and the file.
-    """
-    make_checkpoints_loadable()
-    options = {'map_location': 'cpu', 'weights_only': True}
+    weights = state_dict_of(checkpoint)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    # Files from before PyTorch 0.4.1 have no counters of batches.
+    missing = [n for n in shapes if n not in weights and not n.endswith('num_batches_tracked')]
+    unexpected = [name for name in weights if name not in shapes]
+    others = [name for name in shapes.keys() & weights if weights[name].shape != shapes[name]]
     try:
-        if is_url(file):
-            checkpoint = torch.hub.load_state_dict_from_url(file, **options)
-        elif '://' in file:
-            checkpoint = CheckpointLoader.load_checkpoint(file, map_location='cpu')
-        else:
-            checkpoint = torch.load(Path(file).expanduser(), **options)
-    except FileNotFoundError:
-        raise CheckpointNotFound(f'checkpoint {file} does not exist') from None
-    except urllib.error.URLError as error:  # an OSError, too
-        raise CheckpointNotFound(f'checkpoint {file} cannot be fetched ({error})') from None
-    except Exception as error:  # for bytes that are no checkpoint, anything may be raised
-        found = re.search(r'GLOBAL:? (\w+(\.\w+)+)', str(error))
-        if found:
-            raise ValueError(
-                f'checkpoint {file} is refused: it holds {found[1]}, which is neither a weight nor '
-                'a plain value and may run code'
-            ) from None
-        raise ValueError(
-            f'checkpoint {_fetched(file) if is_url(file) else file} cannot be read, it may be '
-            f'damaged or no checkpoint ({type(error).__name__}: {str(error).partition(chr(10))[0]})'
-        ) from None
-    if not state_dict_of(checkpoint):
-        raise ValueError(f'checkpoint {file} holds no weights')
-    return checkpoint
+        result = model.load_state_dict(weights, strict=False)
+        missing = [name for name in result.missing_keys if name in missing]
+        unexpected = result.unexpected_keys
+    except ValueError:  # of Deployable
+        if any(isinstance(module, Deployable) and module.deployed for module in model.modules()):
+            return (
+                'it is of the model as it is trained, and the config of its form for inference, '
+                'which tools/model_converters/switch_to_deploy.py makes of both'
+            )
+        return (
+            'it is of the form for inference; its config is the file beside it that '
+            'tools/model_converters/switch_to_deploy.py wrote'
+        )
+    except RuntimeError as error:
+        if not others:
+            return ' '.join(str(error).split())
+    parts = []
+    if missing:
+        parts.append(f'{len(missing)} of {len(shapes)} weights are missing, such as {missing[0]}')
+    if others:
+        name = min(others, key=list(shapes).index)
+        parts.append(
+            f'{len(others)} of {len(shapes)} weights have another shape, such as {name}: '
+            f'{tuple(weights[name].shape)} instead of {tuple(shapes[name])}'
+        )
+    if unexpected:
+        parts.append(
+            f'{len(unexpected)} of its {len(weights)} weights are not in the model, such as '
+            f'{unexpected[0]}'
+        )
+    return ', '.join(parts) or None
 
 
 @contextlib.contextmanager
@@ -215,42 +202,65 @@ def resolve_weights(cfg: Config) -> None:
 def check_starts(cfg: Config) -> None:
     """Exit with a message if a checkpoint from which a config starts cannot serve.
 
-    That is, cannot be had or read (see :func:`read_checkpoint`), or has nothing for the module
-    whose ``init_cfg`` names it; the module is built and initialised for that. URLs are fetched;
-    what other schemes name, such as ``torchvision://``, is not looked at. To be called in one
-    process, before work starts and after :func:`resolve_weights`.
+    That is, cannot be had or read (see :func:`~acmix_mm.checkpoints.read_checkpoint`), or has
+    nothing for the module whose ``init_cfg`` names it; the module is built and initialised for
+    that. With ``resume``, training must be able to go on from ``load_from``. Says it where only a
+    part of a module's weights is in its checkpoint. To be called in one process, before work starts
+    and after :func:`resolve_weights`.
     """
     for start in _starts(cfg):
-        if '://' in start.file and not is_url(start.file):
-            continue
         try:
-            read_checkpoint(start.file)
+            checkpoint = read_checkpoint(start.file)
         except CheckpointNotFound as error:
             sys.exit(f'error: {start.missing(str(error))}')
         except ValueError as error:
             sys.exit(f'error: {error}')
-        if start.module is not None:
-            _check_use(cfg, start)
+        if start.place == 'load_from' and cfg.get('resume'):
+            problem = _cannot_resume(cfg, checkpoint)
+        elif start.place == 'load_from':
+            model = build(cfg)
+            weights = state_dict_of(checkpoint)
+            load = functools.partial(load_state_dict, model, weights, logger='silent')
+            problem = _try(model, start, load)
+        elif start.module is not None:
+            module = build(cfg, copy.deepcopy(start.module))
+            problem = _try(module, start, module.init_weights)
+        else:
+            problem = None
+        if problem:
+            sys.exit(f'error: checkpoint {start.file} is not for {start.place}: {problem}')
 
 
-def _check_use(cfg: Config, start: _Start) -> None:
-    import_modules_from_strings(**cfg.get('custom_imports', {'imports': ['acmix_mm']}))
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    config = copy.deepcopy(start.module)
-    if is_url(start.file):
-        # mmengine would wait for all processes of a job before it takes the file from there.
-        checkpoint_of(config['init_cfg'])['checkpoint'] = str(_fetched(start.file))
-    module = MODELS.build(config)
+def _cannot_resume(cfg: Config, checkpoint: dict) -> str | None:
+    """Why training cannot go on from a checkpoint, None if it can."""
+    absent = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
+    if absent:
+        return (
+            f'it has no state of a training ({", ".join(absent)}) to go on with; to start from its '
+            'weights alone: --cfg-options load_from=FILE, without --resume'
+        )
+    return misfit(build(cfg), checkpoint)
+
+
+def _try(module: nn.Module, start: _Start, load: Callable[[], object]) -> str | None:
+    """Load a checkpoint into a module; why it cannot serve, None if it can."""
     logger = MMLogger.get_current_instance()
     logger.disabled = True  # training says all of it again
     try:
         with names_loaded(module) as loaded:
-            module.init_weights()
-        problem = None if loaded else f'it has none of the weights of {type(module).__name__}'
+            load()
     except (ValueError, RuntimeError, LookupError, AssertionError) as error:
         # What classes of others raise for names that they do not know.
-        problem = f'{type(error).__name__}: {" ".join(str(error).split())}'
+        return f'{type(error).__name__}: {" ".join(str(error).split())}'
     finally:
         logger.disabled = False
-    if problem:
-        sys.exit(f'error: checkpoint {start.file} is not for {start.place}: {problem}')
+    if not loaded:
+        return f'it has none of the weights of {type(module).__name__}'
+    names = [n for n in module.state_dict() if not n.endswith('num_batches_tracked')]
+    new = [name for name in names if name not in loaded]
+    if new:
+        print(
+            f'{start.place} starts with {len(names) - len(new)} of {len(names)} weights from '
+            f'{start.file}; others, such as {new[0]}, keep their initial values'
+        )
+    return None

@@ -1,6 +1,7 @@
 """Programs of tests that run in two processes: how tests start them, and how they end."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,13 @@ def run_two_processes(program: Path, *arguments) -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(('127.0.0.1', 0))
+        return listener.getsockname()[1]
 
 
 def parallel_step(tasks: list[tuple], folder: Path) -> list[tuple[dict, dict]]:

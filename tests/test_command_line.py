@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from processes import run_two_processes
+from processes import free_port, run_two_processes
 
 from acmix_mm.command_line import join_processes, load_config
 
@@ -65,9 +65,24 @@ def test_once_ends_all_processes(tmp_path):
 
 @without_gpu
 @pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
-def test_launchers_that_need_a_gpu(launcher):
-    with pytest.raises(SystemExit, match=rf'error: --launcher {launcher} needs a GPU'):
-        join_processes(Config({'launcher': launcher}))
+def test_other_launchers(launcher, monkeypatch):
+    """A job of one process, which mmengine starts where it finds a GPU alone."""
+    variables = {
+        'SLURM_PROCID': 0, 'SLURM_LOCALID': 0, 'SLURM_NTASKS': 1, 'SLURM_NODELIST': 'here',
+        'OMPI_COMM_WORLD_LOCAL_RANK': 0, 'OMPI_COMM_WORLD_SIZE': 1, 'OMPI_COMM_WORLD_RANK': 0,
+        'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': free_port(),
+        # Which mmengine sets:
+        'RANK': None, 'WORLD_SIZE': None, 'LOCAL_RANK': None,
+        'OMP_NUM_THREADS': 1, 'MKL_NUM_THREADS': 1,
+    }  # fmt: skip
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    join_processes(Config({'launcher': launcher}))
+    try:
+        assert torch.distributed.get_backend() == 'gloo'
+        assert torch.distributed.get_world_size() == 1
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 CONFIGS = Path(__file__).parents[1] / 'configs'

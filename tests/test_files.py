@@ -1,10 +1,20 @@
 import contextlib
+import errno
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from acmix_mm.files import FolderInUse, claim, whole_file, whole_folder
+from acmix_mm.files import (
+    FolderInUse,
+    claim,
+    encode_picture,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 
 
 class Interrupt(Exception):
@@ -22,6 +32,42 @@ def test_a_file_is_whole_or_what_it_was(tmp_path):
         raise Interrupt
     assert file.read_text() == 'first'
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    file = tmp_path / 'a.json'
+    with pytest.raises(OSError, match='No space left') as stop, whole_file(file):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    assert stop.value.filename == str(file)
+    with pytest.raises(FileNotFoundError) as stop, whole_file(tmp_path / 'none' / 'a') as part:
+        part.touch()
+    assert stop.value.filename == str(tmp_path / 'none' / 'a')
+    with pytest.raises(OSError, match='Permission denied') as stop, whole_file(file):
+        raise OSError(errno.EACCES, 'Permission denied', 'another')
+    assert stop.value.filename == 'another'
+
+
+def test_a_long_name(tmp_path):
+    """Up to what file systems take."""
+    file = tmp_path / ('ü' * 125 + '.json')
+    with whole_file(file) as part:
+        part.touch()
+        assert part.suffix == '.json'
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_pictures(tmp_path):
+    """Colours, grey levels and 16 bits come back; what a format cannot hold is refused."""
+    rng = np.random.default_rng(0)
+    for shape, dtype in (((3, 5, 3), np.uint8), ((3, 5), np.uint8), ((3, 5), np.uint16)):
+        picture = rng.integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+        write_whole(tmp_path / 'x.png', encode_picture(picture, '.PNG'))
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'x.png')), picture)
+    for suffix, size in (('.jpg', (1, 70000)), ('.none', (2, 2))):
+        with pytest.raises(
+            ValueError, match=rf'{size[1]}x{size[0]} pixels cannot be .* as {suffix}'
+        ):
+            encode_picture(np.zeros(size, np.uint8), suffix)
 
 
 def test_a_folder_is_whole_or_absent(tmp_path):

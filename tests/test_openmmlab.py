@@ -7,7 +7,8 @@ import pytest
 import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 
-from acmix_mm.openmmlab import REQUIREMENTS, check_requirements, make_checkpoints_loadable
+from acmix_mm.checkpoints import make_checkpoints_loadable
+from acmix_mm.openmmlab import REQUIREMENTS, check_requirements
 
 
 def run(code: str, path: Path | None = None) -> subprocess.CompletedProcess:

@@ -22,8 +22,8 @@ from releases import classifier, openmmlab, parallel
 from small_configs import build, shrink_config, take
 from starts import CONFIGS, LONGER, STARTS, options, promised, recipes, start_of
 
+from acmix_mm.checkpoints import read_checkpoint, state_dict_of
 from acmix_mm.layers import MixedOperator
-from acmix_mm.weights import read_checkpoint, state_dict_of
 
 RECIPES = recipes()
 IMAGENET = {path.stem.split('_')[0]: path for path in CONFIGS.glob('imagenet/*.py')}

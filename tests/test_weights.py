@@ -1,14 +1,11 @@
-"""Checkpoints from which models start: read safely, found, refused in one line."""
+"""Checkpoints and models: what fits; those from which models start, found or refused."""
 
 import argparse
-import os
-import pickle
 import re
-import sys
-import types
 from pathlib import Path
 
 import compare
+import hostile
 import predict
 import pytest
 import torch
@@ -18,59 +15,14 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
+from acmix_mm.checkpoints import read_checkpoint
 from acmix_mm.command_line import build_model, load_checkpoint, load_config
-from acmix_mm.weights import check_starts, read_checkpoint, resolve_weights, state_dict_of
+from acmix_mm.weights import check_starts, resolve_weights
 
 NOWHERE = 'http://127.0.0.1:9/weights.pth'  # the port of a service that no machine offers
 CONFIG = Path('configs/demo/retinanet_acmix-r26_fpn_scene-digits.py')
 RESNET = {'type': 'ACmixResNet', 'depth': 26, 'base_channels': 16}
 SWIN = {'embed_dims': 12, 'depths': (1, 1, 1, 1), 'num_heads': (3, 3, 6, 12)}
-
-
-class RunsCode:
-    """Pickled as a call that creates a file."""
-
-    def __init__(self, file):
-        self.file = file
-
-    def __reduce__(self):
-        return os.system, (f'touch {self.file}',)
-
-
-@pytest.mark.parametrize('prefix', ['', 'module.'])
-@pytest.mark.parametrize('key', [None, 'state_dict', 'model'])
-def test_state_dict_of(prefix, key):
-    weights = {'a.weight': torch.ones(2), 'b.modules.c': torch.zeros(1)}
-    state = {f'{prefix}{name}': value for name, value in weights.items()}
-    found = state_dict_of(state if key is None else {'epoch': 3, key: state})
-    assert found.keys() == weights.keys()
-    assert all(found[name] is weights[name] for name in weights)
-
-
-@pytest.mark.parametrize('checkpoint', [None, 3, [torch.ones(1)], {}, {'state_dict': {}}])
-def test_no_state_dict(checkpoint):
-    assert state_dict_of(checkpoint) == {}
-
-
-def test_yacs_configs_are_read_as_dicts(tmp_path, monkeypatch):
-    """As in checkpoints of Swin's training program, without yacs, whose classes run no code."""
-
-    class CfgNode(dict):
-        def __setstate__(self, state):
-            raise AssertionError('a method of the class ran')
-
-    CfgNode.__module__, CfgNode.__qualname__ = 'yacs.config', 'CfgNode'
-    module = types.ModuleType('yacs.config')
-    module.CfgNode = CfgNode
-    config = CfgNode(MODEL=CfgNode(TYPE='swin', DEPTHS=[2, 2, 6, 2]))
-    config.__dict__['__immutable__'] = True
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
-        patch.setitem(sys.modules, 'yacs.config', module)
-        torch.save({'model': {'a': torch.ones(1)}, 'config': config}, tmp_path / 'x.pth')
-    checkpoint = read_checkpoint(str(tmp_path / 'x.pth'))
-    assert checkpoint['config'] == {'MODEL': {'TYPE': 'swin', 'DEPTHS': [2, 2, 6, 2]}}
-    assert state_dict_of(checkpoint) == {'a': torch.ones(1)}
 
 
 @pytest.fixture
@@ -90,7 +42,7 @@ def write(tmp_path):
         elif kind == 'of another network':
             torch.save({'model': ACmixSwinTransformer(**SWIN).state_dict()}, file)
         elif kind == 'with code':
-            torch.save({'state_dict': state, 'meta': RunsCode(tmp_path / 'it-ran')}, file)
+            hostile.FILES['meta'](file, tmp_path / 'it-ran')
         messages = {
             'missing': r'checkpoint .*bad\.pth does not exist',
             'truncated': r'checkpoint .*bad\.pth cannot be read, it may be damaged',
@@ -114,18 +66,6 @@ def test_unreadable(write, kind, tmp_path):
         read_checkpoint(file)
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'it-ran').exists()
-
-
-def test_the_code_would_run(write, tmp_path):
-    """Where it is not refused: that the test above can fail."""
-    torch.load(write('with code')[0], weights_only=False)
-    assert (tmp_path / 'it-ran').exists()
-
-
-def test_unreachable_url(tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    with pytest.raises(ValueError, match=r'^checkpoint http://127\.0\.0\.1:9/.* cannot be fetched'):
-        read_checkpoint(NOWHERE)
 
 
 def test_url_is_fetched_once(tmp_path, monkeypatch):
@@ -308,17 +248,6 @@ def test_only_training_needs_the_file(recipe, tmp_path):
     predict.build_inferencer(cfg, checkpoint, args)
     with pytest.raises(SystemExit, match=r'none\.pth does not exist'):
         check_starts(cfg)
-
-
-def test_pickled_models_are_refused(tmp_path):
-    """As YOLO's programs write them."""
-    torch.save({'model': torch.nn.Linear(2, 2)}, tmp_path / 'x.pth')
-    with pytest.raises(ValueError, match=r'it holds torch\.nn\.modules\.linear\.Linear'):
-        read_checkpoint(str(tmp_path / 'x.pth'))
-    (tmp_path / 'y.pth').write_bytes(pickle.dumps(RunsCode(tmp_path / 'it-ran')))
-    with pytest.raises(ValueError, match='checkpoint'):
-        read_checkpoint(str(tmp_path / 'y.pth'))
-    assert not (tmp_path / 'it-ran').exists()
 
 
 def test_every_start_has_a_source(pytestconfig, monkeypatch):

@@ -252,13 +252,15 @@ class Detector:
         )[0]
 
 
+@dataclass
 class Segmentor(Detector):
     """Predicts with a segmentor."""
 
     def __post_init__(self) -> None:
         meta = self.inferencer.model.dataset_meta
         if not meta['palette']:  # mmseg would take that of Cityscapes
-            meta['palette'] = get_palette('random', len(self.classes))
+            colours = get_palette('random', len(self.classes))
+            meta['palette'] = [tuple(map(int, colour)) for colour in colours]
 
     def groups(self, loaded: dict[Path, dict]) -> list[dict[Path, dict]]:
         return of_one_size(loaded)

@@ -2,9 +2,11 @@
 
 import argparse
 import copy
+import shutil
 import sys
 from pathlib import Path
 
+import mmengine
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import master_only
 from mmengine.evaluator import DumpResults
@@ -13,6 +15,8 @@ from mmengine.runner import Runner
 from acmix_mm.command_line import (
     Parser,
     add_run_arguments,
+    build_model,
+    check_folder,
     join_processes,
     keep_freed_memory,
     load_checkpoint,
@@ -21,6 +25,7 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.data_check import check_data
+from acmix_mm.files import naming, whole_file
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_config(args: argparse.Namespace) -> Config:
     """Config with all command-line settings."""
-    cfg = load_run_config(args)
+    needs = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
+    cfg = load_run_config(args, needs)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')
@@ -72,11 +78,20 @@ def build_config(args: argparse.Namespace) -> Config:
                     backend.img_save_dir = str(Path('..', args.show_dir))
         elif args.show_dir:
             hook.test_out_dir = args.show_dir
-    if args.tta:
-        augment(cfg, args)
     if args.out is not None:
         check_out(cfg, args)
     return cfg
+
+
+def complete(cfg: Config, args: argparse.Namespace) -> None:
+    """Check that the checkpoint fits, and the data; set what changes the model afterwards.
+
+    For one process of a job, which exits with a message; what it changes in the config, all get.
+    """
+    build_model(cfg, load_checkpoint(cfg.load_from), args)
+    check_data(cfg, ['test'])
+    if args.tta:
+        augment(cfg, args)
 
 
 def augment(cfg: Config, args: argparse.Namespace) -> None:
@@ -121,18 +136,45 @@ def evaluators(cfg: Config) -> list[ConfigDict]:
 
 
 def check_out(cfg: Config, args: argparse.Namespace) -> None:
-    """Exits with a message unless ``--out`` fits the task; has a segmentor's metric write it."""
+    """Exits with a message unless ``--out`` fits the task and can be written, hours later.
+
+    A segmentor's metric writes it, one label map after the other, to a hidden folder beside it.
+    """
+    out = Path(args.out)
     is_pickle = args.out.endswith(('.pkl', '.pickle'))
     if cfg.get('default_scope') != 'mmseg':
         if not is_pickle:
             sys.exit(f'error: --out must end in .pkl or .pickle, got {args.out}')
+        if out.is_dir():
+            sys.exit(f'error: --out {out} is a folder')
+        check_folder(existing(out.absolute().parent))
         return
     if is_pickle or Path(args.out).is_file():
         sys.exit(f"error: --out must be a folder for a segmentor's label maps, got {args.out}")
     metrics = [evaluator for evaluator in evaluators(cfg) if evaluator.type == 'IoUMetric']
     if not metrics:
         sys.exit(f'error: --out: {args.config} has no IoUMetric in test_evaluator')
-    metrics[0].output_dir = args.out
+    check_folder(existing(out.absolute()))
+    shutil.rmtree(part_of(out), ignore_errors=True)  # of a process that was killed
+    metrics[0].output_dir = str(part_of(out))
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the one above it in which it can be made."""
+    return next(f for f in (folder, *folder.parents) if f.exists())
+
+
+def part_of(out: Path) -> Path:
+    return out.absolute().with_name(f'.part-{out.name}')
+
+
+@master_only
+def gather_label_maps(out: Path) -> None:
+    """Give label maps their place, in which those of an earlier run may be."""
+    out.mkdir(exist_ok=True)
+    for file in part_of(out).iterdir():
+        file.replace(out / file.name)
+    part_of(out).rmdir()
 
 
 def dump_of(cfg: Config, args: argparse.Namespace) -> DumpResults | None:
@@ -143,13 +185,17 @@ def dump_of(cfg: Config, args: argparse.Namespace) -> DumpResults | None:
         from mmdet.evaluation import DumpDetResults as Dump
     else:
         Dump = DumpResults
-    return Dump(out_file_path=args.out)
 
+    class WholeDump(Dump):
+        """The metric, with a file that is whole or absent."""
 
-def check_start(cfg: Config) -> None:
-    """Read the checkpoint and look at the data; exits with a message if one cannot be used."""
-    load_checkpoint(cfg.load_from)
-    check_data(cfg, ['test'])
+        def compute_metrics(self, results: list) -> dict:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(args.out) as part:
+                mmengine.dump(results, part)
+            return {}
+
+    return WholeDump(out_file_path=args.out)
 
 
 @master_only
@@ -169,14 +215,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = build_config(args)
     join_processes(cfg)
-    cfg = once(check_start, cfg)
+    cfg = once(lambda cfg: complete(cfg, args), cfg)
     keep_freed_memory()
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     runner = Runner.from_cfg(cfg)
     dump = dump_of(cfg, args)
     if dump is not None:
         runner.test_evaluator.metrics.append(dump)
-    report(runner, args, runner.test())
+    with naming(args.out or cfg.work_dir):
+        metrics = runner.test()
+    if args.out is not None and dump is None:
+        gather_label_maps(Path(args.out))
+    report(runner, args, metrics)
 
 
 if __name__ == '__main__':

@@ -1,11 +1,20 @@
-"""Train a detector, segmenter or image classifier from a config."""
+"""Train a detector, segmenter or image classifier from a config.
+
+At SIGTERM or SIGUSR1, which schedulers send before they take a machine away, the iteration is
+finished, a checkpoint saved, and the exit code is 75; with --resume, training goes on from there as
+if nothing had been, bit for bit on a CPU. Without --resume, checkpoints that are in the work
+directory already are moved into WORK_DIR/before_TIME.
+"""
 
 import argparse
+import contextlib
+import functools
 import os
 import sys
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import master_only
 from mmengine.runner import Runner, find_latest_checkpoint
 
@@ -14,12 +23,13 @@ from acmix_mm.command_line import (
     add_run_arguments,
     join_processes,
     keep_freed_memory,
-    load_checkpoint,
     load_run_config,
     once,
     program,
 )
 from acmix_mm.data_check import check_data
+from acmix_mm.engine import newest_checkpoint, protect, set_aside, use_bfloat16
+from acmix_mm.files import FolderInUse, claim
 from acmix_mm.weights import check_starts, resolve_weights
 
 
@@ -32,9 +42,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         const='auto',
         metavar='CHECKPOINT',
         help='go on from a checkpoint with its optimiser and schedule state; without a value, from '
-        'the latest one in the work directory, if any',
+        'the newest one in the work directory that is whole, if any',
     )
-    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--amp', action='store_true', help='automatic mixed precision; on a CPU, in bfloat16'
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -45,7 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_config(args: argparse.Namespace) -> Config:
     """Config with all command-line settings."""
-    cfg = load_run_config(args)
+    needs = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    cfg = load_run_config(args, needs)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
@@ -61,18 +74,38 @@ def build_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def check_start(cfg: Config) -> None:
-    """Read what training starts from; exits with a message if it cannot be had.
+def check_start(cfg: Config, claimed: contextlib.ExitStack) -> None:
+    """Read what training starts from, and claim the work directory.
 
-    For one process of a job; what it changes in the config, all get.
+    For one process of a job; what it changes in the config, all get. Exits with a message if there
+    is no start.
     """
     resolve_weights(cfg)
+    saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    out_dir, template = saving.get('out_dir'), saving.get('filename_tmpl')
     if cfg.get('resume') and cfg.get('load_from') is None:
-        latest = find_latest_checkpoint(cfg.work_dir)
-        if latest is not None:
-            load_checkpoint(latest)
+        try:
+            cfg.load_from = newest_checkpoint(cfg.work_dir, out_dir)
+        except ValueError as error:
+            sys.exit(f'error: --resume: {error}')
+        cfg.resume = cfg.load_from is not None
+        start = f'goes on from {cfg.load_from}' if cfg.resume else 'begins, nothing to resume'
+        print(f'training in {cfg.work_dir} {start}')
+    if get_device() == 'cpu' and use_bfloat16(cfg):
+        print('mixed precision on a CPU: forward passes in bfloat16, no loss scale')
     check_starts(cfg)
     check_data(cfg, ['train', 'val'])
+    Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        claimed.enter_context(claim(cfg.work_dir))
+    except FolderInUse as error:
+        sys.exit(f'error: {error}')
+    start = cfg.load_from if cfg.get('resume') else None
+    moved = set_aside(cfg.work_dir, start, out_dir, template)
+    for old, new in moved.items():
+        print(f'checkpoint of an earlier run: {old} is {new} now')
+        if cfg.get('load_from') and Path(cfg.load_from).absolute() == old.absolute():
+            cfg.load_from = str(new)
 
 
 @master_only
@@ -86,12 +119,16 @@ def report(runner: Runner) -> None:
 def main(argv: list[str] | None = None) -> None:
     cfg = build_config(parse_args(argv))
     join_processes(cfg)
-    cfg = once(check_start, cfg)
-    keep_freed_memory()
-    Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    report(runner)
+    with contextlib.ExitStack() as claimed:
+        cfg = once(functools.partial(check_start, claimed=claimed), cfg)
+        keep_freed_memory()
+        protect(cfg)
+        runner = Runner.from_cfg(cfg)
+        try:
+            runner.train()
+        except FloatingPointError as error:
+            sys.exit(f'error: {error}')
+        report(runner)
 
 
 if __name__ == '__main__':

@@ -6,8 +6,9 @@ from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
+from ..checkpoints import state_dict_of
 from ..layers import MixedOperator
-from ..weights import checkpoint_of, names_loaded, state_dict_of
+from ..weights import checkpoint_of, names_loaded
 
 PREPARED = 'weights of '  # mmengine logs it with the file's name
 _prepared: dict[str, dict[str, Tensor]] = {}

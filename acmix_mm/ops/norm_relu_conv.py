@@ -56,6 +56,7 @@ def norm_relu_conv(
         out = F.conv2d(F.relu(norm(x)), weight, bias)
         return out if then is None else then(out, *args)
 
+    norm._check_input_dim(x)
     statistics = prepare_statistics(norm, x[:, 0].numel(), lambda: recomputed(local_statistics, x))
     normalisation = (norm.weight, norm.bias, norm.eps, *statistics)
     parts = len(normalisation)

@@ -2,6 +2,6 @@
 # only, and repeat.
 _base_ = './default_runtime.py'
 
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=2))
 log_processor = dict(window_size=20)
 randomness = dict(seed=0)

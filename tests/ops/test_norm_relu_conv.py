@@ -107,7 +107,7 @@ def test_any_norm_and_batch(
 def test_dimensions_are_checked_as_by_the_norm():
     with pytest.raises(ValueError, match='expected 5D input'):
         norm_relu_conv(torch.zeros(2, 3, 4, 4), nn.BatchNorm3d(3), torch.zeros(4, 3, 1, 1))
-    with pytest.raises(RuntimeError, match='should contain 3 elements not 2'):
+    with pytest.raises(ValueError, match=r'x must have shape \(B, 2, H, W\)'):
         norm_relu_conv(torch.zeros(2, 3, 4, 4), nn.BatchNorm2d(2), torch.zeros(4, 3, 1, 1))
 
 

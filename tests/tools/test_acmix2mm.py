@@ -7,8 +7,8 @@ from mmengine.config import ConfigDict
 from torch import nn
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
+from acmix_mm.checkpoints import state_dict_of
 from acmix_mm.layers import ACmix
-from acmix_mm.weights import state_dict_of
 
 WRAPPINGS = {
     'bare': lambda state: state,

@@ -53,6 +53,12 @@ class Outcome:
     new: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
 
+    @property
+    def error(self) -> str:
+        """The line with the error, without its prefix."""
+        (line,) = [line for line in self.errors if line.startswith('error: ')]
+        return line.removeprefix('error: ')
+
 
 class Disk:
     """A disk of a few kB for one run of a program; ``before`` is what is on it at the start."""
@@ -148,8 +154,7 @@ def test_predict(disk, detector, pictures, campaign):
         Image.open(disk.after / name).load()
     assert outcome.new <= {*drawn, '.lock', 'predictions.json'}
     failed = f'{disk.place}/vis/{len(drawn):02d}.png'
-    said = [line for line in outcome.errors if 'error' in line.lower()]
-    check(outcome, failed if failed in said[0] else disk.place / 'predictions.json')
+    check(outcome, failed if failed in outcome.error else disk.place / 'predictions.json')
     campaign(CAMPAIGN, 'predict.py, pictures of a detector')
 
 
@@ -162,8 +167,7 @@ def test_predict_label_maps(disk, segmentor, pictures, campaign):
     )  # fmt: skip
     for name in outcome.new - {'.lock'}:
         Image.open(disk.after / name).load()
-    said = [line for line in outcome.errors if line.startswith('error')]
-    file = said[0].removeprefix('error: ').partition(': No space')[0]
+    file = outcome.error.partition(': No space')[0]
     assert Path(file).parent.name in ('vis', 'label_maps') or file.endswith('predictions.json')
     outcome.changed -= {'predictions.json'}  # of the images that are done
     json.loads((disk.after / 'predictions.json').read_text())
@@ -181,6 +185,20 @@ def test_out_of_test(disk, detector, digits_options, tmp_path, campaign):
     check(outcome, disk.place / 'out.pkl')
     assert not outcome.new
     campaign(CAMPAIGN, 'test.py --out')
+
+
+def test_out_of_test_of_a_segmentor(disk, segmentor, label_map_options, tmp_path, campaign):
+    (disk.before / 'maps').mkdir()
+    (disk.before / 'maps' / 'earlier.png').write_bytes(b'earlier')
+    outcome = disk.run(
+        '16k', 'test', SEGMENTOR, segmentor, '--work-dir', tmp_path / 'work', '--out',
+        disk.place / 'maps', '--cfg-options', *label_map_options,
+    )  # fmt: skip
+    file = outcome.error.partition(': No space')[0]
+    assert Path(file).name in ('maps', '.part-maps')
+    check(outcome, file)
+    assert not [name for name in outcome.new if name.startswith('maps/')]
+    campaign(CAMPAIGN, 'test.py --out of a segmentor')
 
 
 def test_train(disk, digits_options, campaign):
@@ -248,9 +266,8 @@ def test_export(disk, detector, campaign):
 
 def test_publish(disk, detector, campaign):
     outcome = disk.run('1m', 'model_converters/publish_model', detector, disk.place / 'x')
-    said = [line for line in outcome.errors if line.startswith('error')]
-    assert said[0].startswith(f'error: {disk.place}/x-')
-    check(outcome, said[0].removeprefix('error: ').partition(': No space')[0])
+    assert outcome.error.startswith(f'{disk.place}/x-')
+    check(outcome, outcome.error.partition(': No space')[0])
     assert not outcome.new
     campaign(CAMPAIGN, 'publish_model.py')
 

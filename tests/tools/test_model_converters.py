@@ -1,5 +1,8 @@
 """Deploy form and ONNX, from a checkpoint to files that give the same numbers."""
 
+import errno
+import os
+
 import export_onnx
 import pytest
 import switch_to_deploy
@@ -189,5 +192,25 @@ def test_wrong_folding_is_not_written(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(switch_to_deploy, 'deploy', spoil)
     arguments = [CONFIG, str(trained[1]), str(tmp_path / 'x.pth'), '--cfg-options', *NARROW]
     with pytest.raises(SystemExit, match='the folded backbone deviates by'):
+        switch_to_deploy.main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_export_is_not_written(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_onnx, 'export', lambda backbone, size, out: out.touch())
+    monkeypatch.setattr(export_onnx, 'check', lambda backbone, file, size: 0.1)
+    arguments = [CONFIG, str(trained[1]), str(tmp_path / 'x.onnx'), '--cfg-options', *NARROW]
+    with pytest.raises(SystemExit, match=r'does not give the results of PyTorch; .* not written'):
+        export_onnx.main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_neither_weights_nor_config_alone(trained, tmp_path, monkeypatch):
+    def fail(file, state):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr(switch_to_deploy, 'write_checkpoint', fail)
+    arguments = [CONFIG, str(trained[1]), str(tmp_path / 'x.pth'), '--cfg-options', *NARROW]
+    with pytest.raises(SystemExit, match=r'error: .*x\.pth: No space left on device'):
         switch_to_deploy.main(arguments)
     assert not list(tmp_path.iterdir())

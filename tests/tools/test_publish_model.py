@@ -10,7 +10,7 @@ import pytest
 import torch
 from mmengine.logging import MessageHub
 
-from acmix_mm.openmmlab import make_checkpoints_loadable
+from acmix_mm.checkpoints import make_checkpoints_loadable
 
 META = {'epoch': 4, 'cfg': 'model = dict()', 'dataset_meta': {'classes': ('cat', 'dog')}}
 

@@ -1,5 +1,11 @@
+import errno
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
@@ -8,6 +14,8 @@ import scene_digits as program
 from mmdet.datasets import CocoDataset
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+
+from acmix_mm.files import claim
 
 
 def read(folder, split):
@@ -131,6 +139,51 @@ def test_same_seed_repeats_and_force(scene_digits, tmp_path):
     program.main([*arguments, '--force', '--seed', '1'])
     assert (tmp_path / 'coco/annotations/instances_train2017.json').read_bytes() != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ade', 'coco', 'imagenet']
+
+
+SMALL = ['--train', '3', '--val', '1', '--single-train', '10', '--single-val', '10']
+
+
+def test_of_one_process_and_whole_or_absent(tmp_path, monkeypatch):
+    """A second process is refused; an error leaves what was there, and nothing else."""
+    for name in program.LAYOUTS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'earlier').touch()
+    part = tmp_path / '.part-scene_digits'
+    part.mkdir()
+    with (
+        claim(part),
+        pytest.raises(SystemExit, match=f'is in use by process {os.getpid()}'),
+    ):
+        program.main([str(tmp_path), '--force', *SMALL])
+    write = program.write_single_digits
+
+    def fail(root, split, *arguments):
+        if split == 'val':
+            raise OSError(errno.EIO, 'Input/output error')
+        write(root, split, *arguments)
+
+    monkeypatch.setattr(program, 'write_single_digits', fail)
+    with pytest.raises(SystemExit, match=f'error: {tmp_path}: Input/output error'):
+        program.main([str(tmp_path), '--force', *SMALL])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ade', 'coco', 'imagenet']
+    assert all((tmp_path / name / 'earlier').exists() for name in program.LAYOUTS)
+
+
+@pytest.mark.slow
+def test_killed(tmp_path, pytestconfig):
+    """Nothing has its name before all of it is there; the next process tidies up."""
+    script = pytestconfig.rootpath / 'tools' / 'dataset_converters' / 'scene_digits.py'
+    arguments = [str(tmp_path), *SMALL, '--train', '2000']
+    process = subprocess.Popen([sys.executable, script, *arguments], stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob('*/*/coco/train2017/*3.jpg')):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert [p.name for p in tmp_path.iterdir()] == ['.part-scene_digits']
+    program.main([str(tmp_path), *SMALL])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ade', 'coco', 'imagenet']
+    assert len(list((tmp_path / 'coco' / 'train2017').iterdir())) == 3
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from PIL import Image
 from processes import run_two_processes
 from programs import program, scalars
 
+from acmix_mm.engine import use_bfloat16
 from acmix_mm.ops import available_backends
 
 PROGRAMS = {'train': train, 'test': evaluate, 'predict': predict}
@@ -37,6 +38,9 @@ ONE_EPOCH = [
     'train_cfg.max_epochs=1',
     'train_cfg.val_interval=1',
 ]
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='mixed precision is on the GPU')
 
 
 @pytest.fixture(scope='module')
@@ -104,11 +108,40 @@ def test_auto_scale_lr(options, tmp_path):
 
 
 def test_amp(options):
-    """Mixed precision needs a GPU to run; here the config it makes is checked."""
+    """The config it makes; on a CPU it becomes another."""
     cfg = train.build_config(train.parse_args([CONFIG, '--amp', *options]))
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
     assert cfg.optim_wrapper.optimizer.type == 'AdamW'
+    assert use_bfloat16(cfg)
+    assert cfg.optim_wrapper.type == 'CPUAmpOptimWrapper'
+    assert 'loss_scale' not in cfg.optim_wrapper
+    assert not use_bfloat16(cfg)
+
+
+@pytest.mark.slow
+@no_gpu
+def test_amp_on_a_cpu(run, options, tmp_path):
+    """Losses near those without, rounded; weights stay float32."""
+    said = program(
+        'train', CONFIG, '--amp', '--work-dir', str(tmp_path), *options, 'train_cfg.max_epochs=1',
+    )  # fmt: skip
+    assert 'mixed precision on a CPU: forward passes in bfloat16, no loss scale' in said
+    ours, theirs = ([row['loss'] for row in scalars(d) if 'loss' in row] for d in (tmp_path, run))
+    assert ours == pytest.approx(theirs[:3], rel=0.05)
+    assert ours != theirs[:3]
+    saved = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    assert all(t.dtype != torch.bfloat16 for t in saved['state_dict'].values())
+    assert 'loss_scaler' not in saved['optimizer']
+
+
+@no_gpu
+def test_amp_on_a_cpu_is_bfloat16(options, tmp_path):
+    with pytest.raises(SystemExit, match=r"optim_wrapper\.dtype must be 'bfloat16' on a CPU, got"):
+        train.main(
+            [CONFIG, '--amp', '--work-dir', str(tmp_path), *options, 'optim_wrapper.dtype=float16']
+        )
+    assert not list(tmp_path.glob('*.pth'))
 
 
 def test_auto_scale_lr_needs_a_base(options):

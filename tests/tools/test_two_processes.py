@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import free_port
 from programs import program, scalars
 
 pytestmark = [
@@ -31,7 +31,7 @@ PVT = 'configs/demo/acmix-pvt_fpn_scene-digits.py'
 LIMIT = 500  # seconds, on a machine that has other work
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def start():
     """Start a script, as one of its machines; what is left of it in the end is killed."""
     started = []
@@ -120,63 +120,69 @@ def test_trains_and_evaluates(
     campaign('two processes', name)
 
 
-@pytest.fixture
-def retinanet(digits_options, tmp_path):
+def retinanet(work_dir: Path, data: list[str], *changes: str, processes: int = 2) -> list:
     """Arguments of a small detector's training for two epochs of three iterations."""
-    options = [*digits_options, *RUN, *NARROW, 'train_cfg.max_epochs=2']
-    return [RESNET, 2, '--work-dir', tmp_path / 'work', '--cfg-options', *options]
+    options = [*data, *RUN, *NARROW, 'train_cfg.max_epochs=2', *changes]
+    return [RESNET, processes, '--work-dir', work_dir, '--cfg-options', *options]
 
 
-def test_two_machines(start, retinanet, tmp_path, campaign):
+@pytest.fixture(scope='module')
+def undisturbed(start, digits_options, tmp_path_factory):
+    """Work directory of a training by two processes of one machine."""
+    work_dir = tmp_path_factory.mktemp('undisturbed')
+    end(start('dist_train', *retinanet(work_dir, digits_options)))
+    return work_dir
+
+
+def losses(work_dir: Path) -> list[float]:
+    return [row['loss'] for row in scalars(work_dir) if 'loss' in row]
+
+
+def test_two_machines(start, undisturbed, digits_options, tmp_path, campaign):
     """One process each, which train as two of one machine."""
-    end(start('dist_train', *retinanet))
-    expected = [row['loss'] for row in scalars(tmp_path / 'work') if 'loss' in row]
-    retinanet[1], retinanet[3] = 1, tmp_path / 'machines'
+    arguments = retinanet(tmp_path, digits_options, processes=1)
     place = {'NNODES': '2', 'MASTER_ADDR': '127.0.0.1', 'PORT': str(free_port())}
-    for machine in [start('dist_train', *retinanet, NODE_RANK=rank, **place) for rank in '01']:
+    for machine in [start('dist_train', *arguments, NODE_RANK=rank, **place) for rank in '01']:
         end(machine)
-    losses = [row['loss'] for row in scalars(tmp_path / 'machines') if 'loss' in row]
-    assert len(losses) == 6
-    assert losses == expected
+    assert len(losses(tmp_path)) == 6
+    assert losses(tmp_path) == losses(undisturbed)
     campaign('two processes', 'two machines of one process')
 
 
 @pytest.mark.parametrize('rank', [0, 1])
-def test_killed_process(start, retinanet, tmp_path, rank, campaign):
+def test_killed_process(start, digits_options, tmp_path, rank, campaign):
     """The other ends within a minute; the message says which was killed."""
-    launcher = start('dist_train', *retinanet, 'train_cfg.max_epochs=100')
-    wait_for_iteration(launcher, tmp_path / 'work', 2)
+    arguments = retinanet(tmp_path, digits_options, 'train_cfg.max_epochs=100')
+    launcher = start('dist_train', *arguments)
+    wait_for_iteration(launcher, tmp_path, 2)
     ranks = workers(launcher)
     killed = time.monotonic()
     os.kill(ranks[rank], signal.SIGKILL)
     said = end(launcher, 128 + signal.SIGKILL)
     assert time.monotonic() - killed < 60
-    assert said.splitlines()[-1] == (
-        f'error: process {rank} was killed by SIGKILL; so all are ended'
-    )
+    assert said.splitlines()[-1] == f'error: process {rank} was killed by SIGKILL; so all are ended'
     assert not any(Path(f'/proc/{pid}').exists() for pid in ranks.values())
     campaign('two processes', f'process {rank} killed')
 
 
-def test_restarts_after_a_kill(start, retinanet, tmp_path, campaign):
+def test_restarts_after_a_kill(start, undisturbed, digits_options, tmp_path, campaign):
     """From the last checkpoint, to the weights of an undisturbed run."""
-    weights = []
-    for disturbed in (False, True):
-        work_dir = retinanet[3] = tmp_path / f'disturbed {disturbed}'
-        launcher = start('dist_train', *retinanet, MAX_RESTARTS='1')
-        if disturbed:
-            wait_for_iteration(launcher, work_dir, 5)
-            os.kill(workers(launcher)[1], signal.SIGKILL)
-        said = end(launcher)
-        assert ('resumed epoch: 1, iter: 3' in said) == disturbed
-        weights.append(torch.load(work_dir / 'epoch_2.pth', weights_only=False)['state_dict'])
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    launcher = start('dist_train', *retinanet(tmp_path, digits_options), MAX_RESTARTS='1')
+    wait_for_iteration(launcher, tmp_path, 5)
+    os.kill(workers(launcher)[1], signal.SIGKILL)
+    assert 'resumed epoch: 1, iter: 3' in end(launcher)
+    ours, theirs = (
+        torch.load(folder / 'epoch_2.pth', weights_only=False)['state_dict']
+        for folder in (tmp_path, undisturbed)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     campaign('two processes', 'restart after a kill')
 
 
-def test_mistake(start, retinanet, tmp_path, campaign):
+def test_mistake(start, digits_options, tmp_path, campaign):
     """Its message appears once."""
-    said = end(start('dist_train', *retinanet, f'load_from={tmp_path}/none.pth'), 1)
+    change = f'load_from={tmp_path}/none.pth'
+    said = end(start('dist_train', *retinanet(tmp_path / 'work', digits_options, change)), 1)
     lines = [line for line in said.splitlines() if line.startswith('error: ')]
     assert len(lines) == 2
     assert 'none.pth does not exist' in lines[0]
@@ -184,8 +190,23 @@ def test_mistake(start, retinanet, tmp_path, campaign):
     campaign('two processes', 'checkpoint missing')
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(('127.0.0.1', 0))
-        return listener.getsockname()[1]
+SRUN = """#!/bin/sh
+while [ "$1" != "$PYTHON" ]; do shift; done
+export SLURM_NTASKS=2 SLURM_NODELIST=here
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" &
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@"
+wait $!
+"""
+
+
+def test_slurm(start, undisturbed, digits_options, tmp_path, campaign):
+    """Two tasks of a stand-in for srun train as two processes of torchrun."""
+    (tmp_path / 'srun').write_text(SRUN)
+    (tmp_path / 'srun').chmod(0o755)
+    work_dir = tmp_path / 'work'
+    config, _, _, _, *options = retinanet(work_dir, digits_options)
+    place = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'GPUS': '2'}
+    path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+    end(start('slurm_train', 'partition', 'job', config, work_dir, *options, PATH=path, **place))
+    assert losses(work_dir) == losses(undisturbed)
+    campaign('two processes', 'two tasks of Slurm')

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from acmix_mm import deploy, set_backend
+from acmix_mm.checkpoints import make_checkpoints_loadable
 from acmix_mm.layers import ACmix, PatchACmix
 from acmix_mm.layers.deployable import Deployable
 from acmix_mm.ops import local_attention
@@ -469,6 +470,7 @@ def trained_model(config: str, checkpoint: str) -> tuple[Config, nn.Module]:
     cfg = Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     model = MODELS.build(cfg.model)
+    make_checkpoints_loadable()  # perhaps the first in a process of its own
     load_checkpoint(model, checkpoint, map_location='cpu', logger='silent')
     return cfg, model
 

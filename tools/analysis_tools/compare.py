@@ -11,7 +11,7 @@ epochs, batch size and data.
 
 Runs: in WORK_DIR/CONFIG-KEY/seedN, where KEY stands for the text of the config, options and budget
 included. The same command again repeats no finished run and goes on with interrupted ones, from
-their last checkpoint; a config that has changed gets a new folder. Changes of data or of code are
+their newest checkpoint; a config that has changed gets a new folder. Changes of data or of code are
 not noticed: remove the folder then. A run that fails is reported at the end with its log, the
 others go on, and the exit status is 1.
 
@@ -47,7 +47,7 @@ from _candidates import Case, build_trained, complexity
 from _report import align, quartiles, shape_name
 from benchmark import Candidate, device_name, note_failure, positive_int, run_comparison
 from mmengine.config import Config
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from tqdm import tqdm
 
 from acmix_mm.command_line import (
@@ -59,7 +59,8 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.config_check import setting
-from acmix_mm.files import write_figure, write_whole
+from acmix_mm.engine import newest_checkpoint, protect
+from acmix_mm.files import claim, write_figure, write_whole
 from acmix_mm.weights import check_starts, resolve_weights
 
 # What must be equal for runs to be of one budget.
@@ -153,15 +154,10 @@ def set_epochs(cfg: Config, epochs: int, file: str) -> None:
 
 def prepare(file: str, options: dict | None, epochs: int | None) -> Config:
     """The config to train: its test data are its validation data, and nothing else is evaluated."""
-    cfg = load_config(file, options)
-    for key in ('model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator'):
-        if cfg.get(key) is None:
-            sys.exit(f'error: config {file} has no {key}')
+    needs = ('model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator')
+    cfg = load_config(file, options, needs)
     if epochs is not None:
         set_epochs(cfg, epochs, file)
-    saving = setting(cfg, 'default_hooks.checkpoint')
-    if saving and saving.get('max_keep_ckpts') == 1:
-        saving.max_keep_ckpts = 2  # the hook removes the last one before it writes the next
     cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     cfg.test_cfg = {'type': 'TestLoop'}
     return cfg
@@ -243,21 +239,15 @@ def train_and_evaluate(config: str, seed: int, folder: Path, threads: int) -> No
         cfg[key] = None
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
     cfg.work_dir = str(folder)
-    checkpoint = latest_checkpoint(folder)
+    lock = claim(folder)
+    checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         cfg.resume, cfg.load_from = True, checkpoint
+    protect(cfg)
     runner = Runner.from_cfg(cfg)
     runner.train()
     write(folder / METRICS_FILE, json.dumps(runner.test(), indent=1, default=float))
-
-
-def latest_checkpoint(folder: Path) -> str | None:
-    """The one to go on from, also where the folder has been moved since."""
-    if (folder / 'last_checkpoint').exists():
-        file = folder / Path(find_latest_checkpoint(folder)).name
-        # While a new one is written, the old one may be gone already.
-        return str(file) if file.exists() else None
-    return None
+    lock.close()
 
 
 def write(file: Path, content: str) -> None:
@@ -342,9 +332,9 @@ def measure(runs: list[Run], device: str) -> tuple[dict[Model, dict], list[str]]
     problems: list[str] = []
     candidates: dict[str, list[Candidate]] = {'forward': [], 'train': []}
     for run in runs:
-        files = (run.model.config, latest_checkpoint(run.folder))
         row = {'candidate': run.model.label}
         with note_failure(row):
+            files = (run.model.config, newest_checkpoint(run.folder))
             if files[1] is None:
                 raise FileNotFoundError(f'{run.folder} has no checkpoint')
             costs[run.model] = complexity(*files, device)

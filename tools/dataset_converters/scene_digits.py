@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits, load_sample_image
 from tqdm import tqdm
 
 from acmix_mm.command_line import Parser, program
-from acmix_mm.files import claim, encode_picture
+from acmix_mm.files import claim, encode_picture, naming
 
 PHOTOGRAPHS: dict[str, dict[str, Callable[[], np.ndarray]]] = {
     'train': {
@@ -324,11 +324,8 @@ def folder_to_fill(out: Path) -> Iterator[Path]:
         for left_over in ('new', 'old'):
             shutil.rmtree(part / left_over, ignore_errors=True)
         try:
-            yield part
-        except OSError as error:
-            if error.errno and error.filename is None:  # a full disk names no file
-                error.filename = str(out)
-            raise
+            with naming(out):
+                yield part
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
 from acmix_mm.backbones.acmix_swin import shift_mask
+from acmix_mm.checkpoints import state_dict_of
 from acmix_mm.command_line import (
     Parser,
     check_out,
@@ -34,7 +35,6 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.files import write_checkpoint
-from acmix_mm.weights import state_dict_of
 
 Weights = dict[str, Tensor]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from acmix_mm.checkpoints import state_dict_of
 from acmix_mm.command_line import (
     Parser,
     check_folder,
@@ -21,7 +22,6 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.files import write_whole
-from acmix_mm.weights import state_dict_of
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -36,6 +36,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from acmix_mm.checkpoints import state_dict_of
 from acmix_mm.command_line import (
     Parser,
     check_out,
@@ -45,7 +46,6 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.files import write_checkpoint, write_figure
-from acmix_mm.weights import state_dict_of
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # RGB, as torchvision and mmdet
 HELD_OUT = 5  # every fifth image measures the errors

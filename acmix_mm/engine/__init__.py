@@ -1,0 +1,26 @@
+"""Registered hooks for training that loses no work, and goes on from where it was.
+
+Each works in anyone's config, with ``custom_imports = dict(imports=['acmix_mm'])``;
+:func:`protect` puts all of them into a config, as tools/train.py does.
+"""
+
+from .checkpoint_hook import SafeCheckpointHook, WholeFileBackend
+from .cpu_amp import CPUAmpOptimWrapper, use_bfloat16
+from .non_finite_loss_hook import StopAtNonFiniteLossHook
+from .preemption_hook import PreemptionHook
+from .protection import protect
+from .reproducibility_hook import ReproducibilityHook
+from .work_dir import newest_checkpoint, set_aside
+
+__all__ = [
+    'CPUAmpOptimWrapper',
+    'PreemptionHook',
+    'ReproducibilityHook',
+    'SafeCheckpointHook',
+    'StopAtNonFiniteLossHook',
+    'WholeFileBackend',
+    'newest_checkpoint',
+    'protect',
+    'set_aside',
+    'use_bfloat16',
+]
