@@ -1,29 +1,12 @@
 """Configs with a fault end in one line before work starts, and leave nothing."""
 
-import contextlib
-import io
-
 import pytest
 import train
+from refusals import refusal
 
 DETECTOR = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 CASCADE = 'configs/acmix_swin/cascade-mask-rcnn_acmix-swin-t_fpn_8xb2-3x_coco.py'
 SEGMENTOR = 'configs/demo/acmix-swin_upernet_scene-digits.py'
-
-
-def refusal(main, argv: list[str]) -> str:
-    """The line with which a program ends."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
-        main(argv)
-    if isinstance(end.value.code, str):  # Python says it, and the exit code is 1
-        said.write(f'{end.value.code}\n')
-    else:
-        assert end.value.code not in (0, None)
-    lines = [line for line in said.getvalue().splitlines() if line.startswith('error: ')]
-    assert said.getvalue().count('\n') == len(lines) == 1, said.getvalue()
-    assert len(lines[0]) < 400
-    return lines[0]
 
 
 # What a file says that inherits from a config, and what the message has to name.
@@ -330,6 +313,7 @@ def test_file(case, pytestconfig, tmp_path, campaign):
     file.write_text(f"_base_ = '{pytestconfig.rootpath / base}'\n{text}\n")
     line = refusal(train.main, [str(file), '--work-dir', str(work_dir)])
     assert line.startswith('error: config ')
+    assert len(line) < 400
     assert expected in line
     assert not work_dir.exists()
     campaign('bad configs', case)
