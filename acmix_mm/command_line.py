@@ -198,11 +198,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(file: str, options: dict | None = None) -> Config:
+def load_config(file: str, options: dict | None = None, needs: Iterable[str] = ()) -> Config:
     """The config file with ``--cfg-options``.
 
     Exits with a message if it cannot be read, if it is for mmpretrain, the one package of OpenMMLab
-    that is optional, which is not installed, or for what
+    that is optional, which is not installed, if it lacks a key that the program needs, or for what
     :func:`~acmix_mm.config_check.check_config` finds.
     """
     make_checkpoints_loadable()
@@ -215,19 +215,22 @@ def load_config(file: str, options: dict | None = None) -> Config:
             )
         if options:
             merge_options(cfg, options)
+        for key in needs:
+            if cfg.get(key) is None:
+                raise ValueError(f'config {file} has no {key}')
         check_config(cfg, file)
     except ValueError as error:
         raise SystemExit(f'error: {shortened(str(error))}') from error
     return cfg
 
 
-def load_run_config(args: argparse.Namespace) -> Config:
+def load_run_config(args: argparse.Namespace, needs: Iterable[str] = ()) -> Config:
     """:func:`load_config` with launcher and work directory set for the Runner.
 
     Exits with a message, too, if the launcher's environment is not there or no work directory can.
     """
     check_launcher(args.launcher)
-    cfg = load_config(args.config, args.cfg_options)
+    cfg = load_config(args.config, args.cfg_options, needs)
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.launcher = args.launcher
     if args.work_dir is not None:

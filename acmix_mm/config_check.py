@@ -305,6 +305,7 @@ def check_config(cfg: Config, file: str) -> None:
     try:
         _check_names(cfg)
         _check_values(cfg)
+        _check_loops(cfg)
         if find_spec(scope) is None:
             raise ValueError(f'default_scope: no package {scope!r} is installed')
         with DefaultScope.overwrite_default_scope(scope), _quiet():
@@ -351,6 +352,19 @@ def _check_values(cfg: Config) -> None:
         lacks_type = isinstance(value, dict) and 'type' not in value and value
         if lacks_type and any(pattern.fullmatch(place) for pattern in NEED_TYPE):
             raise ValueError(f'{place} must have a type, it has {", ".join(value)}')
+
+
+def _check_loops(cfg: Config) -> None:
+    """What the Runner takes together or not at all."""
+    for keys in (
+        ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+        ('val_dataloader', 'val_cfg', 'val_evaluator'),
+        ('test_dataloader', 'test_cfg', 'test_evaluator'),
+    ):
+        missing = [key for key in keys if cfg.get(key) is None]
+        if 0 < len(missing) < len(keys):
+            names = f'{keys[0]}, {keys[1]} and {keys[2]}'
+            raise ValueError(f'{names} go together, {missing[0]} is missing')
 
 
 def _typed(cfg: Config) -> Iterator[tuple[str, dict, object]]:

@@ -58,7 +58,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_config(args: argparse.Namespace) -> Config:
     """Config with all command-line settings."""
-    cfg = load_run_config(args)
+    needs = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
+    cfg = load_run_config(args, needs)
     cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')

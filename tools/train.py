@@ -57,7 +57,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def build_config(args: argparse.Namespace) -> Config:
     """Config with all command-line settings."""
-    cfg = load_run_config(args)
+    needs = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    cfg = load_run_config(args, needs)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')

@@ -67,7 +67,6 @@ from _candidates import (
     operator_cost,
 )
 from _report import plot, report, report_scaling, shape_name
-from mmengine.config import Config
 from tqdm import tqdm
 
 from acmix_mm import __version__
@@ -75,6 +74,7 @@ from acmix_mm.command_line import (
     Parser,
     device_type,
     keep_freed_memory,
+    load_config,
     program,
 )
 from acmix_mm.files import write_whole
@@ -442,7 +442,7 @@ def output_type(suffixes: tuple[str, ...], text: str) -> Path:
 def config_type(text: str) -> str:
     if Path(text).suffix != '.py' or not Path(text).is_file():
         raise argparse.ArgumentTypeError(f'{text!r}: no such config file')
-    if 'model' not in Config.fromfile(text):
+    if 'model' not in load_config(text):
         raise argparse.ArgumentTypeError(f'{text!r} has no model')
     return text
 
@@ -451,7 +451,7 @@ def model_type(more: tuple[str, ...], text: str) -> str:
     if text in more or text in BACKBONES:
         return text
     if Path(text).suffix == '.py' and Path(text).is_file():
-        if 'backbone' not in Config.fromfile(text).get('model', {}):
+        if 'backbone' not in load_config(text).get('model', {}):
             raise argparse.ArgumentTypeError(f'{text!r} has no model.backbone')
         return text
     names = ', '.join((*more, *BACKBONES))

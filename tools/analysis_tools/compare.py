@@ -154,10 +154,8 @@ def set_epochs(cfg: Config, epochs: int, file: str) -> None:
 
 def prepare(file: str, options: dict | None, epochs: int | None) -> Config:
     """The config to train: its test data are its validation data, and nothing else is evaluated."""
-    cfg = load_config(file, options)
-    for key in ('model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator'):
-        if cfg.get(key) is None:
-            sys.exit(f'error: config {file} has no {key}')
+    needs = ('model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator')
+    cfg = load_config(file, options, needs)
     if epochs is not None:
         set_epochs(cfg, epochs, file)
     cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
