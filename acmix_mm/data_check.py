@@ -195,7 +195,7 @@ def _look(
             contents.add(contents.place, 'holds no images', 'at least one')
     elif _check_places(dataset, contents, known):
         items = looks[known](dataset, contents, metrics, thorough)
-        if not contents.errors:
+        if thorough or not contents.errors:
             _check_pictures(dataset, items, contents, thorough, pictures)
 
 
@@ -625,7 +625,12 @@ def _look_at_label_maps(
             found = f'reduce_zero_label of {type(step).__name__} is {reduce}'
             allowed = f"the data set's, {dataset.reduce_zero_label}"
             contents.add(f'{contents.place}.pipeline', found, allowed)
-    items = [(info['img_path'], info.get('seg_map_path')) for info in dataset.load_data_list()]
+    try:
+        infos = dataset.load_data_list()
+    except UnicodeDecodeError as error:
+        contents.add(dataset.ann_file, f'is no text: {error}', 'a name on each line')
+        return []
+    items = [(info['img_path'], info.get('seg_map_path')) for info in infos]
     contents.images = len(items)
     if not items:
         if dataset.ann_file:
@@ -640,8 +645,8 @@ def _look_at_label_maps(
             contents.add(folder, f'no images among its files: {found or "none"}', allowed)
     maps = [label_map for _, label_map in items if label_map is not None]
     allowed = f'a label map for each image, with the suffix {dataset.seg_map_suffix}'
-    _check_files(maps, allowed, dataset.backend_args, contents)
-    return items
+    missing = _check_files(maps, allowed, dataset.backend_args, contents)
+    return [item for item in items if item[1] not in missing]
 
 
 def _look_at_map(file: str, size: tuple[int, int], dataset, contents: Contents) -> None:
@@ -698,7 +703,7 @@ def _look_at_folders(
     elif dataset.ann_file:
         try:
             lines = fileio.list_from_file(dataset.ann_file)
-        except ValueError as error:
+        except UnicodeDecodeError as error:
             contents.add(dataset.ann_file, f'is no text: {error}', 'an image on each line')
             return []
         most = len(classes) if classes else sys.maxsize
@@ -725,9 +730,10 @@ def _look_at_folders(
 
 def _check_files(
     files: Iterable[str], allowed: str, backend_args: dict | None, contents: Contents
-) -> None:
-    """Check that files exist, by the listings of their folders."""
+) -> set[str]:
+    """Check that files exist, by the listings of their folders; returns those that do not."""
     listed: dict[str, set[str]] = {}
+    missing = set()
     for file in files:
         folder, _, name = file.rpartition('/')
         if folder not in listed:
@@ -741,6 +747,8 @@ def _check_files(
         if name not in listed[folder] and not fileio.isfile(file, backend_args=backend_args):
             exists = fileio.exists(file, backend_args=backend_args)
             contents.add(file, 'is no file' if exists else 'does not exist', allowed)
+            missing.add(file)
+    return missing
 
 
 def _check_pictures(
@@ -757,9 +765,8 @@ def _check_pictures(
         seen: Digests of pictures with their files, for those that are there twice.
     """
     backend_args = getattr(dataset, 'backend_args', None)
-    _check_files([file for file, _ in items], 'an image', backend_args, contents)
-    if contents.errors:
-        return
+    missing = _check_files([file for file, _ in items], 'an image', backend_args, contents)
+    items = [item for item in items if item[0] not in missing]
     load = next(
         (t for t in dataset.pipeline.transforms if type(t).__name__ == 'LoadImageFromFile'), None
     )

@@ -316,6 +316,8 @@ def test_names_in_a_list(tmp_path, capsys):
     assert 'images/training/7.jpg' in message(cfg) or 'annotations/training/7.png' in message(cfg)
     (tmp_path / 'list.txt').write_text('')
     assert 'list.txt: names no images' in message(cfg)
+    (tmp_path / 'list.txt').write_bytes(b'\xff\xfe')
+    assert 'list.txt: is no text' in message(cfg)
     (tmp_path / 'list.txt').unlink()
     assert 'list.txt: does not exist' in message(cfg)
 
@@ -374,15 +376,17 @@ def test_thorough_opens_all_and_finds_pictures_that_are_there_twice(tmp_path):
     edit(add)(tmp_path)
     middle = tmp_path / 'train2017/35.png'
     middle.write_bytes(b'')
+    (tmp_path / 'val2017/1.png').unlink()
     (tmp_path / 'val2017/0.png').write_bytes((tmp_path / 'train2017/0.png').read_bytes())
     cfg = coco_config(tmp_path)
-    for contents in look_through(cfg, ['train', 'val']):
-        assert not contents.problems
+    (contents,) = look_through(cfg, ['train'])
+    assert not contents.problems
     train, val = look_through(cfg, ['train', 'val'], thorough=True)
     (problem,) = train.problems.values()
     assert problem.stops
     assert f'{middle}: cannot be read' in str(problem)
-    (problem,) = val.problems.values()
+    absent, problem = val.problems.values()
+    assert 'val2017/1.png: does not exist' in str(absent)
     assert not problem.stops
     assert 'val2017/0.png: is the same picture as' in str(problem)
     assert 'train2017/0.png' in str(problem)
