@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): See the module. Default: the command line.
     """
-    # By default the keys by which processes find each other outlive a restart, and mislead the next.
+    # By default addresses of the processes outlive a restart, and mislead those after it.
     os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     try:
         torchrun(argv)
