@@ -167,7 +167,9 @@ def test_killed_process(start, digits_options, tmp_path, rank, campaign):
 
 def equal_weights(folder: Path, other: Path) -> bool:
     """Bit for bit, of the last epoch."""
-    ours, theirs = (torch.load(f / 'epoch_2.pth')['state_dict'] for f in (folder, other))
+    ours, theirs = (
+        torch.load(f / 'epoch_2.pth', weights_only=False)['state_dict'] for f in (folder, other)
+    )
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
