@@ -23,6 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): See the module. Default: the command line.
     """
+    # By default addresses of the processes outlive a restart, and mislead those after it.
+    os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
     try:
         torchrun(argv)
     except ChildFailedError as error:

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
 # Evaluate on the GPUs, or CPU cores, of one or several machines by torchrun, one process each.
 #   tools/dist_test.sh CONFIG CHECKPOINT PROCESSES_PER_MACHINE [arguments of tools/test.py]
-# Several machines: run it on each, with NNODES, NODE_RANK (0, 1, ...), MASTER_ADDR and PORT set.
-# One machine takes a free PORT unless it is set. PYTHON (python) is the interpreter.
+# Several machines: run it on each, with NNODES, NODE_RANK (0, 1, ...), MASTER_ADDR and PORT (29500)
+# set. One machine takes a free port. PYTHON (python) is the interpreter.
 set -euo pipefail
 if [ $# -lt 3 ]; then
     sed -n '2,5s/^# //p' "$0" >&2
     exit 2
 fi
 tools=$(dirname "$0")
-rendezvous=(--standalone)
-if [ "${NNODES:-1}" != 1 ] || [ -n "${PORT:-}" ]; then
+if [ "${NNODES:-1}" = 1 ]; then
+    rendezvous=(--standalone)
+else
     rendezvous=(
-        --nnodes "${NNODES:-1}"
+        --nnodes "$NNODES"
         --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:-127.0.0.1}"
         --master-port "${PORT:-29500}"

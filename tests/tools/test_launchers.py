@@ -31,16 +31,24 @@ def launch(tmp_path):
 
 
 def test_one_machine(launch):
-    """By the Python that is active, over a free port; a given one is used."""
+    """By the Python that is active, over a free port, whatever the variables of others say."""
     words = launch('dist_train.sh', 'my config.py', '8', '--amp')
-    options = ['--standalone', '--nproc-per-node', '8', '--max-restarts', '0']
+    options = ['--standalone', '--max-restarts', '0', '--nproc-per-node', '8']
     assert words[:-5] == ['-m', 'acmix_mm.launch', *options]
     assert Path(words[-5]).samefile(TOOLS / 'train.py')
     assert words[-4:] == ['my config.py', '--launcher', 'pytorch', '--amp']
     words = launch('dist_train.sh', 'c.py', '2', PORT='1234', MAX_RESTARTS='3')
-    assert '--standalone' not in words
-    assert words[words.index('--master-port') + 1] == '1234'
-    assert words[words.index('--max-restarts') + 1] == '3'
+    assert words[2:5] == ['--standalone', '--max-restarts', '3']
+
+
+def test_restarts_of_several_machines():
+    """torchrun's processes then find the addresses of those before."""
+    result = subprocess.run(
+        [TOOLS / 'dist_train.sh', 'c.py', '2'], capture_output=True, text=True,
+        env={**os.environ, 'NNODES': '2', 'MAX_RESTARTS': '1'},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == 'error: MAX_RESTARTS must be 0 for several machines, got 1\n'
 
 
 def test_another_python(launch, tmp_path):

@@ -55,10 +55,9 @@ def start():
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:
-    """What a script said, which has to end with this code, and without a traceback."""
+    """What a script said, which has to end with this code."""
     said, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == code, said
-    assert 'Traceback' not in said
     return said
 
 
@@ -161,13 +160,16 @@ def test_killed_process(start, digits_options, tmp_path, rank, campaign):
     said = end(launcher, 128 + signal.SIGKILL)
     assert time.monotonic() - killed < 60
     assert said.splitlines()[-1] == f'error: process {rank} was killed by SIGKILL; so all are ended'
+    assert 'Traceback' not in said
     assert not any(Path(f'/proc/{pid}').exists() for pid in ranks.values())
     campaign('two processes', f'process {rank} killed')
 
 
 def equal_weights(folder: Path, other: Path) -> bool:
     """Bit for bit, of the last epoch."""
-    ours, theirs = (torch.load(f / 'epoch_2.pth')['state_dict'] for f in (folder, other))
+    ours, theirs = (
+        torch.load(f / 'epoch_2.pth', weights_only=False)['state_dict'] for f in (folder, other)
+    )
     return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
@@ -209,6 +211,7 @@ def test_mistake(start, digits_options, tmp_path, campaign):
     assert len(lines) == 2
     assert 'none.pth does not exist' in lines[0]
     assert lines[1] == 'error: process 0 ended with exit code 1; so all are ended'
+    assert 'Traceback' not in said
     campaign('two processes', 'checkpoint missing')
 
 
