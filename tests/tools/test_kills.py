@@ -46,7 +46,7 @@ NARROW = (
     'model.neck.out_channels=16', 'model.bbox_head.in_channels=16',
     'model.bbox_head.feat_channels=16', 'model.bbox_head.stacked_convs=1',
 )  # fmt: skip
-PATIENCE = 120  # seconds, for a machine that is busy
+PATIENCE = 600  # seconds, for a machine that is busy
 
 
 def write_config(file: Path, root: Path, base: str) -> str:
@@ -261,7 +261,7 @@ def test_drop_path_and_sampled_regions(digits_options, pytestconfig, tmp_path):
     weights = []
     for folder in folders:
         training = Training([*arguments, str(folder)])
-        assert training.wait(4 * PATIENCE) == 0, training.log.read_text()
+        assert training.wait() == 0, training.log.read_text()
         weights.append(read_checkpoint(str(folder / 'epoch_2.pth'))['state_dict'])
     assert_same(*weights)
     shutil.rmtree(folders[0])
