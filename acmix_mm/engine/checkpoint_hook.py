@@ -135,7 +135,7 @@ class SafeCheckpointHook(CheckpointHook):
             new = self._best.get(key)
             if new is None:
                 self._best = {**self._best, key: path}
-            elif new != path:
+            elif path is not None and new != path:
                 self._remove(path)
 
     @property
