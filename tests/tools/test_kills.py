@@ -22,6 +22,7 @@ from mmengine.fileio import LocalBackend
 
 from acmix_mm.checkpoints import read_checkpoint
 from acmix_mm.engine import newest_checkpoint
+from acmix_mm.files import claim
 
 CONFIG = """
 _base_ = '{root}/configs/demo/{base}'
@@ -241,6 +242,62 @@ def saves(training: Training, epoch: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return f'Saving checkpoint at {epoch} epochs' in training.log.read_text()
     return False
+
+
+def test_folder_in_use(arguments, campaign, tmp_path):
+    """The second of two trainings is refused, and writes nothing."""
+    with claim(tmp_path), pytest.raises(SystemExit) as end:
+        train.main([*arguments, str(tmp_path)])
+    assert end.value.code == f'error: folder {tmp_path} is in use by process {os.getpid()}'
+    assert [path.name for path in tmp_path.iterdir()] == ['.lock']
+    campaign('two processes', 'train.py in a folder in which another one trains')
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint(arguments, undisturbed, tmp_path):
+    """Training goes on from the one before, and says so; nothing is lost."""
+    folder = tmp_path / 'run'
+    finish([*arguments[:-1], 'default_hooks.checkpoint.max_keep_ckpts=2', arguments[-1]], folder)
+    file = folder / 'epoch_4.pth'
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert_same(finish(arguments, folder), undisturbed[0])
+    said = (tmp_path / 'run.log').read_text()
+    assert f'passed over: checkpoint {file} cannot be read' in said
+    assert f'training goes on from {folder}/epoch_3.pth' in said
+    (moved,) = folder.glob('before_*/epoch_4.pth')
+    assert moved.read_bytes() == content
+
+
+@pytest.mark.slow
+def test_another_training_in_the_same_folder(arguments, undisturbed, tmp_path):
+    """Without --resume, it begins anew, and nothing of the first is written over."""
+    folder = tmp_path / 'run'
+    finish(arguments, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    again = [argument for argument in arguments if argument != '--resume']
+    assert_same(finish(again, folder), undisturbed[0])
+    (target,) = folder.glob('before_*')
+    assert {path.name for path in target.iterdir()} == {'epoch_4.pth', 'last_checkpoint'}
+    for name, content in before.items():
+        file = folder / name
+        kept = target / name if (target / name).exists() else file
+        assert kept.read_bytes() == content or name == '.lock'
+    assert f'{folder}/epoch_4.pth is {target}/epoch_4.pth now' in (tmp_path / 'run.log').read_text()
+
+
+@pytest.mark.slow
+def test_diverging_training(arguments, tmp_path):
+    """It ends with one line, exit code 1, and a checkpoint whose weights are finite."""
+    folder = tmp_path / 'run'
+    more = ['optim_wrapper.optimizer.lr=1e30', 'default_hooks.checkpoint.interval=1']
+    training = Training([*arguments[:-1], *more, arguments[-1], str(folder)])
+    assert training.wait() == 1
+    line = training.log.read_text().splitlines()[-1]
+    assert line.startswith('error: training stopped at iteration ')
+    assert 'learning rate: ' in line
+    newest_checkpoint(folder)  # reads what there is, and weights that are not finite are refused
 
 
 @pytest.mark.slow
