@@ -104,7 +104,7 @@ def set_aside(
         return {}
     folder = checkpoint_folder(work_dir, out_dir)
     patterns = [t.replace('{}', '*') for t in (*TEMPLATES, *filter(None, [template]))]
-    least = -1 if start is None else _iterations(Path(start))
+    least = -1 if start is None else read_checkpoint(str(start))['meta']['iter']
     files = {f for pattern in patterns for f in folder.glob(pattern) if _iterations(f) > least}
     last = Path(work_dir, LAST)
     if files and start is None and last.exists():
