@@ -55,7 +55,8 @@ def newest_checkpoint(work_dir: str | Path, out_dir: str | Path | None = None) -
         return file.stat().st_mtime >= since, _iterations(file)
 
     damaged = 0
-    for file in sorted(folder.glob('*.pth'), key=rank, reverse=True):
+    files = [file for file in folder.glob('*.pth') if not file.name.startswith('.')]
+    for file in sorted(files, key=rank, reverse=True):
         try:
             checkpoint = read_checkpoint(str(file))
         except ValueError as error:
