@@ -1,8 +1,10 @@
 """Checkpoints that are whole or absent, the old one of which goes last."""
 
 from collections import deque
+from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
@@ -46,6 +48,8 @@ class SafeCheckpointHook(CheckpointHook):
     What other processes or machines are to read, such as ``s3://...``, is written as before.
     """
 
+    _finite: Collection[str] = ()  # names of what was when training began
+
     def before_run(self, runner: Runner) -> None:
         if runner._resume and runner._load_from is None:
             found = [None]
@@ -67,11 +71,11 @@ class SafeCheckpointHook(CheckpointHook):
         # The work directory may have been copied: those of the original are not ours to remove.
         self._best = {key: self._path(Path(path).name) for key, path in self._best.items() if path}
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        self._finite = {k for k, value in model.state_dict().items() if value.isfinite().all()}
+        self._finite = {name for name, value in model.state_dict().items() if is_finite(value)}
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         for name, value in checkpoint['state_dict'].items():
-            if name in self._finite and not value.isfinite().all():
+            if name in self._finite and not is_finite(value):
                 raise FloatingPointError(
                     f'training stopped before a checkpoint was saved after {runner.iter} '
                     f'iterations: weight {name} is not finite any more; '
@@ -166,6 +170,11 @@ class SafeCheckpointHook(CheckpointHook):
             self.file_backend.remove(path)
         elif self.file_backend.isdir(path):  # as DeepSpeed saves them
             self.file_backend.rmtree(path)
+
+
+def is_finite(value: object) -> bool:
+    """Whether an entry of a state dict is a tensor of finite values."""
+    return torch.is_tensor(value) and bool(value.isfinite().all())
 
 
 def last_checkpoint(runner: Runner) -> str:

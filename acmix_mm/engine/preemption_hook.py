@@ -44,7 +44,7 @@ class PreemptionHook(Hook):
         self.previous = {name: signal.signal(name, self._receive) for name in SIGNALS}
         for loader in self._loaders(runner):
             loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
-        if runner.iter and self.validate:
+        if runner.iter and self.validate and runner.val_loop is not None:
             runner.val_loop.run()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None):

@@ -4,6 +4,7 @@
 
 import contextlib
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -159,13 +160,20 @@ class SeededBatchSampler:
                 yield SeededBatch(batch, (*self.seed, self.epoch, number))
 
     def _all(self) -> Iterator[list[int]]:
-        yield from self.batch_sampler
-        rounds = 0
-        while self.endless:
-            rounds += 1
-            if hasattr(self.sampler, 'set_epoch'):
+        for rounds in itertools.count():
+            if rounds and hasattr(self.sampler, 'set_epoch'):
                 self.sampler.set_epoch(rounds)
-            yield from self.batch_sampler
+            empty = True
+            for batch in self.batch_sampler:
+                empty = False
+                yield batch
+            if empty:
+                raise ValueError(
+                    f'train_dataloader gives no batch: {len(self.sampler)} pictures, batch_size '
+                    f'{self.batch_size}, drop_last {self.drop_last}'
+                )
+            if not self.endless:
+                return
 
 
 class _BatchIterator:

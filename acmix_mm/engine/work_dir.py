@@ -55,7 +55,8 @@ def newest_checkpoint(work_dir: str | Path, out_dir: str | Path | None = None) -
         return file.stat().st_mtime >= since, _iterations(file)
 
     damaged = 0
-    for file in sorted(folder.glob('*.pth'), key=rank, reverse=True):
+    files = [file for file in folder.glob('*.pth') if not file.name.startswith('.')]
+    for file in sorted(files, key=rank, reverse=True):
         try:
             checkpoint = read_checkpoint(str(file))
         except ValueError as error:
@@ -104,7 +105,7 @@ def set_aside(
         return {}
     folder = checkpoint_folder(work_dir, out_dir)
     patterns = [t.replace('{}', '*') for t in (*TEMPLATES, *filter(None, [template]))]
-    least = -1 if start is None else _iterations(Path(start))
+    least = -1 if start is None else read_checkpoint(str(start))['meta']['iter']
     files = {f for pattern in patterns for f in folder.glob(pattern) if _iterations(f) > least}
     last = Path(work_dir, LAST)
     if files and start is None and last.exists():

@@ -1,6 +1,6 @@
-# Classifiers in small experiments: log often, keep the last checkpoint only, and repeat.
+# Classifiers in small experiments: log often, keep the last two checkpoints, and repeat.
 _base_ = './classification_runtime.py'
 
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=1, save_best=None))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=2, save_best=None))
 log_processor = dict(window_size=20)
 randomness = dict(seed=0)

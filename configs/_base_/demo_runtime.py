@@ -1,5 +1,4 @@
-# Runtime for small experiments: log often, keep the last checkpoint
-# only, and repeat.
+# Runtime for small experiments: log often, keep the last two checkpoints, and repeat.
 _base_ = './default_runtime.py'
 
 default_hooks = dict(logger=dict(interval=20), checkpoint=dict(max_keep_ckpts=2))

@@ -126,3 +126,12 @@ def test_another_number_of_batches(tmp_path):
     _, after, counted = train(tmp_path, resume=True, size=12, **settings)
     assert counted == [*range(6), *range(6)]
     assert len({row[0].item() for batch in after[:6] for row in batch}) == 12
+
+
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_no_batch(by_epoch, tmp_path):
+    """Otherwise mmengine would train nothing, or look for data without end."""
+    runner = make_runner(tmp_path, by_epoch=by_epoch, size=1, sampler={'type': 'DefaultSampler'})
+    runner._train_dataloader['drop_last'] = True
+    with pytest.raises(ValueError, match='gives no batch: 1 pictures, batch_size 2, drop_last Tr'):
+        runner.train()

@@ -86,6 +86,12 @@ def test_one_that_last_checkpoint_does_not_know_yet(run):
     assert newest_checkpoint(run) == str(run / 'epoch_11.pth')
 
 
+def test_one_that_is_not_in_its_place_yet(run):
+    """A kill leaves it, whole or in part, and it is removed when training goes on."""
+    save(run, '.part-epoch_11.pth', 55)
+    assert newest_checkpoint(run) == str(run / 'epoch_10.pth')
+
+
 def test_those_of_an_earlier_run_are_not_the_newest(run):
     """As where mmengine's own hook has begun anew in the same folder."""
     for i in (1, 2):
