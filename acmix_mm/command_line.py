@@ -135,7 +135,7 @@ def in_one_line(error: Exception) -> str:
     text = str(error)
     if re.match(r'Caught \w+ in DataLoader worker process', text):
         # The traceback of the worker; below its last frame and that one's code is what it raised.
-        text = re.split(r'\n  File ".*(?:\n    .*)*\n', text)[-1]
+        text = re.split(r'(?m)^  File ".*\n(?:    .*\n)*', text)[-1]
         return shortened(' '.join(text.split()))
     text = reason(error)
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or 'allocate memory' in text:
