@@ -195,16 +195,6 @@ def _shape(value: torch.Value):
     return value.type().sizes() if value.isCompleteTensor() else value.toIValue()
 
 
-class SampleError(RuntimeError):
-    """A sample of a data set that cannot be had; the message begins with its files.
-
-    From the process of a worker, torch hands on its traceback as the message, which ends with it.
-    """
-
-    def __str__(self) -> str:
-        return super().__str__().rpartition(f'{type(self).__name__}: ')[2].strip()
-
-
 def name_samples() -> None:
     """Have errors of data sets' pipelines name the sample's files; few of them do by themselves."""
     from mmengine.dataset.base_dataset import BaseDataset
@@ -219,7 +209,7 @@ def name_samples() -> None:
             info = self.get_data_info(idx)
             files = [info[key] for key in ('img_path', 'seg_map_path') if info.get(key)]
             sample = ' and '.join(files) or f'sample {idx}'
-            raise SampleError(f'{sample}: {type(error).__name__}: {error}') from error
+            raise RuntimeError(f'{sample}: {type(error).__name__}: {error}') from error
 
     BaseDataset.prepare_data = prepare_data
 

@@ -215,9 +215,11 @@ def check_starts(cfg: Config) -> None:
             sys.exit(f'error: {start.missing(str(error))}')
         except ValueError as error:
             sys.exit(f'error: {error}')
-        if start.place == 'load_from' and cfg.get('resume'):
+        place = start.place
+        if place == 'load_from' and cfg.get('resume'):
+            place = 'resuming'
             problem = _cannot_resume(cfg, checkpoint)
-        elif start.place == 'load_from':
+        elif place == 'load_from':
             model = build(cfg)
             weights = state_dict_of(checkpoint)
             load = functools.partial(load_state_dict, model, weights, logger='silent')
@@ -228,12 +230,15 @@ def check_starts(cfg: Config) -> None:
         else:
             problem = None
         if problem:
-            sys.exit(f'error: checkpoint {start.file} is not for {start.place}: {problem}')
+            sys.exit(f'error: checkpoint {start.file} is not for {place}: {problem}')
 
 
 def _cannot_resume(cfg: Config, checkpoint: dict) -> str | None:
     """Why training cannot go on from a checkpoint, None if it can."""
-    absent = [key for key in ('meta', 'message_hub', 'optimizer') if key not in checkpoint]
+    absent = [key for key in ('message_hub', 'optimizer') if key not in checkpoint]
+    meta = checkpoint.get('meta')
+    counts = meta if isinstance(meta, dict) else {}
+    absent += [f'meta.{key}' for key in ('epoch', 'iter') if type(counts.get(key)) is not int]
     if absent:
         return (
             f'it has no state of a training ({", ".join(absent)}) to go on with; to start from its '

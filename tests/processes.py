@@ -20,7 +20,7 @@ def run_two_processes(program: Path, *arguments) -> None:
         env={**os.environ, 'PYTHONPATH': path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr
 

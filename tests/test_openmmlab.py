@@ -5,9 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bad_data import make_ade
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.registry import DATASETS
+from torch.utils.data import DataLoader
 
 from acmix_mm.checkpoints import make_checkpoints_loadable
+from acmix_mm.command_line import in_one_line
 from acmix_mm.openmmlab import REQUIREMENTS, check_requirements
 
 
@@ -213,3 +217,25 @@ except ImportError as error:
     assert result.returncode == 0, result.stderr
     message = 'torchvision.ops.boxes.box_iou is needed, but torchvision is not installed'
     assert result.stdout.splitlines() == [message]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('damaged', ['images/training/1.jpg', 'annotations/training/1.png'])
+def test_errors_of_loading_name_the_files(damaged, workers, tmp_path):
+    """Decoders see bytes only."""
+    from mmseg.datasets import BaseSegDataset
+
+    make_ade(tmp_path)
+    (tmp_path / damaged).write_bytes(b'')
+    with DATASETS.switch_scope_and_registry('mmseg'):
+        dataset = BaseSegDataset(
+            data_root=str(tmp_path),
+            data_prefix={'img_path': 'images/training', 'seg_map_path': 'annotations/training'},
+            pipeline=[{'type': 'LoadImageFromFile'}, {'type': 'LoadAnnotations'}],
+        )
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+    with pytest.raises(RuntimeError) as raised:
+        list(loader)
+    files = [f'{tmp_path}/{part}' for part in ('images/training/1.jpg', 'annotations/training/1')]
+    message = in_one_line(raised.value)
+    assert message.startswith(f'RuntimeError: {files[0]} and {files[1]}.png: ')

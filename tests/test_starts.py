@@ -24,6 +24,7 @@ from starts import CONFIGS, LONGER, STARTS, options, promised, recipes, start_of
 
 from acmix_mm.checkpoints import read_checkpoint, state_dict_of
 from acmix_mm.layers import MixedOperator
+from acmix_mm.weights import check_starts, resolve_weights
 
 RECIPES = recipes()
 IMAGENET = {path.stem.split('_')[0]: path for path in CONFIGS.glob('imagenet/*.py')}
@@ -261,7 +262,8 @@ def test_loads_and_trains(name, kind, scene_digits, convert, tmp_path, monkeypat
         torch.save(file[0], path)
     line = options(name, kind).replace('FILE', path)
     cfg = command_line(family(name), CONFIGS / name, *line.split())
-    train.check_start(cfg)
+    resolve_weights(cfg)
+    check_starts(cfg)
     start = cfg.model.backbone.init_cfg or {'checkpoint': cfg.get('load_from')}
     assert start['checkpoint'] == (path if file else None)
 

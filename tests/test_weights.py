@@ -315,7 +315,8 @@ def test_the_other_form():
 
 def whole(model: torch.nn.Module) -> dict:
     """A checkpoint to go on from, as far as it is looked at."""
-    return {'state_dict': model.state_dict(), 'meta': {}, 'message_hub': {}, 'optimizer': {}}
+    meta = {'epoch': 1, 'iter': 3}
+    return {'state_dict': model.state_dict(), 'meta': meta, 'message_hub': {}, 'optimizer': {}}
 
 
 def started(checkpoint: dict, file: Path, **settings) -> None:
@@ -328,10 +329,14 @@ def test_going_on_needs_all_weights_and_the_state(tmp_path):
     file, model = tmp_path / 'x.pth', ACmixResNet(26, base_channels=16)
     started(whole(model), file, resume=True)
     half = dict(list(model.state_dict().items())[::2])
-    with pytest.raises(SystemExit, match=r'is not for load_from: \d+ of \d+ weights are missing'):
+    with pytest.raises(SystemExit, match=r'is not for resuming: \d+ of \d+ weights are missing'):
         started({**whole(model), 'state_dict': half}, file, resume=True)
+    weights = {key: whole(model)[key] for key in ('state_dict', 'meta')}
     with pytest.raises(SystemExit, match=r'no state of a training \(message_hub, optimizer\)'):
-        started({'state_dict': model.state_dict(), 'meta': {}}, file, resume=True)
+        started(weights, file, resume=True)
+    for meta in (None, [1], {'epoch': '1', 'iter': None}):
+        with pytest.raises(SystemExit, match=r'\(meta\.epoch, meta\.iter\)'):
+            started({**whole(model), 'meta': meta}, file, resume=True)
 
 
 def test_how_much_of_a_model_a_start_has(tmp_path, capsys):

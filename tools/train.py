@@ -58,9 +58,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def build_config(args: argparse.Namespace) -> Config:
     """Config with all command-line settings."""
     needs = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    if args.amp:  # before the config is checked: other options may be of that type
+        amp = {'optim_wrapper.type': 'AmpOptimWrapper'}
+        args.cfg_options = {**amp, **(args.cfg_options or {})}
     cfg = load_run_config(args, needs)
     if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):

@@ -135,7 +135,7 @@ class SafeCheckpointHook(CheckpointHook):
             new = self._best.get(key)
             if new is None:
                 self._best = {**self._best, key: path}
-            elif new != path:
+            elif path and path != new:
                 self._remove(path)
 
     @property

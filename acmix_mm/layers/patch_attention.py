@@ -47,10 +47,7 @@ class PatchAttention(nn.Module):
         super().__init__()
         check_positive('kernel_size', kernel_size, odd=True)
         check_backend(backend)
-        if out_channels < 1 or out_channels % SHARE_CHANNELS:
-            raise ValueError(
-                f'out_channels must be a multiple of {SHARE_CHANNELS}, got {out_channels}'
-            )
+        _check_channels(in_channels, out_channels, qk_channels)
         self.kernel_size = kernel_size
         self.backend = backend
         self.conv1 = nn.Conv2d(in_channels, qk_channels, 1)
@@ -80,6 +77,16 @@ class PatchAttention(nn.Module):
             f'qk_channels={self.conv1.out_channels}, kernel_size={self.kernel_size}, '
             f'backend={self.backend!r}'
         )
+
+
+def _check_channels(in_channels: int, out_channels: int, qk_channels: int) -> None:
+    check_positive('in_channels', in_channels)
+    check_positive('qk_channels', qk_channels)
+    if not isinstance(out_channels, int) or out_channels < 1 or out_channels % SHARE_CHANNELS:
+        raise ValueError(
+            f'out_channels must be a multiple of {SHARE_CHANNELS}, got {out_channels!r}'
+        )
+    check_positive('out_channels', out_channels)
 
 
 def project(
@@ -159,6 +166,8 @@ class PatchACmix(MixedOperator):
         backend: str | None = None,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ):
+        check_positive('attn_kernel_size', attn_kernel_size, odd=True)
+        _check_channels(in_channels, out_channels, qk_channels)
         if out_channels != 4 * qk_channels:
             raise ValueError(
                 f'out_channels must be four times qk_channels ({qk_channels}), got {out_channels}'

@@ -128,6 +128,7 @@ class XVolution(Deployable):
         )
         if attention not in ATTENTIONS:
             raise ValueError(f'attention must be one of {ATTENTIONS}, got {attention!r}')
+        check_backend(backend)
         super().__init__()
         shape = (in_channels, out_channels, self.stride[0], self.dilation[0], groups)
         self.conv = nn.Conv2d(
@@ -304,7 +305,6 @@ class LocalAttention(nn.Module):
         check_positive('num_heads', num_heads)
         check_positive('attn_kernel_size', kernel_size, odd=True)
         check_divisible('out_channels', out_channels, 'num_heads', num_heads)
-        check_backend(backend)
         self.stride = stride
         self.dilation = dilation
         self.num_heads = num_heads

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.fileio import get_file_backend
-from small_runs import Each, Kill, kill, make_runner, weights
+from small_runs import Each, Kill, kill, make_runner, validation, weights
 
 from acmix_mm.engine import WholeFileBackend, newest_checkpoint
 
@@ -140,3 +140,32 @@ def test_values_that_never_were_finite_are_saved(tmp_path):
     runner.model.register_buffer('mask', torch.tensor([0.0, float('-inf')]))
     runner.train()
     assert torch.load(tmp_path / 'epoch_3.pth', weights_only=True)['state_dict']['mask'].isinf()[1]
+
+
+def best_runner(work_dir, scores, each=None, **settings):
+    """Evaluated after each epoch, with given scores."""
+    saving = {'max_keep_ckpts': 1, 'save_best': list(scores[0]), 'rule': 'greater'}
+    return make_runner(work_dir, each, checkpoint=saving, **validation(scores), **settings)
+
+
+@pytest.mark.parametrize('metrics', ['a', 'ab'])
+def test_best_checkpoint_goes_last(metrics, moments, tmp_path):
+    scores = [dict.fromkeys(metrics, score) for score in (0.1, 0.3, 0.2)]
+    best_runner(tmp_path / 'run', scores).train()
+    kept = [f'best_{metric}_epoch_2.pth' for metric in metrics]
+    assert names(tmp_path / 'run') == [*kept, 'epoch_3.pth', 'last_checkpoint']
+    for name in kept:
+        (before,) = [files for target, files in moments if target == name]
+        assert name.replace('2', '1') in before
+
+
+def test_best_checkpoint_of_a_copied_folder(tmp_path):
+    scores = [{'a': 0.1}, {'a': 0.2}, {'a': 0.3}]
+    with pytest.raises(Kill):
+        best_runner(tmp_path / 'a', scores, Each(8, kill)).train()
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    before = names(tmp_path / 'a')
+    assert before == ['best_a_epoch_1.pth', 'epoch_1.pth', 'last_checkpoint']
+    best_runner(tmp_path / 'b', scores, resume=True).train()
+    assert names(tmp_path / 'a') == before
+    assert names(tmp_path / 'b') == ['best_a_epoch_3.pth', 'epoch_3.pth', 'last_checkpoint']

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from small_runs import Each, make_runner, weights
+from mmengine.hooks import Hook
+from small_runs import Each, make_runner, validation, weights
 
 from acmix_mm.engine import newest_checkpoint
 
@@ -65,3 +66,36 @@ def test_accumulated_gradients_are_not_lost(tmp_path):
     resumed = accumulate(make_runner(tmp_path / 'run', resume=True, **settings))
     resumed.train()
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+
+
+class SignalInValidation(Hook):
+    """Sends the signal in the second validation, and counts validations that came to their end."""
+
+    def __init__(self, send=None):
+        self.send, self.ended = send, 0
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if self.send is not None and runner.epoch == 2:
+            self.send()
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.ended += 1
+
+
+def test_validation_is_repeated(tmp_path):
+    """Its best checkpoint is not lost."""
+    scores = [{'a': 0.1}, {'a': 0.3}, {'a': 0.2}]
+    settings = {'checkpoint': {'save_best': 'a', 'rule': 'greater'}, **validation(scores)}
+    hook = SignalInValidation(send(signal.SIGTERM))
+    runner = make_runner(tmp_path, **settings)
+    runner.register_hook(hook)
+    with pytest.raises(SystemExit):
+        runner.train()
+    assert hook.ended == 1
+    assert [path.name for path in tmp_path.glob('best*')] == ['best_a_epoch_1.pth']
+    hook = SignalInValidation()
+    runner = make_runner(tmp_path, resume=True, **settings)
+    runner.register_hook(hook)
+    runner.train()
+    assert hook.ended == 2
+    assert [path.name for path in tmp_path.glob('best*')] == ['best_a_epoch_2.pth']

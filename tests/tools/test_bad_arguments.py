@@ -92,7 +92,7 @@ CASES = {
     'benchmark --device': ("'cuda:99'", 'benchmark operator --device cuda:99'),
     'benchmark config': ("'no.py': no such config file", 'benchmark detector --configs no.py'),
     'check_dataset --splits': ("invalid choice: 'dev'", f'check_dataset {CONFIG} --splits dev'),
-    'check_dataset --out': ('--out: {file} exists already',
+    'check_dataset --out': ('OUT must end in .txt, got {file}',
                             f'check_dataset {CONFIG} --out {{file}}'),
     'scene_digits --train': ('--train must be at least 1, got -1', 'scene_digits {new} --train=-1'),
     'scene_digits --digits': ('--digits must satisfy', 'scene_digits {new} --digits 4 1'),

@@ -278,19 +278,19 @@ def test_unusual_data_train(detector, change, keep_empty, tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('what', ['picture', 'label map'])
 def test_damage_that_is_found_while_training_is_named(what, workers, tmp_path):
-    """In the middle of a data set, where the quick check does not look."""
+    """The 18th of 53 by name, where the quick check does not look."""
     data = tmp_path / 'data'
     make_ade(data)
     for i in range(10, 60):
         picture(data / f'images/training/{i}.jpg')
         Image.fromarray(np.zeros((40, 48), np.uint8)).save(data / f'annotations/training/{i}.png')
-    damaged = 'images/training/35.jpg' if what == 'picture' else 'annotations/training/35.png'
+    damaged = 'images/training/24.jpg' if what == 'picture' else 'annotations/training/24.png'
     (data / damaged).write_bytes(b'')
     recipe = write_recipe(tmp_path, data, 'ade')
-    options = [f'train_dataloader.num_workers={workers}', 'default_hooks.logger.interval=1']
+    options = [f'train_dataloader.num_workers={workers}', 'train_dataloader.sampler.shuffle=False']
     command = [sys.executable, 'tools/train.py', recipe, '--work-dir', str(tmp_path / 'work')]
     result = subprocess.run(
-        [*command, '--cfg-options', *options], capture_output=True, text=True, timeout=300
+        [*command, '--cfg-options', *options], capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 1
     assert 'Traceback' not in result.stdout + result.stderr

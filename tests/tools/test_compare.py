@@ -281,8 +281,9 @@ def test_epochs_scale_schedules():
 @pytest.mark.parametrize(('file', 'data'), [(INSTANCE, 'digits'), (SEMANTIC, 'label_map')])
 def test_costs_of_other_tasks(file, data, request, tmp_path):
     config, checkpoint = str(tmp_path / 'config.py'), str(tmp_path / 'x.pth')
-    options = dict(pair.split('=') for pair in request.getfixturevalue(f'{data}_options'))
-    cfg = compare.prepare(file, options | {'train_dataloader.batch_size': 2}, None)
+    options = request.getfixturevalue(f'{data}_options')
+    args = compare.parse_args([file, '--cfg-options', *options, 'train_dataloader.batch_size=2'])
+    cfg = compare.prepare(file, args.cfg_options, None)
     cfg.dump(config)
     init_default_scope(cfg.default_scope)
     torch.save(MODELS.build(cfg.model).state_dict(), checkpoint)

@@ -284,7 +284,7 @@ def test_weights_of_another_model(tool, kind, tmp_path, campaign):
     program, arguments = TOOLS[tool]
     with pytest.raises(SystemExit, match=message) as caught:
         program.main(arguments(file, tmp_path / 'out'))
-    assert re.match(r'error: checkpoint \S+ (does not fit config|is not for load_from)',
+    assert re.match(r'error: checkpoint \S+ (does not fit config|is not for resuming)',
                     caught.value.code)  # fmt: skip
     assert '\n' not in caught.value.code
     assert not list(tmp_path.glob('out*'))
@@ -296,7 +296,15 @@ def test_weights_of_another_model(tool, kind, tmp_path, campaign):
 def test_a_training_for_a_deployed_config(tool, tmp_path, campaign):
     file = tmp_path / 'bad.pth'
     config = recipe(CONFIG, 'model = dict(backbone=dict(deploy=True))', tmp_path)
-    torch.save({'state_dict': state_dict(), 'meta': {}, 'message_hub': {}, 'optimizer': {}}, file)
+    torch.save(
+        {
+            'state_dict': state_dict(),
+            'meta': {'epoch': 1, 'iter': 1},
+            'message_hub': {},
+            'optimizer': {},
+        },
+        file,
+    )
     program, arguments = TOOLS[tool]
     arguments = [config if a == CONFIG else a for a in arguments(file, tmp_path / 'out')]
     with pytest.raises(SystemExit, match=r'it is of the model as it is trained|deployed already'):

@@ -331,7 +331,7 @@ def without(weights, part):
         (lambda w: {'state_dict': {}}, 'holds no weights'),
         (
             lambda w: {**w, 'layer1.0.conv2.weight': torch.full((8, 8, 3, 3), torch.nan)},
-            'layer1.0.conv2.weight is not finite',
+            '1 of its 174 weights are not finite, the first is layer1.0.conv2.weight',
         ),
         (lambda w: {**w, 'code': Image.Image}, 'is refused: it holds PIL.Image.Image'),
     ],

@@ -506,7 +506,9 @@ def test_tta_of_a_detector_with_masks(digits_options):
     """mmdet merges boxes only: there is no mask branch, and boxes are evaluated."""
     config = 'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py'
     arguments = [config, 'x.pth', '--tta', '--cfg-options', *digits_options]
-    cfg = evaluate.build_config(evaluate.parse_args(arguments))
+    args = evaluate.parse_args(arguments)
+    cfg = evaluate.build_config(args)
+    evaluate.augment(cfg, args)
     assert not {'mask_head', 'mask_roi_extractor'} & set(cfg.model.module.roi_head)
     assert cfg.test_evaluator.metric == 'bbox'
     assert cfg.model.type == 'DetTTAModel'
