@@ -304,7 +304,7 @@ def check_config(cfg: Config, file: str) -> None:
         ValueError: For the first fault. The message is one line with file, dotted name, value and
             what is allowed.
     """
-    scope = cfg.get('default_scope') or 'mmengine'
+    scope = cfg.get('default_scope') or 'mmdet'  # as programs that build the model
     try:
         _check_names(cfg)
         _check_values(cfg)
