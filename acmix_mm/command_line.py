@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -112,18 +113,19 @@ def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | N
 
 def is_stdout_closed() -> bool:
     """Whether nobody reads the output any more, as behind ``| head``; then there is none."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
-        return True
-    return False
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at the end
+    return closed
 
 
 def is_ours(error: BaseException) -> bool:
     """Whether the package itself refuses something, with a message for users."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_globals['__name__'].startswith('acmix_mm.')
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_here = frames and frames[-1].f_globals['__name__'].startswith('acmix_mm.')
+    return isinstance(error, ValueError) and bool(raised_here)
 
 
 def in_one_line(error: Exception) -> str:
@@ -132,8 +134,8 @@ def in_one_line(error: Exception) -> str:
         return error.strerror if error.filename is None else f'{error.filename}: {error.strerror}'
     text = str(error)
     if re.match(r'Caught \w+ in DataLoader worker process', text):
-        # The traceback of the worker; its last lines, not indented, are what it raised.
-        text = re.split(r'\n +.*\n(?! )', text)[-1]
+        # The traceback of the worker; below its last frame and that one's code is what it raised.
+        text = re.split(r'(?m)^  File ".*\n(?:    .*\n)*', text)[-1]
         return shortened(' '.join(text.split()))
     text = reason(error)
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or 'allocate memory' in text:

@@ -172,7 +172,10 @@ def read_config(file: str) -> Config:
     if not Path(file).is_file():
         raise ValueError(f'config {file} does not exist')
     try:
-        return Config.fromfile(file)
+        cfg = Config.fromfile(file)
+        for _ in settings_of(cfg):  # what is imported by name is imported now
+            pass
+        return cfg
     except Exception as error:  # it runs the file, which may do anything
         reading = _files_being_read(error) or [file]
         message = reason(error)
@@ -200,7 +203,7 @@ def reason(error: BaseException) -> str:
     """What an error says, in one line: its type and message, of a bare assertion its condition."""
     text = ' '.join(str(error.args[0] if isinstance(error, KeyError) else error).split())
     if isinstance(error, AssertionError) and not text:
-        text = traceback.extract_tb(error.__traceback__)[-1].line
+        text = traceback.extract_tb(error.__traceback__)[-1].line or 'an assertion does not hold'
     return f'{type(error).__name__}: {text}'
 
 
@@ -301,7 +304,7 @@ def check_config(cfg: Config, file: str) -> None:
         ValueError: For the first fault. The message is one line with file, dotted name, value and
             what is allowed.
     """
-    scope = cfg.get('default_scope') or 'mmengine'
+    scope = cfg.get('default_scope') or 'mmdet'  # as programs that build the model
     try:
         _check_names(cfg)
         _check_values(cfg)

@@ -1,4 +1,5 @@
 import functools
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from mmengine.config import Config
 from processes import free_port, run_two_processes
 
-from acmix_mm.command_line import join_processes, load_config
+from acmix_mm.command_line import LENGTH, in_one_line, join_processes, load_config
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 
@@ -128,3 +129,85 @@ def test_options_that_are_read():
     cfg = load_config(str(COCO), options)
     for option, value in options.items():
         assert functools.reduce(lambda setting, key: setting[key], option.split('.'), cfg) == value
+
+
+class Faulty(torch.utils.data.Dataset):
+    """Raises what loading raises."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ('error', 'expected'),
+    [
+        (KeyError('boxes'), "KeyError: 'boxes'"),
+        (ValueError('two\n  lines\nof text'), 'ValueError: two lines of text'),
+        (FileNotFoundError(2, 'No such file', 'a.jpg'), 'a.jpg'),
+    ],
+)
+def test_errors_of_workers(error, expected):
+    """What a worker raised, without its traceback."""
+    loader = torch.utils.data.DataLoader(Faulty(error), num_workers=1)
+    with pytest.raises(type(error)) as raised:
+        list(loader)
+    line = in_one_line(raised.value)
+    assert expected in line
+    assert 'Traceback' not in line
+    assert 'File "' not in line
+    assert '\n' not in line
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.'),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"
+        ),
+    ],
+)
+def test_out_of_memory(error):
+    assert in_one_line(error).startswith('out of memory; smaller batches')
+
+
+def test_long_errors():
+    assert len(in_one_line(RuntimeError('word ' * 1000))) == LENGTH
+
+
+def test_bare_assertions(tmp_path):
+    """Of code that pytest has not rewritten."""
+    file = tmp_path / 'asserts.py'
+    file.write_text('size = 3\nassert size == 4\n')
+    with pytest.raises(AssertionError) as raised:
+        runpy.run_path(str(file))
+    assert in_one_line(raised.value) == 'AssertionError: assert size == 4'
+
+
+PIPE = """
+import sys
+from acmix_mm.command_line import program
+@program
+def main(argv=None):
+    for _ in range(100000):
+        print('a line of output')
+main()
+"""
+
+
+def test_output_that_nobody_reads(tmp_path):
+    """As behind ``| head``: no message, and not success."""
+    with subprocess.Popen(
+        [sys.executable, '-c', PIPE], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b''
+        assert process.wait() == 141

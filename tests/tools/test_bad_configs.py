@@ -4,6 +4,8 @@ import pytest
 import train
 from refusals import refusal
 
+from acmix_mm.command_line import load_config
+
 DETECTOR = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 CASCADE = 'configs/acmix_swin/cascade-mask-rcnn_acmix-swin-t_fpn_8xb2-3x_coco.py'
 SEGMENTOR = 'configs/demo/acmix-swin_upernet_scene-digits.py'
@@ -316,4 +318,52 @@ def test_file(case, pytestconfig, tmp_path, campaign):
     assert len(line) < 400
     assert expected in line
     assert not work_dir.exists()
+    campaign('bad configs', case)
+
+
+BASES = {
+    'a base with an error': (
+        {'config': "_base_ = 'first.py'", 'first': 'x = 1\n\nmodel = )'},
+        'first.py: line 3: unmatched',
+    ),
+    'a base with a name': (
+        {'config': "_base_ = 'first.py'", 'first': 'x = 1\ny = z'},
+        "first.py, line 2: NameError: name 'z' is not defined",
+    ),
+    'no base': ({'config': "_base_ = 'first.py'"}, 'first.py'),
+    'a circle': (
+        {'config': "_base_ = 'first.py'", 'first': "_base_ = 'config.py'"},
+        'inherits from itself, by',
+    ),
+    'a key twice': (
+        {'config': "_base_ = ['first.py', 'second.py']", 'first': 'a = 1', 'second': 'a = 2'},
+        "Duplicate key is not allowed among bases. Duplicate keys: {'a'}",
+    ),
+    'an import of a class': (
+        {'config': 'from mmdet.models import RetinNet\nmodel = dict(type=RetinNet)'},
+        'RetinNet',
+    ),
+    'classes instead of names': (
+        {
+            'config': 'from mmdet.models import RetinaNet\n'
+            "default_scope = 'mmdet'\nmodel = dict(type=RetinaNet, bakbone=dict())"
+        },
+        'model.bakbone: RetinaNet has no argument bakbone; did you mean backbone?',
+    ),
+    'no Python': ({'config': 'just a text'}, 'config.py: line 1: invalid syntax'),
+}
+
+
+@pytest.mark.parametrize('case', BASES)
+def test_bases(case, tmp_path, campaign):
+    files, expected = BASES[case]
+    for name, text in files.items():
+        (tmp_path / f'{name}.py').write_text(text)
+    found = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        load_config(str(tmp_path / 'config.py'))
+    assert end.value.code.startswith('error: config ')
+    assert expected in end.value.code
+    assert '\n' not in end.value.code
+    assert {path.name for path in tmp_path.iterdir()} - found <= {'__pycache__'}
     campaign('bad configs', case)
