@@ -356,7 +356,9 @@ def classes_of(inferencer: BaseInferencer, args: argparse.Namespace) -> tuple[st
 
 
 def num_classes(model: nn.Module) -> int | None:
-    """Classes of the last head, None where it does not say."""
+    """Classes of the last head, None where it does not say, or panoptic heads have some more."""
+    if hasattr(model, 'panoptic_fusion_head'):
+        return None
     for name in ('head', 'decode_head', 'bbox_head', 'roi_head.bbox_head'):
         head = model
         for part in name.split('.'):
