@@ -67,3 +67,28 @@ def strided_size(maps: Tensor, stride: int) -> tuple[int, int]:
     """
     height, width = maps.shape[-2:]
     return (height + stride - 1) // stride, (width + stride - 1) // stride
+
+
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, kernel_size: int, stride: int, dilation: int
+) -> None:
+    """Raise an error unless arguments are as :func:`acmix_mm.ops.local_attention` has them.
+
+    But for dtypes, which autocast makes equal.
+    """
+    check_geometry(kernel_size, stride, dilation)
+    check_tensors(query=query, key=key, value=value)
+    for name, tensor in (('query', query), ('key', key), ('value', value)):
+        if tensor.dim() != 5:
+            raise ValueError(
+                f'{name} must have 5 dimensions (B, N, d, H, W), got shape {tuple(tensor.shape)}'
+            )
+    if min(key.shape[1:]) < 1:
+        raise ValueError(f'key must have N, d, H, W >= 1, got shape {tuple(key.shape)}')
+    if value.shape != key.shape:
+        raise ValueError(
+            f'value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}'
+        )
+    expected = (*key.shape[:3], *strided_size(key, stride))
+    why = f'key of shape {tuple(key.shape)} and stride {stride}'
+    check_shape('query', query, expected, why)

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from ._checks import check_dtypes, check_geometry, check_shape, check_tensors, strided_size
+from ._checks import check_attention, check_dtypes
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend, torch_backend, triton_backend
 
@@ -62,8 +62,7 @@ def local_attention(
         ValueError: If shapes, dtypes or devices do not fit together or are not for ``backend``, or
             another argument is not as described; the message names it.
     """
-    check_geometry(kernel_size, stride, dilation)
-    _check_tensors(query, key, value, stride)
+    check_attention(query, key, value, kernel_size, stride, dilation)
     if scale is None:
         scale = query.size(2) ** -0.5
     elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
@@ -73,21 +72,3 @@ def local_attention(
     check_dtypes(query=query, key=key, value=value)
     geometry = (kernel_size, stride, dilation, float(scale))
     return dispatch('local_attention', backend, query, key, value, *geometry)
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, stride: int) -> None:
-    check_tensors(query=query, key=key, value=value)
-    for name, tensor in (('query', query), ('key', key), ('value', value)):
-        if tensor.dim() != 5:
-            raise ValueError(
-                f'{name} must have 5 dimensions (B, N, d, H, W), got shape {tuple(tensor.shape)}'
-            )
-    if min(key.shape[1:]) < 1:
-        raise ValueError(f'key must have N, d, H, W >= 1, got shape {tuple(key.shape)}')
-    if value.shape != key.shape:
-        raise ValueError(
-            f'value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}'
-        )
-    expected = (*key.shape[:3], *strided_size(key, stride))
-    why = f'key of shape {tuple(key.shape)} and stride {stride}'
-    check_shape('query', query, expected, why)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from devices import device_of, needs_native
+from devices import device_of, needs_native, needs_triton
 from fuzzing import LAYOUTS, fuzz, fuzzed
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -330,6 +330,34 @@ def test_hostile_calls(name, examples, campaign):
             assert all(result.isfinite().all() for result in results)
 
     fuzz(check, examples, campaign, name)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({1: torch.ones(1, 1, 2, 3, 3)}, 'value must have the shape of key'),
+        ({2: torch.ones(1, 1, 2, 4, 3)}, 'value must have the shape of key'),
+        ({0: torch.ones(1, 1, 2, 9, 9)}, 'query must have shape'),
+        ({2: torch.ones(1, 1, 2, 3, 4).half()}, 'must have one dtype'),
+        ({3: -3}, 'kernel_size must be a positive odd integer'),
+        ({4: 2**40}, 'stride must be at most'),
+        ({5: 2**63 - 1}, 'dilation must be at most'),
+    ],
+)
+def test_hostile_calls_of_triton(changes, message):
+    """Forward and backward; kernels on a GPU read where they are told to."""
+    maps = torch.ones(1, 1, 2, 3, 4)
+    arguments = [maps, maps, maps, 3, 1, 1, 1.0]
+    for place, value in changes.items():
+        arguments[place] = value
+    operators = torch.ops.acmix_mm
+    with pytest.raises(ValueError, match=message):
+        operators.local_attention_triton_forward(*arguments)
+    lse = torch.ones(1, 1, 3, 4)
+    given = (*arguments[:3], maps, lse, *arguments[3:], [True] * 3)
+    with pytest.raises(ValueError, match=message):
+        operators.local_attention_triton_backward(maps, *given)
 
 
 @needs_native

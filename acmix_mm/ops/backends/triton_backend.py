@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .._autograd import refuse_second_order, spread
+from .._checks import check_attention, check_dtypes, check_shape
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -149,6 +150,9 @@ if MISSING is None:
         dilation: int,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
+        # Also of a call without the front's checks: kernels take sizes and strides at their word.
+        check_attention(query, key, value, kernel_size, stride, dilation)
+        check_dtypes(query=query, key=key, value=value)
         output, lse = _empty_outputs(query)
         if query.numel() == 0:
             return output, lse
@@ -191,6 +195,12 @@ if MISSING is None:
         needed: list[bool],
     ) -> list[Tensor]:
         """Those gradients of query, key and value that are ``needed``."""
+        check_attention(query, key, value, kernel_size, stride, dilation)
+        check_dtypes(query=query, key=key, value=value, grad=grad, output=output)
+        why = f'query of shape {tuple(query.shape)}'
+        check_shape('grad', grad, tuple(query.shape), why)
+        check_shape('output', output, tuple(query.shape), why)
+        check_shape('lse', lse, (*query.shape[:2], *query.shape[3:]), why)
         gradients = [
             t.new_empty(t.shape)
             for t, need in zip((query, key, value), needed, strict=True)
