@@ -195,6 +195,7 @@ model = dict(roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_cla
 ONE_EPOCH = [
     '--cfg-options', 'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1',
     'train_dataloader.dataset.filter_cfg.min_size=0',
+    'train_dataloader.batch_size=3',  # batch norm cannot do with one pixel of one image
 ]  # fmt: skip
 
 
@@ -270,7 +271,7 @@ def test_unusual_data_train(detector, change, keep_empty, tmp_path):
     keep = f'train_dataloader.dataset.filter_cfg.filter_empty_gt={not keep_empty}'
     program('train', recipe, '--work-dir', str(tmp_path / 'work'), *ONE_EPOCH, keep)
     losses = [row['loss'] for row in scalars(tmp_path / 'work') if 'loss' in row]
-    assert len(losses) == 3
+    assert len(losses) == 1
     assert np.isfinite(losses).all()
 
 
