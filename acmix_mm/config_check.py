@@ -228,7 +228,7 @@ def merge_options(cfg: Config, options: dict[str, object]) -> None:
             there is no such place in the config.
     """
     for option in options:
-        _check_option(option, cfg)
+        _check_option(option, options, cfg)
     try:
         cfg.merge_from_dict(options)
     except (AttributeError, KeyError, TypeError) as error:  # options that exclude each other
@@ -236,7 +236,7 @@ def merge_options(cfg: Config, options: dict[str, object]) -> None:
         raise ValueError(f'--cfg-options {names}: cannot all be set, {reason(error)}') from None
 
 
-def _check_option(option: str, cfg: Config) -> None:
+def _check_option(option: str, options: dict[str, object], cfg: Config) -> None:
     key, *parts = option.split('.')
     if not all([key, *parts]):
         raise ValueError(f'--cfg-options {option}: a name between dots is empty')
@@ -260,6 +260,8 @@ def _check_option(option: str, cfg: Config) -> None:
             if part not in node:
                 return  # set anew
             node = node[part]
+        elif f'{place}._delete_' in options:
+            return  # replaced
         else:
             raise ValueError(f'--cfg-options {option}: {place} is {node!r}, which has no {part}')
         place = f'{place}.{part}'.lstrip('.')

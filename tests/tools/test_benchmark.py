@@ -223,7 +223,8 @@ def test_unfold_forms(monkeypatch):
 def test_forms_follow_what_a_model_has(tmp_path):
     """Backends and deployment where there are such layers; what cannot be built fails by itself."""
     broken = tmp_path / 'broken.py'
-    broken.write_text("model = dict(type='RetinaNet', backbone=dict(type='ACmixResNet', depth=51))")
+    base = Path('configs/demo/retinanet_acmix-r26_fpn_scene-digits.py').resolve()
+    broken.write_text(f"_base_ = '{base}'\nmodel = dict(backbone=dict(depth=51))")
     options = f'--shapes 1x3x64x64 --models r50 san10 acmix-san10 {broken} --modes forward'
     arguments = ['backbone', *options.split(), '--backends', 'auto', 'torch']
     candidates = next(benchmark.suite_backbone(benchmark.parse_args(arguments)))
