@@ -291,18 +291,22 @@ def join_processes(cfg: Config) -> None:
 def once(action: Callable[[Config], object], cfg: Config) -> Config:
     """Let the first process of a job check and complete the config; all get it from there.
 
-    Where the action exits with a message, all processes end, and the message appears once.
+    Where the action raises or exits with a message, all processes end, and the message appears
+    once.
     """
-    outcome = [cfg, None]
+    failure = None
     if get_rank() == 0:
         try:
             action(cfg)
-        except SystemExit as error:
-            outcome[1] = error.code
+        except (Exception, SystemExit) as error:
+            failure = error
+    outcome = [cfg, failure is not None]
     broadcast_object_list(outcome)
-    cfg, code = outcome
-    if code is not None:
-        sys.exit(code if get_rank() == 0 else 1)
+    cfg, failed = outcome
+    if failure is not None:
+        raise failure
+    if failed:
+        sys.exit(1)
     return cfg
 
 
@@ -376,14 +380,18 @@ def device_type(text: str) -> str:
 
 
 def find_images(folder: Path, pattern: str = '*', least: int = 1) -> list[Path]:
-    """The images of a folder in the order of their names.
+    """The images of a folder in the order of their names, without hidden ones.
 
     Exits with a message if there are not as many as ``least`` among the files that match the
     pattern, which is ``**/*`` to look below the folder, too.
     """
     if not folder.is_dir():
         sys.exit(f'error: {folder} does not exist or is no folder')
-    images = sorted(p for p in folder.glob(pattern) if p.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(
+        path
+        for path in folder.glob(pattern)
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.')
+    )
     if len(images) < least:
         sys.exit(
             f'error: folder {folder} must hold images ({", ".join(IMAGE_SUFFIXES)}), at least '

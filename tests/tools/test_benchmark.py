@@ -234,7 +234,7 @@ def test_models_that_cannot_be_built_are_refused(tmp_path):
     broken = tmp_path / 'broken.py'
     base = Path('configs/demo/retinanet_acmix-r26_fpn_scene-digits.py').resolve()
     broken.write_text(f"_base_ = '{base}'\nmodel = dict(backbone=dict(depth=51))")
-    with pytest.raises(SystemExit, match='depth must be one of .* got 51'):
+    with pytest.raises(SystemExit, match=r'depth must be one of .* got 51'):
         benchmark.parse_args(['backbone', '--models', str(broken)])
 
 
