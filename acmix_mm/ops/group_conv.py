@@ -65,7 +65,8 @@ def conv2d(
 ) -> Tensor:
     """PyTorch's convolution, padded to keep the size at stride 1."""
     padding = weight.size(-1) // 2 * dilation
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    # In float64 on a CPU, PyTorch 2.13 gives a wrong gradient of channels-last weights in groups.
+    return F.conv2d(input, weight.contiguous(), bias, stride, padding, dilation, groups)
 
 
 OPERATORS['group_conv'] = {

@@ -202,3 +202,24 @@ def test_wrong_arguments_of_the_front(change, message, backend):
     arguments = {'maps': torch.ones(1, 2, 3, 4, 5), 'weight': torch.ones(4, 3, 3, 3)}
     with pytest.raises(ValueError, match=message):
         group_conv(**{**arguments, **change}, backend=backend)
+
+
+@pytest.mark.parametrize('backend', ['native', 'torch'])
+@pytest.mark.parametrize('layout', LAYOUTS)
+@pytest.mark.parametrize('weight_layout', ['contiguous', 'channels last', 'batch inside'])
+def test_layouts_change_no_gradient(backend, layout, weight_layout):
+    """PyTorch's own convolution in groups is wrong for some pairs, in float64 on a CPU."""
+    maps, weight, _ = make(2, 2, 3, 1, 3, (4, 5))
+    direction = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    if layout == 'one image':
+        maps = maps[:1].expand(maps.shape)
+
+    def gradients(one, other):
+        one, other = (LAYOUTS[k](t.detach()) for k, t in ((one, maps), (other, weight)))
+        tensors = one.requires_grad_(), other.requires_grad_()
+        out = group_conv(tensors[0].unflatten(1, (2, 3)), tensors[1], backend=backend)
+        return torch.autograd.grad(out, tensors, direction)
+
+    torch.testing.assert_close(
+        gradients(layout, weight_layout), gradients('contiguous', 'contiguous')
+    )
