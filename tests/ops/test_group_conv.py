@@ -207,10 +207,11 @@ def test_wrong_arguments_of_the_front(change, message, backend):
 @pytest.mark.parametrize('backend', ['native', 'torch'])
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('weight_layout', ['contiguous', 'channels last', 'batch inside'])
-def test_layouts_change_no_gradient(backend, layout, weight_layout):
+@pytest.mark.parametrize('batch', [1, 2])
+def test_layouts_change_no_gradient(backend, layout, weight_layout, batch):
     """PyTorch's own convolution in groups is wrong for some pairs, in float64 on a CPU."""
-    maps, weight, _ = make(2, 2, 3, 1, 3, (4, 5))
-    direction = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    maps, weight, _ = make(batch, 2, 3, 1, 3, (4, 5))
+    direction = torch.randn(batch, 2, 4, 5, dtype=torch.float64)
     if layout == 'one image':
         maps = maps[:1].expand(maps.shape)
 
