@@ -1,6 +1,8 @@
 """Training that a scheduler interrupts."""
 
+import atexit
 import functools
+import multiprocessing
 import signal
 import sys
 from collections.abc import Callable
@@ -44,6 +46,7 @@ class PreemptionHook(Hook):
         self.previous = {name: signal.signal(name, self._receive) for name in SIGNALS}
         for loader in self._loaders(runner):
             loader.worker_init_fn = functools.partial(start_worker, loader.worker_init_fn)
+        atexit.register(end_workers)
         if runner.iter and self.validate and runner.val_loop is not None:
             runner.val_loop.run()
 
@@ -91,6 +94,16 @@ def start_worker(initialise: Callable[[int], None] | None, worker: int) -> None:
         signal.signal(name, _ignore_once)
     if initialise is not None:
         initialise(worker)
+
+
+def end_workers() -> None:
+    """End the workers that a training which failed has left.
+
+    Python sends them SIGTERM once when the process exits, which they outlive, and waits for them.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _ignore_once(number: int, frame) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -99,3 +101,23 @@ def test_validation_is_repeated(tmp_path):
     runner.train()
     assert hook.ended == 2
     assert [path.name for path in tmp_path.glob('best*')] == ['best_a_epoch_2.pth']
+
+
+def test_a_training_that_fails_ends(tmp_path):
+    """Workers, which outlive a signal, do not keep the process."""
+    code = f"""
+import sys
+sys.path.insert(0, 'tests')
+from small_runs import Each, make_runner
+
+def fail():
+    raise ValueError('fails')
+
+each = Each(2, fail)
+make_runner({str(tmp_path)!r}, each, workers=2, persistent=True).train()
+"""
+    result = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, timeout=90
+    )
+    assert result.returncode == 1
+    assert 'ValueError: fails' in result.stderr
