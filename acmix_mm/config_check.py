@@ -151,7 +151,10 @@ VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     'load_from': (lambda v: v is None or isinstance(v, str), 'None or a file'),
     'work_dir': (lambda v: v is None or isinstance(v, str), 'None or a folder'),
     'resume': (lambda v: isinstance(v, bool), 'True or False'),
-    'log_level': (lambda v: v in logging.getLevelNamesMapping(), "'INFO', 'WARNING' or the like"),
+    'log_level': (
+        lambda v: isinstance(logging.getLevelName(v), int),
+        "'INFO', 'WARNING' or the like",
+    ),
     **dict.fromkeys(
         ('model', '*_dataloader', 'optim_wrapper', 'train_cfg', 'default_hooks', 'randomness'),
         (lambda v: v is None or isinstance(v, dict), 'a dict'),
