@@ -101,6 +101,7 @@ def end_workers() -> None:
 
     Python sends them SIGTERM once when the process exits, which they outlive, and waits for them.
     """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for another failure
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
