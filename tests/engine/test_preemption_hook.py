@@ -103,6 +103,7 @@ def test_validation_is_repeated(tmp_path):
     assert [path.name for path in tmp_path.glob('best*')] == ['best_a_epoch_2.pth']
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_ends(tmp_path):
     """Workers, which outlive a signal, do not keep the process."""
     code = f"""
