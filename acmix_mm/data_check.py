@@ -568,7 +568,7 @@ def _runs(counts: str) -> list[int] | None:
 
 
 def _count(annotation: dict, coco: _Coco, classes: set[str], contents: Contents) -> None:
-    if contents.errors:
+    if contents.problems and contents.errors:
         return
     name = coco.categories[annotation['category_id']]
     if name in classes:
@@ -576,8 +576,9 @@ def _count(annotation: dict, coco: _Coco, classes: set[str], contents: Contents)
         contents.labels[name] += 1
         area = annotation['area']
         size = 'small' if area < 32**2 else 'medium' if area < 96**2 else 'large'
-        for key, found in ((f'{size} objects', True), ('crowds', annotation.get('iscrowd'))):
-            contents.facts[key] = contents.facts.get(key, 0) + bool(found)
+        contents.facts[f'{size} objects'] = contents.facts.get(f'{size} objects', 0) + 1
+        if annotation.get('iscrowd'):
+            contents.facts['crowds'] = contents.facts.get('crowds', 0) + 1
 
 
 def _compare(dataset, coco: _Coco, other: _Coco, file: str, contents: Contents) -> None:
