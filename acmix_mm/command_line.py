@@ -259,9 +259,7 @@ def check_launcher(launcher: str) -> None:
 
 def check_work_dir(folder: str) -> None:
     """Exits with a message unless the folder is there or can be made, and can be written to."""
-    path = Path(folder)
-    while not path.exists() and path != path.parent:
-        path = path.parent
+    path = nearest_existing(Path(folder))
     if not path.is_dir() or not os.access(path, os.W_OK):
         problem = 'cannot be written to' if path.is_dir() else 'is no folder'
         sys.exit(f'error: --work-dir {folder}: {path} {problem}')
@@ -356,6 +354,11 @@ def check_out(out: Path, suffix: str) -> None:
     check_folder(out.parent)
     if out.exists():
         sys.exit(f'error: {out} exists already')
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the first above it that is there, in which it can be made."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def check_folder(folder: Path) -> None:

@@ -99,7 +99,7 @@ REGISTRIES = {
     'log_processor': (LOG_PROCESSORS,),
 }
 # The heads whose classes are those of the data.
-HEADS = re.compile(r'model\.((roi_head\.)?(bbox|mask)_head|decode_head|head)(\.\d+)?\.num_classes')
+HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'head')
 # Types of arguments that texts are often mistaken for.
 NUMBERS = {bool, int, float}
 
@@ -590,8 +590,20 @@ def _check_classes(cfg: Config) -> None:
                     names = getattr(kind, 'METAINFO', {}).get('classes')
                 if isinstance(names, (list, tuple)):
                     counts[place] = len(names)
-    for place, value in settings_of(cfg.get('model'), 'model'):
-        if HEADS.fullmatch(place):
-            for data, count in counts.items():
-                if value != count:
-                    raise ValueError(f'{place} is {value}, but {data} has {count} classes')
+    for place, value in head_classes(cfg.get('model') or {}):
+        for data, count in counts.items():
+            if value != count:
+                raise ValueError(f'{place} is {value}, but {data} has {count} classes')
+
+
+def head_classes(model: dict, place: str = 'model') -> Iterator[tuple[str, int]]:
+    """The number of classes of each head of a model's config, with its dotted name."""
+    for key, value in model.items():
+        for number, part in enumerate(value if isinstance(value, (list, tuple)) else [value]):
+            if isinstance(part, dict):
+                at = f'{place}.{key}' if part is value else f'{place}.{key}.{number}'
+                count = part.get('num_classes')
+                # A segmentor's head with one output for two classes has a count of its own.
+                if key in HEADS and isinstance(count, int) and part.get('out_channels') != 1:
+                    yield f'{at}.num_classes', count
+                yield from head_classes(part, at)

@@ -55,7 +55,7 @@ def whole_file(file: str | Path) -> Iterator[Path]:
         OSError: If it cannot be written, of a full disk for example; it names ``file``.
     """
     file = Path(file)
-    part = _part(file)
+    part = part_of(file)
     try:
         with naming(file, instead_of=part):
             yield part
@@ -68,7 +68,7 @@ def whole_file(file: str | Path) -> Iterator[Path]:
 
 def remove_parts(folder: str | Path) -> None:
     """Remove what :func:`whole_file` has left in a folder when processes were killed."""
-    for part in Path(folder).glob(_part(Path('*')).name):
+    for part in Path(folder).glob(part_of(Path('*')).name):
         part.unlink()
 
 
@@ -137,7 +137,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f'{folder} exists already')
-    part = _part(folder)
+    part = part_of(folder)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
@@ -179,7 +179,8 @@ def claim(folder: str | Path) -> IO[str]:
     return lock
 
 
-def _part(path: Path) -> Path:
+def part_of(path: Path) -> Path:
+    """What stands hidden beside a path until it is whole."""
     name = path.name
     if len(os.fsencode(name)) > 240:  # file systems take 255 bytes
         name = name[-60:]

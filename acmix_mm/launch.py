@@ -1,32 +1,66 @@
 """torchrun whose end says in one line, and by its exit code, how the processes ended.
 
-    python -m acmix_mm.launch [arguments of torchrun] PROGRAM [arguments of PROGRAM]
+    python -m acmix_mm.launch PROCESSES PROGRAM [arguments of PROGRAM]
 
-The scripts ``tools/dist_*.sh`` start it. When a process fails, the others are ended, and the exit
-code is that of the first. SIGTERM goes to all processes, which have 30 seconds to save what they
-have (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` in the environment: another number); the exit code then is
-75, which asks a scheduler to try again.
+The scripts ``tools/dist_*.sh`` start it; see :func:`options` for what it reads of the environment.
+When a process fails, the others are ended, and the exit code is that of the first. SIGTERM goes to
+all processes, which have 30 seconds to save what they have (``TORCH_ELASTIC_SHUTDOWN_TIMEOUT`` in
+the environment: another number); the exit code then is 75, which asks a scheduler to try again.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Mapping
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import main as torchrun
 
 
-def main(argv: list[str] | None = None) -> None:
+def options(environment: Mapping[str, str]) -> list[str]:
+    """How torchrun has processes find each other.
+
+    One machine takes a free port.
+
+    Args:
+        environment (Mapping[str, str]): NNODES (1): the number of machines; of several, NODE_RANK
+            (0): this one's, MASTER_ADDR (127.0.0.1) and PORT (29500): the first one's; of one,
+            MAX_RESTARTS (0): how often, after a process ended, all start again.
+
+    Returns:
+        list[str]: Arguments of torchrun.
+
+    Raises:
+        ValueError: For restarts of several machines; torchrun's processes then find the addresses
+            of those before.
+    """
+    nodes, restarts = environment.get('NNODES', '1'), environment.get('MAX_RESTARTS', '0')
+    if nodes == '1':
+        return ['--standalone', f'--max-restarts={restarts}']
+    if restarts != '0':
+        raise ValueError(f'MAX_RESTARTS must be 0 for several machines, got {restarts}')
+    return [
+        f'--nnodes={nodes}',
+        f'--node-rank={environment.get("NODE_RANK", "0")}',
+        f'--master-addr={environment.get("MASTER_ADDR", "127.0.0.1")}',
+        f'--master-port={environment.get("PORT", "29500")}',
+    ]
+
+
+def main(argv: list[str]) -> None:
     """Start processes, and wait for them.
 
     Args:
-        argv (list[str] | None): See the module. Default: the command line.
+        argv (list[str]): See the module.
     """
     # By default addresses of the processes outlive a restart, and mislead those after it.
     os.environ.setdefault('TORCH_DISABLE_SHARE_RDZV_TCP_STORE', '1')
+    processes, *program = argv
     try:
-        torchrun(argv)
+        torchrun([*options(os.environ), f'--nproc-per-node={processes}', *program])
+    except ValueError as error:
+        sys.exit(f'error: {error}')
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(f'error: process {rank} {_how(failure)}; so all are ended', file=sys.stderr)
@@ -45,4 +79,4 @@ def _how(failure: ProcessFailure) -> str:
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

@@ -30,6 +30,7 @@ print(resident() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
 @without_gpu
 def test_keep_freed_memory():
@@ -43,6 +44,7 @@ def test_keep_freed_memory():
     assert grown['keep'] > 100
 
 
+@pytest.mark.slow
 @without_gpu
 def test_once(tmp_path):
     """One process acts; both have what it did to the config."""

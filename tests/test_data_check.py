@@ -119,7 +119,9 @@ def test_good_data(layout, thorough, tmp_path, capsys):
 
 def warnings(cfg: Config, capsys, **options) -> list[str]:
     check_data(cfg, ['train', 'val'], **options)
-    return capsys.readouterr().out.splitlines()
+    # Packages of others say something when they are imported.
+    lines = capsys.readouterr().out.splitlines()
+    return [line for line in lines if line != 'Could not import OneDL']
 
 
 @pytest.mark.parametrize('box', [[8, 4, 0, 16], [8, 4, 20, 0.5], [48, 4, 0.5, 16]])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from acmix_mm.launch import options
+
 START = """
 import os, signal, sys, time
 from pathlib import Path
@@ -25,12 +27,14 @@ def start(tmp_path):
     """Launch two processes of a program; each puts its id into a file in ``tmp_path``."""
     launched = []
 
-    def launch(program: str, *options: str) -> subprocess.Popen:
+    def launch(program: str, **variables: str) -> subprocess.Popen:
         file = tmp_path / 'program.py'
         file.write_text(START + program)
-        command = [sys.executable, '-m', 'acmix_mm.launch', '--standalone', '--nproc-per-node', '2']
-        command += [*options, str(file), str(tmp_path)]
-        launched.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        command = [sys.executable, '-m', 'acmix_mm.launch', '2', str(file), str(tmp_path)]
+        environment = {**os.environ, **variables}
+        launched.append(
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        )
         return launched[-1]
 
     yield launch
@@ -92,8 +96,21 @@ def test_restarts(start, tmp_path):
     launcher = start(
         'if rank == 1 and restarts < 2:\n    os.kill(os.getpid(), signal.SIGKILL)\n'
         'if restarts < 2:\n    time.sleep(100)\n',
-        '--max-restarts', '2',
-    )  # fmt: skip
+        MAX_RESTARTS='2',
+    )
     end(launcher, tmp_path)
     assert launcher.returncode == 0
     assert len(list(tmp_path.glob('[01]-[012]'))) == 6
+
+
+def test_one_machine_takes_a_free_port():
+    assert options({'PORT': '1234'}) == ['--standalone', '--max-restarts=0']
+    assert options({'MAX_RESTARTS': '3'}) == ['--standalone', '--max-restarts=3']
+
+
+def test_several_machines():
+    words = options({'NNODES': '3', 'NODE_RANK': '2', 'MASTER_ADDR': 'host', 'PORT': '1234'})
+    assert words == ['--nnodes=3', '--node-rank=2', '--master-addr=host', '--master-port=1234']
+    assert options({'NNODES': '2'})[1:] == [
+        '--node-rank=0', '--master-addr=127.0.0.1', '--master-port=29500',
+    ]  # fmt: skip

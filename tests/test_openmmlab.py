@@ -44,9 +44,14 @@ def said(tmp_path, files: dict[str, str]) -> str:
 @pytest.mark.parametrize(
     'imports',
     [
-        'import acmix_mm\nfrom mmengine.registry import MODELS',
+        pytest.param(
+            'import acmix_mm\nfrom mmengine.registry import MODELS', marks=pytest.mark.slow
+        ),
         'from mmengine.registry import MODELS\nimport acmix_mm',
-        'from acmix_mm.layers import ACmix\nfrom mmdet.registry import MODELS\nimport acmix_mm',
+        pytest.param(
+            'from acmix_mm.layers import ACmix\nfrom mmdet.registry import MODELS\nimport acmix_mm',
+            marks=pytest.mark.slow,
+        ),
         'import mmdet.models\nimport acmix_mm.ops\nfrom mmseg.registry import MODELS',
     ],
 )

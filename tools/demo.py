@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.work_dir:
         work_dir = Path(args.work_dir).resolve()
     elif (ROOT / work_dir).is_dir():  # an earlier demo's
+        print(f'{work_dir} of an earlier demo is replaced')
         with claim(ROOT / work_dir):
             shutil.rmtree(ROOT / work_dir)
     images = DATA / task.images

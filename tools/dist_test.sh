@@ -8,18 +8,5 @@ if [ $# -lt 3 ]; then
     sed -n '2,5s/^# //p' "$0" >&2
     exit 2
 fi
-tools=$(dirname "$0")
-if [ "${NNODES:-1}" = 1 ]; then
-    rendezvous=(--standalone)
-else
-    rendezvous=(
-        --nnodes "$NNODES"
-        --node-rank "${NODE_RANK:-0}"
-        --master-addr "${MASTER_ADDR:-127.0.0.1}"
-        --master-port "${PORT:-29500}"
-    )
-fi
 exec "${PYTHON:-python}" -m acmix_mm.launch \
-    "${rendezvous[@]}" \
-    --nproc-per-node "$3" \
-    "$tools"/test.py "$1" "$2" --launcher pytorch "${@:4}"
+    "$3" "$(dirname "$0")"/test.py "$1" "$2" --launcher pytorch "${@:4}"

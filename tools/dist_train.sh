@@ -10,21 +10,5 @@ if [ $# -lt 2 ]; then
     sed -n '2,7s/^# //p' "$0" >&2
     exit 2
 fi
-tools=$(dirname "$0")
-if [ "${NNODES:-1}" = 1 ]; then
-    rendezvous=(--standalone --max-restarts "${MAX_RESTARTS:-0}")
-elif [ "${MAX_RESTARTS:-0}" != 0 ]; then
-    echo "error: MAX_RESTARTS must be 0 for several machines, got $MAX_RESTARTS" >&2
-    exit 2
-else
-    rendezvous=(
-        --nnodes "$NNODES"
-        --node-rank "${NODE_RANK:-0}"
-        --master-addr "${MASTER_ADDR:-127.0.0.1}"
-        --master-port "${PORT:-29500}"
-    )
-fi
 exec "${PYTHON:-python}" -m acmix_mm.launch \
-    "${rendezvous[@]}" \
-    --nproc-per-node "$2" \
-    "$tools"/train.py "$1" --launcher pytorch "${@:3}"
+    "$2" "$(dirname "$0")"/train.py "$1" --launcher pytorch "${@:3}"

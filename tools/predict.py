@@ -52,6 +52,7 @@ from acmix_mm.command_line import (
     keep_freed_memory,
     load_checkpoint,
     load_config,
+    nearest_existing,
     program,
 )
 from acmix_mm.files import claim, encode_picture, write_whole
@@ -132,7 +133,7 @@ def some_of(names: list[str]) -> str:
 
 def check_out_dir(out_dir: Path, images: list[Path]) -> None:
     """Exits with a message unless files can be written to the folder, and to none of the images."""
-    check_folder(next(f for f in (out_dir, *out_dir.absolute().parents) if f.exists()))
+    check_folder(nearest_existing(out_dir))
     folders = {Path(os.path.realpath(i)).parent for i in images}  # some links lead in circles
     for folder in (out_dir / 'vis', out_dir / 'label_maps'):
         if folder.resolve() in folders:

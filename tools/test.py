@@ -21,11 +21,12 @@ from acmix_mm.command_line import (
     keep_freed_memory,
     load_checkpoint,
     load_run_config,
+    nearest_existing,
     once,
     program,
 )
 from acmix_mm.data_check import check_data
-from acmix_mm.files import naming, whole_file
+from acmix_mm.files import naming, part_of, whole_file
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -147,34 +148,25 @@ def check_out(cfg: Config, args: argparse.Namespace) -> None:
             sys.exit(f'error: --out must end in .pkl or .pickle, got {args.out}')
         if out.is_dir():
             sys.exit(f'error: --out {out} is a folder')
-        check_folder(existing(out.absolute().parent))
+        check_folder(nearest_existing(out.parent))
         return
     if is_pickle or Path(args.out).is_file():
         sys.exit(f"error: --out must be a folder for a segmentor's label maps, got {args.out}")
     metrics = [evaluator for evaluator in evaluators(cfg) if evaluator.type == 'IoUMetric']
     if not metrics:
         sys.exit(f'error: --out: {args.config} has no IoUMetric in test_evaluator')
-    check_folder(existing(out.absolute()))
-    shutil.rmtree(part_of(out), ignore_errors=True)  # of a process that was killed
-    metrics[0].output_dir = str(part_of(out))
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the one above it in which it can be made."""
-    return next(f for f in (folder, *folder.parents) if f.exists())
-
-
-def part_of(out: Path) -> Path:
-    return out.absolute().with_name(f'.part-{out.name}')
+    check_folder(nearest_existing(out))
+    shutil.rmtree(part_of(out.absolute()), ignore_errors=True)  # of a process that was killed
+    metrics[0].output_dir = str(part_of(out.absolute()))
 
 
 @master_only
 def gather_label_maps(out: Path) -> None:
     """Give label maps their place, in which those of an earlier run may be."""
     out.mkdir(exist_ok=True)
-    for file in part_of(out).iterdir():
+    for file in part_of(out.absolute()).iterdir():
         file.replace(out / file.name)
-    part_of(out).rmdir()
+    part_of(out.absolute()).rmdir()
 
 
 def dump_of(cfg: Config, args: argparse.Namespace) -> DumpResults | None:

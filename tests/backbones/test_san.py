@@ -156,6 +156,7 @@ def test_sync_bn_of_one_process_is_bn(family):
         torch.testing.assert_close(model.eval()(x), plain(x))
 
 
+@pytest.mark.slow
 def test_sync_bn_of_two_processes_is_bn_of_the_whole_batch(tmp_path):
     """Outputs, averaged gradients and running statistics, with and without checkpointing."""
     x = torch.randn(4, 3, 24, 20, dtype=torch.float64)

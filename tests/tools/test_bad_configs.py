@@ -104,6 +104,11 @@ FILES = {
         'model = dict(decode_head=dict(num_classes=21))',
         'model.decode_head.num_classes is 21, but',
     ),
+    'classes of an auxiliary head': (
+        'configs/acmix_swin/acmix-swin-t_upernet_8xb2-160k_ade20k-512x512.py',
+        'model = dict(auxiliary_head=dict(num_classes=21))',
+        'model.auxiliary_head.num_classes is 21, but',
+    ),
     'batch of 0': (
         DETECTOR,
         'train_dataloader = dict(batch_size=0)',

@@ -126,6 +126,7 @@ def test_all_of_a_backbone_trains(model):
     assert all(parameter.grad is None for parameter in step.leaves)
 
 
+@pytest.mark.slow
 def test_memory_of_training_counts_gradients_not_weights(tmp_path):
     file, plot = tmp_path / 'out.json', tmp_path / 'out.png'
     arguments = 'backbone --shapes 1x3x64x64 --models acmix-r26 --modes train --rounds 1'

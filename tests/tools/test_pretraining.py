@@ -67,6 +67,7 @@ def test_detector_trains_from_it(digits_options, options, tmp_path):
     assert 'epoch_1.pth' in log
 
 
+@pytest.mark.slow
 def test_without_the_classifier(digits_options, tmp_path):
     with pytest.raises(
         AssertionError, match=r'none\.pth does not exist, and model\.backbone starts'

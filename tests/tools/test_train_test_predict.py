@@ -95,6 +95,7 @@ def test_resume_equals_uninterrupted(run, options, tmp_path, how):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_auto_scale_lr(options, tmp_path):
     """Batches of 4 at a base of 8 train at half of the configured rate."""
     arguments = [CONFIG, '--work-dir', str(tmp_path), *options]
@@ -290,7 +291,7 @@ model = dict(
 @pytest.mark.parametrize(
     'head',
     [
-        'mask-rcnn',
+        pytest.param('mask-rcnn', marks=pytest.mark.slow),
         pytest.param('cascade-rcnn', marks=pytest.mark.slow),
         pytest.param('cascade-mask-rcnn', marks=pytest.mark.slow),
     ],
@@ -346,6 +347,7 @@ class TestSegmentor:
         assert all(math.isfinite(loss) for loss in losses)
         assert any('mIoU' in row for row in rows)
 
+    @pytest.mark.slow
     def test_whole_image(self, segmentor_run, segmentor_options, tmp_path):
         metrics = self.evaluate(
             segmentor_run, tmp_path, '--show-dir', 'pictures', *segmentor_options
@@ -354,7 +356,7 @@ class TestSegmentor:
         assert metrics['mIoU'] == trained['mIoU']
         assert len(list(tmp_path.glob('*/pictures/*.png'))) == 4
 
-    @pytest.mark.parametrize('more', [[], ['--tta']])
+    @pytest.mark.parametrize('more', [[], pytest.param(['--tta'], marks=pytest.mark.slow)])
     def test_out(self, segmentor_run, segmentor_options, scene_digits, tmp_path, more):
         """A label map an image, in the data set's numbering, of the size of the image."""
         out = tmp_path / 'maps'

@@ -54,6 +54,7 @@ from acmix_mm.command_line import (
     WORK_DIRS,
     Parser,
     add_cfg_options,
+    check_folder,
     keep_freed_memory,
     load_config,
     program,
@@ -368,8 +369,7 @@ def measure(runs: list[Run], device: str) -> tuple[dict[Model, dict], list[str]]
 def check_results(out: Path) -> None:
     """Exits with a message unless the results can be written, hours later; makes their folder."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(out.parent, os.W_OK):
-        sys.exit(f'error: --out {out}: folder {out.parent} cannot be written to')
+    check_folder(out.parent)
     for file in (Path(f'{out}.{suffix}') for suffix in ('csv', 'md', 'png')):
         if file.is_dir():
             sys.exit(f'error: --out {out}: {file} is a folder')
