@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import functools
 import logging
+import math
 import os
 import re
 import select
@@ -367,6 +368,21 @@ def check_folder(folder: Path) -> None:
         sys.exit(f'error: folder {folder} {"is none" if folder.exists() else "does not exist"}')
     if not os.access(folder, os.W_OK):
         sys.exit(f'error: folder {folder} cannot be written to')
+
+
+def _positive(kind: type, text: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:
+        what = 'an integer' if kind is int else 'a number'
+        raise argparse.ArgumentTypeError(f'{text!r} is not {what} above 0')
+    return value
+
+
+positive_int = functools.partial(_positive, int)
+positive_float = functools.partial(_positive, float)
 
 
 def device_type(text: str) -> str:

@@ -1,79 +1,16 @@
-import argparse
-import functools
 import json
 from pathlib import Path
 
-import _report
 import benchmark
 import pytest
 import torch
-from _candidates import (
-    Case,
-    FlexAttention,
-    Step,
-    UnfoldACmix,
-    UnfoldPatchACmix,
-    build_attention,
-    build_backbone,
-)
 
-from acmix_mm.layers import ACmix, PatchACmix
-from acmix_mm.ops import local_attention
+from acmix_mm.analysis import measuring
+from acmix_mm.analysis.baselines import UnfoldPatchACmix
+from acmix_mm.layers import ACmix
 
 ROOT = Path(__file__).resolve().parents[2]
 R26 = str(ROOT / 'configs/acmix_resnet/retinanet_acmix-r26_fpn_8xb2-1x_coco.py')
-
-
-@pytest.mark.parametrize('stride', [1, 2])
-def test_unfold_formulation_is_the_same_operator(stride):
-    """The benchmark compares equals: same outputs and gradients from the same weights."""
-    ours, unfold = (cls(16, 16, stride=stride).double() for cls in (ACmix, UnfoldACmix))
-    unfold.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 16, 10, 12, dtype=torch.float64)
-    torch.testing.assert_close(unfold(x), ours(x))
-    for module in (ours, unfold):
-        module(x).square().sum().backward()
-    for a, b in zip(ours.parameters(), unfold.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_unfold_formulation_of_patch_attention_is_the_same_operator():
-    """Outputs and gradients, from the same weights, with the statistics of the batch."""
-    ours, unfolded = (cls(64, 16, 4).double() for cls in (PatchACmix, UnfoldPatchACmix))
-    unfolded.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 64, 10, 12, dtype=torch.float64)
-    torch.testing.assert_close(unfolded(x), ours(x))
-    for module in (ours, unfolded):
-        module(x).square().sum().backward()
-    for a, b in zip(ours.parameters(), unfolded.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_attention_candidates_are_the_same_attention():
-    """By the gradients of query, key and value, which the steps leave behind."""
-    case = Case((1, 2, 8, 9, 12), train=True)
-    steps = [build_attention(name, None, case) for name in ('local_attention', 'unfold')]
-    for step in steps:
-        step()
-    for a, b in zip(*(step.leaves for step in steps), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-@pytest.mark.parametrize('size', [(13, 18), (7, 40)])
-def test_flex_attention_has_the_same_neighbourhood_inside(size):
-    """Blocks of the mask leave nothing out; without compilation, FlexAttention is plain torch."""
-    maps = [torch.randn(1, 2, 8, *size, dtype=torch.float64) for _ in range(3)]
-    flex = FlexAttention(size, 'cpu')
-    out = torch.empty(1, 2, 8, size[0] * size[1], dtype=torch.float64)
-    out[..., flex.order] = flex(*(flex.sequence(m) for m in maps)).transpose(2, 3)
-    inside = (..., slice(3, -3), slice(3, -3))
-    torch.testing.assert_close(out.unflatten(3, size)[inside], local_attention(*maps)[inside])
-
-    index = torch.arange(size[0] * size[1])
-    neighbours = flex.mask.mask_mod(0, 0, index[:, None], index)
-    assert (neighbours.sum(1) == 49).all()
-    blocks = flex.mask.to_dense()[0, 0].repeat_interleave(128, 0).repeat_interleave(128, 1)
-    assert blocks[: len(index), : len(index)][neighbours].all()
 
 
 @pytest.mark.parametrize(
@@ -116,16 +53,6 @@ def test_suites(capsys, tmp_path, arguments, names, count):
     assert last == [f'measurements: {files[0]}', f'plot: {files[1]}']
 
 
-@pytest.mark.parametrize('model', ['r50', R26])
-def test_all_of_a_backbone_trains(model):
-    """Also what its config freezes, so that comparisons are fair."""
-    step = build_backbone(model, None, 'plain', Case((2, 3, 64, 64), train=True))
-    step()
-    assert all(parameter.grad is not None for parameter in step.leaves)
-    step.reset()
-    assert all(parameter.grad is None for parameter in step.leaves)
-
-
 @pytest.mark.slow
 def test_memory_of_training_counts_gradients_not_weights(tmp_path):
     file, plot = tmp_path / 'out.json', tmp_path / 'out.png'
@@ -137,50 +64,12 @@ def test_memory_of_training_counts_gradients_not_weights(tmp_path):
     assert 1.0 < row['peak'] / row['weights'] < 2.0
 
 
-def test_peak_memory_sees_the_step_only():
-    """A known amount, after more of it in the step that loads code."""
-    run, small = (functools.partial(torch.ones, mib * 2**18) for mib in (64, 96))
-    peak = benchmark.peak_memory(1, Step, run, small, [])
-    assert 63 <= peak / 2**20 <= 70
-
-
-def test_measured_process_has_its_threads():
-    check = 'lambda: __import__("torch").get_num_threads() == 3 or 1 / 0'
-    run = functools.partial(eval, f'({check})()')
-    assert benchmark.peak_memory(3, Step, run, run, []) < 2**23
-
-
-def test_failure_in_the_measured_process(capfd):
-    with pytest.raises(RuntimeError, match='measuring peak memory of Step'):
-        benchmark.peak_memory(1, Step, functools.partial(torch.ones, -1), int, [])
-    assert 'RuntimeError' in capfd.readouterr().err
-
-
-def test_candidates_take_turns_and_one_may_fail():
-    calls = []
-
-    def build(name: str, case: Case) -> Step:
-        if name == 'bad':
-            raise ValueError('no')
-        return Step(lambda: calls.append(name), int, [])
-
-    case = Case((1,), False)
-    candidates = [benchmark.Candidate(n, build, (n,), case) for n in ('a', 'bad', 'b', 'c')]
-    args = argparse.Namespace(device='cpu', warmup=1, rounds=3, no_memory=True)
-    rows = benchmark.run_comparison(candidates, args, lambda what: None)
-    assert [row.get('error') for row in rows] == [None, 'ValueError: no', None, None]
-    assert [len(row['times']) for row in rows] == [3, 0, 3, 3]
-    timed = calls[3:]
-    order = [n for i, n in enumerate(timed) if i == 0 or timed[i - 1] != n]
-    assert ''.join(order) == 'abcbcacab'
-
-
 def test_failures_are_reported_at_the_end(capsys, monkeypatch):
     good = benchmark.suite_operator
 
     def suite(args):
         for candidates in good(args):
-            yield [*candidates, benchmark.Candidate('bad', int, (), candidates[0].case)]
+            yield [*candidates, measuring.Candidate('bad', int, (), candidates[0].case)]
 
     monkeypatch.setitem(benchmark.SUITES, 'operator', suite)
     arguments = 'operator --shapes 1x4x8x8 --modes forward --rounds 1 --no-memory'
@@ -237,42 +126,6 @@ def test_models_that_cannot_be_built_are_refused(tmp_path):
     broken.write_text(f"_base_ = '{base}'\nmodel = dict(backbone=dict(depth=51))")
     with pytest.raises(SystemExit, match=r'depth must be one of .* got 51'):
         benchmark.parse_args(['backbone', '--models', str(broken)])
-
-
-def row(candidate: str, times: list[float], peak: int | None, **more) -> dict:
-    case = {'shape': [1, 2], 'mode': 'train', 'dtype': 'float32'}
-    return {'candidate': candidate, **case, 'times': times, 'peak': peak, **more}
-
-
-def test_table_of_known_results():
-    rows = [
-        row('a', [0.1, 0.2, 0.4], 2**20, flops=1e11, bytes=1e9, weights=2**21),
-        row('b', [0.5], 3 * 2**20),
-        row('c', [], None, error='no'),
-        row('d', [0.1], None, mode='forward'),
-    ]
-    table = [' '.join(line.split()) for line in _report.report(rows, (1.0, 50.0))]
-    assert table[3:6] == [
-        'a 200.00 ms 150.00 - 300.00 ms 1.00x 1.0 MiB 1.00x 2.0 MiB 50.0% arithmetic',
-        'b 500.00 ms 500.00 - 500.00 ms 2.50x 3.0 MiB 3.00x',
-        'c failed',
-    ]
-    assert table[-1] == 'd 100.00 ms 100.00 - 100.00 ms 1.00x'
-
-
-def test_table_of_known_scaling():
-    """Four times the pixels for nine times the time: three times for every doubling."""
-    rows = [
-        row('a', [0.1], 2**20, series='image', image=[1, 10, 10], pixels=100),
-        row('a', [0.9], 2**22, series='image', image=[1, 20, 20], pixels=400),
-        row('a', [], None, series='image', image=[1, 40, 40], pixels=1600, error='no'),
-    ]
-    table = [' '.join(line.split()) for line in _report.report_scaling(rows)]
-    assert table[3:] == [
-        '1x10x10 100.00 ms 1000000.0 ns 1.0 MiB 10486 B',
-        '1x20x20 900.00 ms 2250000.0 ns 3.00x 4.0 MiB 10486 B 2.00x',
-        '1x40x40, train failed',
-    ]
 
 
 def test_gpu_suite(monkeypatch):

@@ -10,21 +10,13 @@ from pathlib import Path
 import compare
 import pytest
 import torch
-import torch.nn.functional as F
-from _candidates import (
-    BACKBONES,
-    Case,
-    build_model,
-    build_trained,
-    complexity,
-    count_flops,
-    trained_model,
-)
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from acmix_mm.layers import ACmix
-from acmix_mm.ops import local_aggregation
+from acmix_mm.analysis import comparison
+from acmix_mm.analysis.flops import count_flops
+from acmix_mm.analysis.networks import build_trained, complexity, trained_model
+from acmix_mm.analysis.steps import Case
 
 CONFIGS = {
     'plain': 'configs/demo/retinanet_r26_fpn_scene-digits.py',
@@ -40,7 +32,7 @@ METRICS = ('coco/bbox_mAP_50', 'coco/bbox_mAP')
 @pytest.fixture(scope='module', autouse=True)
 def _one_round():
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(compare, 'ROUNDS', 1)
+        monkeypatch.setattr(comparison, 'ROUNDS', 1)
         yield
 
 
@@ -181,23 +173,23 @@ class TestRuns:
 
 
 def test_failures_stop_no_other_run(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(compare, 'train_and_evaluate', max)  # whose arguments do not compare
-    model = compare.Model('a', 'a.py', Config(), tmp_path)
-    runs = [compare.Run(model, seed) for seed in range(3)]
+    monkeypatch.setattr(comparison, 'train_and_evaluate', max)  # whose arguments do not compare
+    model = comparison.Model('a', 'a.py', Config(), tmp_path)
+    runs = [comparison.Run(model, seed) for seed in range(3)]
     for run in runs[1:]:
         run.folder.mkdir()
     (runs[1].folder / 'metrics.json').write_text('{"m": 0.5}')
     (runs[2].folder / 'log.txt').write_text('Traceback\nMemoryError: too large\n\n')
-    assert compare.train_all(runs, ['m'], 1, 1) == {
+    assert comparison.train_all(runs, ['m'], 1, 1) == {
         runs[0]: 'exit code 1: it said nothing',
         runs[2]: 'exit code 1: MemoryError: too large',
     }
-    assert compare.train_all(runs[1:2], ['m', 'n'], 1, 1) == {
+    assert comparison.train_all(runs[1:2], ['m', 'n'], 1, 1) == {
         runs[1]: 'no n: the evaluation gave m'
     }
     (runs[1].folder / 'metrics.json').write_text('{}')
     message = 'no m: the evaluation gave no results, as where nothing is predicted'
-    assert compare.train_all(runs[1:2], ['m'], 1, 1) == {runs[1]: message}
+    assert comparison.train_all(runs[1:2], ['m'], 1, 1) == {runs[1]: message}
 
 
 def test_no_process_is_left_behind(tmp_path, monkeypatch):
@@ -206,18 +198,18 @@ def test_no_process_is_left_behind(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(multiprocessing.connection, 'wait', interrupt)
-    model = compare.Model('a', 'a.py', Config(), tmp_path)
+    model = comparison.Model('a', 'a.py', Config(), tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        compare.train_all([compare.Run(model, seed) for seed in range(3)], [], 2, 1)
+        comparison.train_all([comparison.Run(model, seed) for seed in range(3)], [], 2, 1)
     assert not multiprocessing.active_children()
 
 
 def test_results_of_known_runs(tmp_path):
     """Mean, sample deviation, a seed that failed, costs that could not be measured."""
     cfg = Config({'train_cfg': {'max_epochs': 2}, 'train_dataloader': {'batch_size': 8}})
-    models = [compare.Model(n, f'configs/{n}.py', cfg, tmp_path / n) for n in ('a', 'b')]
+    models = [comparison.Model(n, f'configs/{n}.py', cfg, tmp_path / n) for n in ('a', 'b')]
     values = {'a': {0: 0.5, 3: 0.6, 1: 0.7}, 'b': {3: 0.25}}
-    runs = [compare.Run(model, seed) for model in models for seed in values[model.label]]
+    runs = [comparison.Run(model, seed) for model in models for seed in values[model.label]]
     for run in runs:
         run.folder.mkdir(parents=True)
         (run.folder / 'metrics.json').write_text(
@@ -238,7 +230,7 @@ def test_results_of_known_runs(tmp_path):
         '--cfg-options',
         'k="[1, 2]"',
     ]
-    text = compare.markdown(runs, costs, args, command)
+    text = comparison.markdown(runs, costs, args, command)
     assert [line for line in text.splitlines() if line.startswith('| [')] == [
         '| [a](../configs/a.py) | 1,200 | 34,567 | 2.5 | 12.3 | 50.0 '
         '| 0.600 ± 0.100 (0.500, 0.600, 0.700) |',
@@ -248,7 +240,7 @@ def test_results_of_known_runs(tmp_path):
     assert 'max_epochs 2, batch_size 8' in text
     assert 'compare.py configs/a.py --out docs/x --cfg-options \'k="[1, 2]"\'' in text
     assert '](x.png)' in text
-    first, *_, last = csv.DictReader(compare.csv_text(runs, costs, ['m']).splitlines())
+    first, *_, last = csv.DictReader(comparison.csv_text(runs, costs, ['m']).splitlines())
     assert first == {
         'model': 'a', 'config': 'configs/a.py', 'seed': '0', 'm': '0.5',
         'backbone_parameters': '1200', 'parameters': '34567', 'image': '40x60', 'gflops': '2.5',
@@ -258,24 +250,24 @@ def test_results_of_known_runs(tmp_path):
     assert float(first['m std']) == pytest.approx(0.1)
     assert (last['m'], last['m std'], last['gflops']) == ('0.25', '', '')
     args.out = tmp_path / 'x'
-    compare.plot(runs, costs, args)
+    comparison.plot(runs, costs, args)
     assert args.out.with_suffix('.png').stat().st_size > 5000
 
 
 def test_epochs_scale_schedules():
     cfg = Config.fromfile(COCO)
     warmup = cfg.param_scheduler[0].to_dict()
-    compare.set_epochs(cfg, 24, COCO)
+    comparison.set_epochs(cfg, 24, COCO)
     assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == 24
     assert cfg.param_scheduler[1].milestones == [16, 22]
     assert cfg.param_scheduler[0].to_dict() == warmup
     cfg = Config.fromfile(INSTANCE)
-    compare.set_epochs(cfg, 2, INSTANCE)
+    comparison.set_epochs(cfg, 2, INSTANCE)
     assert (cfg.param_scheduler[1].end, cfg.param_scheduler[1].T_max) == (2, 2)
     cfg = Config.fromfile(INSTANCE)
     cfg.param_scheduler[1].begin = 4
     with pytest.raises(SystemExit, match='--max-epochs 1: nothing is left of CosineAnnealingLR'):
-        compare.set_epochs(cfg, 1, INSTANCE)
+        comparison.set_epochs(cfg, 1, INSTANCE)
 
 
 @pytest.mark.parametrize(('file', 'data'), [(INSTANCE, 'digits'), (SEMANTIC, 'label_map')])
@@ -283,7 +275,7 @@ def test_costs_of_other_tasks(file, data, request, tmp_path):
     config, checkpoint = str(tmp_path / 'config.py'), str(tmp_path / 'x.pth')
     options = request.getfixturevalue(f'{data}_options')
     args = compare.parse_args([file, '--cfg-options', *options, 'train_dataloader.batch_size=2'])
-    cfg = compare.prepare(file, args.cfg_options, None)
+    cfg = comparison.prepare(file, args.cfg_options, None)
     cfg.dump(config)
     init_default_scope(cfg.default_scope)
     torch.save(MODELS.build(cfg.model).state_dict(), checkpoint)
@@ -298,32 +290,6 @@ def test_costs_of_other_tasks(file, data, request, tmp_path):
         step = build_trained(config, checkpoint, Case(cost['image'], train))
         step()
         assert (step.leaves[0].grad is not None) == train
-
-
-@pytest.mark.parametrize(
-    ('name', 'billions'), [('r50', 4.09), ('acmix-r50', 3.6), ('swin-t', 4.5), ('pvt-s', 3.8)]
-)
-def test_published_flops(name, billions):
-    """At 224 pixels; the figures are with a classifier, which is negligible."""
-    model = build_model(dict(BACKBONES[name]))
-    model.eval()
-    image = torch.zeros(1, 3, 224, 224)
-    with torch.no_grad():
-        assert count_flops(lambda: model(image)) / 1e9 == pytest.approx(billions, rel=0.04)
-
-
-def test_flops_of_operators():
-    channels, pixels = 32, 12 * 10
-    layer, x = ACmix(channels, channels), torch.zeros(1, channels, 12, 10)
-    paths = 3 * channels + 2 * 49 + 9 * 12  # projections, logits and sums of 49, folded convolution
-    folding = channels * 9 * 9 * 12
-    with torch.no_grad():
-        assert count_flops(lambda: layer(x)) == channels * pixels * paths + folding
-    value, weight = torch.zeros(1, 8, 12, 10), torch.zeros(1, 4, 25, 12, 10)
-    assert count_flops(lambda: local_aggregation(value, weight, 5)) == 25 * 8 * pixels
-    query = torch.zeros(1, 2, 30, 16)
-    attend = F.scaled_dot_product_attention
-    assert count_flops(lambda: attend(query, query, query)) == 2 * 2 * 30 * 30 * 16
 
 
 PAIR = ' '.join(CONFIGS.values())

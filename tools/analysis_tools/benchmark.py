@@ -31,55 +31,53 @@ reported, the others go on, and the exit status is 1.
 """
 
 import argparse
-import contextlib
-import ctypes
 import datetime
 import functools
 import json
 import math
-import multiprocessing
 import os
 import platform
-import re
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from _candidates import (
-    BACKBONES,
-    DTYPES,
-    KERNEL_SIZE,
-    UNFOLD_BACKBONES,
-    Case,
-    Step,
-    abilities,
-    attention_cost,
-    backbone_config,
-    build_attention,
-    build_backbone,
-    build_detector,
-    build_operator,
-    detector_config,
-    model_name,
-    operator_cost,
-)
-from _report import plot, report, report_scaling, shape_name
 from tqdm import tqdm
 
 from acmix_mm import __version__
+from acmix_mm.analysis.measuring import Candidate, device_name, measure
+from acmix_mm.analysis.networks import (
+    abilities,
+    backbone_config,
+    build_backbone,
+    build_detector,
+    model_config,
+)
+from acmix_mm.analysis.operators import (
+    KERNEL_SIZE,
+    attention_cost,
+    build_attention,
+    build_operator,
+    operator_cost,
+)
+from acmix_mm.analysis.report import plot, report, report_scaling, shape_name
+from acmix_mm.analysis.steps import DTYPES, Case
 from acmix_mm.command_line import (
     Parser,
     device_type,
     keep_freed_memory,
     load_config,
+    positive_float,
+    positive_int,
     program,
 )
 from acmix_mm.files import write_whole
 from acmix_mm.ops import available_backends
 
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+# Backbones by name: the files that the recipes inherit.
+BACKBONES = {file.stem: str(file) for file in sorted(CONFIGS.glob('_base_/backbones/*.py'))}
+DEFAULT_BACKBONES = ('r50', 'acmix-r50')
 RETINANET = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
 OPERATOR_SHAPES = ((1, 64, 200, 304),)
 ATTENTION_SHAPES = (
@@ -104,7 +102,6 @@ LAYER_CHANNELS = 64  # of the layer that the suite scaling measures, at a quarte
 BACKEND_DEVICES = {'native': 'cpu', 'triton': 'cuda'}  # others run everywhere
 # Dense half-precision TFLOP/s and GB/s, from the data sheets, by a part of the device's name.
 GPU_PEAKS = {'H100 80GB HBM3': (989, 3350), 'H100 PCIe': (756, 2000), 'H200': (989, 4800)}
-MIN_SECONDS = 0.02  # of a round
 EXAMPLES = """
 examples:
   benchmark.py operator
@@ -115,22 +112,6 @@ examples:
   benchmark.py scaling --model acmix-r50 --modes forward --plot scaling.png
   benchmark.py gpu --json gpu.json --plot gpu.png
 """
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One entry of a comparison; ``build(*arguments, case)`` gives its step, in any process."""
-
-    name: str
-    build: Callable[..., Step]
-    arguments: tuple
-    case: Case
-    notes: dict = field(default_factory=dict)  # more about it, for the row of its results
-
-    def row(self) -> dict:
-        case = {'shape': list(self.case.shape), 'mode': self.case.mode, 'dtype': self.case.dtype}
-        return {'candidate': self.name, **case, **self.notes, 'times': [], 'peak': None}
-
 
 # Suites: from options to comparisons, each a list of candidates that take turns.
 
@@ -180,21 +161,20 @@ def suite_backbone(args: argparse.Namespace) -> Iterator[list[Candidate]]:
 
 
 def backbone_candidates(
-    model: str, case: Case, args: argparse.Namespace, notes: dict | None = None
+    file: str, case: Case, args: argparse.Namespace, notes: dict | None = None
 ) -> Iterator[Candidate]:
-    name, notes, config = model_name(model), notes or {}, backbone_config(model)
-    takes_backend, deployable = abilities(backbone_config, model)
+    name, notes, can = Path(file).stem, notes or {}, abilities(backbone_config, file)
 
     def backends(name: str) -> Iterable[tuple[str, str | None]]:
-        return backend_forms(name, args) if takes_backend else [(name, None)]
+        return backend_forms(name, args) if can.backends else [(name, None)]
 
     forms = [(n, backend, 'plain') for n, backend in backends(name)]
-    if not case.train and deployable:
+    if not case.train and can.deploys:
         forms += [(n, backend, 'deployed') for n, backend in backends(f'{name} deployed')]
-    if args.unfold and config['type'] in UNFOLD_BACKBONES:
+    if args.unfold and can.unfolds:
         forms.append((f'{name} unfolded', None, 'unfolded'))
     for label, backend, form in forms:
-        yield Candidate(label, build_backbone, (model, backend, form), case, notes)
+        yield Candidate(label, build_backbone, (file, backend, form), case, notes)
 
 
 def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
@@ -203,7 +183,7 @@ def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
         for config in args.configs:
             name = Path(config).stem
             forms = [(name, None)]
-            if abilities(detector_config, config)[0]:
+            if abilities(model_config, config).backends:
                 forms = backend_forms(name, args)
             candidates += [
                 Candidate(form, build_detector, (config, backend), case) for form, backend in forms
@@ -260,153 +240,7 @@ SUITES = {
     'gpu': suite_gpu,
 }
 
-
-# Measurements.
-
-
-def run_comparison(
-    candidates: list[Candidate], args: argparse.Namespace, advance: Callable[[str], object]
-) -> list[dict]:
-    """Rows of results; a candidate that fails has the reason in its row as 'error'."""
-    rows = [candidate.row() for candidate in candidates]
-    cuda = args.device != 'cpu'
-    ready = []
-    for candidate, row in zip(candidates, rows, strict=True):
-        advance(f'{candidate.name}: warm-up')
-        with note_failure(row):
-            step = candidate.build(*candidate.arguments, candidate.case)
-            seconds = [timed(step, 1, cuda) for _ in range(args.warmup)][-1]
-            row['repeats'] = min(max(round(MIN_SECONDS / seconds), 1), 100)
-            row['weights'] = step.weights
-            ready.append((step, row))
-    for index in range(args.rounds):
-        turn = index % max(len(ready), 1)
-        for step, row in ready[turn:] + ready[:turn]:
-            if 'error' not in row:
-                with note_failure(row):
-                    row['times'].append(timed(step, row['repeats'], cuda))
-        advance(f'round {index + 1} of {args.rounds}')
-    if cuda and not args.no_memory:
-        for step, row in ready:
-            if 'error' not in row:
-                with note_failure(row):
-                    row['peak'] = peak_allocated(step)
-    step = None
-    ready.clear()
-    if not cuda and not args.no_memory:
-        for candidate, row in zip(candidates, rows, strict=True):
-            advance(f'{candidate.name}: memory')
-            if 'error' not in row:
-                arguments = (*candidate.arguments, candidate.case)
-                with note_failure(row):
-                    row['peak'] = peak_memory(args.threads, candidate.build, *arguments)
-    return rows
-
-
-@contextlib.contextmanager
-def note_failure(row: dict) -> Iterator[None]:
-    """Whatever one candidate raises, out of memory most likely, goes into its row."""
-    try:
-        yield
-    except Exception as error:
-        row['error'] = f'{type(error).__name__}: {error}'
-        tqdm.write(f'{row["candidate"]} failed: {row["error"]}', file=sys.stderr)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def timed(step: Step, repeats: int, cuda: bool) -> float:
-    """Seconds of one step, the mean of ``repeats``; gradients are dropped between steps."""
-    if cuda:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
-    start = time.perf_counter()
-    for index in range(repeats):
-        if index:
-            step.reset()
-        step()
-    seconds = time.perf_counter() - start
-    if cuda:
-        end.record()
-        torch.cuda.synchronize()
-        seconds = begin.elapsed_time(end) / 1e3
-    step.reset()
-    return seconds / repeats
-
-
-def peak_allocated(step: Step) -> int:
-    """Bytes that a step allocates at most on the CUDA device, beyond what is held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    step.reset()
-    return torch.cuda.max_memory_allocated() - held
-
-
-def peak_memory(threads: int, build: Callable, *arguments) -> int:
-    """Bytes that one call of ``build(*arguments)()`` needs at most, in a fresh process."""
-    context = multiprocessing.get_context('spawn')
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_peak, args=(sender, threads, build, arguments))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(
-            f'measuring peak memory of {build.__name__}{arguments} failed with exit code '
-            f'{process.exitcode}; is there enough memory?'
-        ) from None
-    finally:
-        process.join()
-
-
-def _measure_peak(connection, threads: int, build: Callable[..., Step], arguments: tuple) -> None:
-    torch.set_num_threads(threads)
-    libc = ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):  # these functions are not in every C library
-        # Every tensor (but the smallest) is a mapping of its own, gone when freed: without the gaps
-        # in the heap that make the peak differ from run to run. -3 is M_MMAP_THRESHOLD.
-        libc.mallopt(-3, 2**16)
-    step = build(*arguments)
-    # The first step imports modules and loads code, which can be more than the step itself needs.
-    step.small()
-    step.reset()
-    with contextlib.suppress(AttributeError):
-        libc.malloc_trim(0)
-    # getrusage would also see what the parent held; this forgets earlier peaks.
-    Path('/proc/self/clear_refs').write_text('5')
-    before = _resident('VmRSS')
-    step()
-    connection.send(_resident('VmHWM') - before)
-
-
-def _resident(kind: str) -> int:
-    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), bytes (Linux)."""
-    status = Path('/proc/self/status').read_text()
-    return int(re.search(rf'^{kind}:\s+(\d+) kB', status, re.MULTILINE)[1]) * 1024
-
-
 # Options.
-
-
-def positive(kind: type, text: str) -> float:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < math.inf:
-        what = 'an integer' if kind is int else 'a number'
-        raise argparse.ArgumentTypeError(f'{text!r} is not {what} above 0')
-    return value
-
-
-positive_int = functools.partial(positive, int)
-positive_float = functools.partial(positive, float)
 
 
 def shape_type(axes: str, minimum: int, text: str) -> tuple[int, ...]:
@@ -448,10 +282,14 @@ def config_type(text: str) -> str:
 
 
 def model_type(more: tuple[str, ...], text: str) -> str:
-    if text in more or text in BACKBONES:
+    """A backbone's name or a config file, as the file."""
+    if text in more:
         return text
+    if text in BACKBONES:
+        return BACKBONES[text]
     if Path(text).suffix == '.py' and Path(text).is_file():
-        if 'backbone' not in load_config(text).get('model', {}):
+        cfg = load_config(text)
+        if 'backbone' not in cfg and 'backbone' not in cfg.get('model', {}):
             raise argparse.ArgumentTypeError(f'{text!r} has no model.backbone')
         return text
     names = ', '.join((*more, *BACKBONES))
@@ -517,7 +355,7 @@ def add_peaks(parser: argparse.ArgumentParser, default: str) -> None:
         'With either of these, the table tells which part of the time the device would need at\n'
         'least, by arithmetic or by memory traffic, whichever is more. Attention:\n'
         f'4 k^2 B N d H W operations forward, 12 in training (k = {KERNEL_SIZE}); 4 maps read or\n'
-        'written forward, 11 in training. Operators: see operator_cost() in _candidates.py.',
+        'written forward, 11 in training. Operators: see operator_cost() in acmix_mm.analysis.',
     )
     for option, unit in (('--peak-tflops', '10^12 operations/s'), ('--peak-gbs', '10^9 bytes/s')):
         group.add_argument(
@@ -555,7 +393,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_shapes(suite, 'Bx3xHxW', BACKBONE_SHAPES, 64)
     names = ', '.join(BACKBONES)
     suite.add_argument(
-        '--models', nargs='+', default=['r50', 'acmix-r50'], metavar='MODEL',
+        '--models', nargs='+', metavar='MODEL',
+        default=[BACKBONES[name] for name in DEFAULT_BACKBONES],
         type=functools.partial(model_type, ()),
         help=f'of {names}, or a config file, of which the backbone is taken (r50 acmix-r50)',
     )  # fmt: skip
@@ -605,7 +444,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.suite == 'gpu':
         if kind != 'cuda':
             parser.error(f'argument --device: the suite gpu needs cuda, got {args.device!r}')
-        args.models = ['r50', 'acmix-r50']
+        args.models = [BACKBONES[name] for name in DEFAULT_BACKBONES]
     if args.backends is None:
         args.backends = ['auto']
         if args.suite == 'attention':
@@ -626,16 +465,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if kind == 'cuda':
         torch.cuda.set_device(torch.device(args.device))
     return args
-
-
-def device_name(device: str) -> str:
-    if device != 'cpu':
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        match = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-        if match:
-            return match[1]
-    return 'CPU'
 
 
 def peaks_of(args: argparse.Namespace, name: str) -> tuple[float | None, float | None]:
@@ -684,7 +513,9 @@ def main(argv: list[str] | None = None) -> None:
             bar.update()
 
         for candidates in comparisons:
-            rows += run_comparison(candidates, args, advance)
+            rows += measure(
+                candidates, args.rounds, args.warmup, not args.no_memory, args.threads, advance
+            )
             if args.json is not None:
                 write_whole(args.json, json.dumps({'setting': setting, 'rows': rows}, indent=1))
 

@@ -11,13 +11,14 @@ import sys
 from functools import partial
 
 import torch
-from _candidates import count_flops, without_checkpoints
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from acmix_mm.analysis.flops import count_flops
+from acmix_mm.analysis.networks import without_checkpoints
 from acmix_mm.command_line import (
     Parser,
     add_config_arguments,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.figure
 
-from acmix_mm.files import write_figure
+from ..files import write_figure
 
 
 def quartiles(times: list[float]) -> list[float]:

@@ -1,0 +1,39 @@
+"""Tables of known results."""
+
+from acmix_mm.analysis.report import report, report_scaling
+
+
+def row(candidate: str, times: list[float], peak: int | None, **more) -> dict:
+    case = {'shape': [1, 2], 'mode': 'train', 'dtype': 'float32'}
+    return {'candidate': candidate, **case, 'times': times, 'peak': peak, **more}
+
+
+def test_table_of_known_results():
+    rows = [
+        row('a', [0.1, 0.2, 0.4], 2**20, flops=1e11, bytes=1e9, weights=2**21),
+        row('b', [0.5], 3 * 2**20),
+        row('c', [], None, error='no'),
+        row('d', [0.1], None, mode='forward'),
+    ]
+    table = [' '.join(line.split()) for line in report(rows, (1.0, 50.0))]
+    assert table[3:6] == [
+        'a 200.00 ms 150.00 - 300.00 ms 1.00x 1.0 MiB 1.00x 2.0 MiB 50.0% arithmetic',
+        'b 500.00 ms 500.00 - 500.00 ms 2.50x 3.0 MiB 3.00x',
+        'c failed',
+    ]
+    assert table[-1] == 'd 100.00 ms 100.00 - 100.00 ms 1.00x'
+
+
+def test_table_of_known_scaling():
+    """Four times the pixels for nine times the time: three times for every doubling."""
+    rows = [
+        row('a', [0.1], 2**20, series='image', image=[1, 10, 10], pixels=100),
+        row('a', [0.9], 2**22, series='image', image=[1, 20, 20], pixels=400),
+        row('a', [], None, series='image', image=[1, 40, 40], pixels=1600, error='no'),
+    ]
+    table = [' '.join(line.split()) for line in report_scaling(rows)]
+    assert table[3:] == [
+        '1x10x10 100.00 ms 1000000.0 ns 1.0 MiB 10486 B',
+        '1x20x20 900.00 ms 2250000.0 ns 3.00x 4.0 MiB 10486 B 2.00x',
+        '1x40x40, train failed',
+    ]
