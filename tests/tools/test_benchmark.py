@@ -164,7 +164,7 @@ def test_cuda_is_refused_without_a_device(capsys, arguments):
         ('operator --device tpu', "'tpu' is not cpu, cuda or cuda:N"),
         ('operator --backends best', "invalid choice: 'best'"),
         ('operator --dtypes int8', "invalid choice: 'int8'"),
-        ('backbone --models r51', "'r51' is neither a config file nor one of acmix-r26"),
+        ('backbone --models r51', "'r51' is neither a config file nor one of acmix-pvt-s"),
         ('backbone --models README.md', "'README.md' is neither a config file nor one of"),
         ('backbone --shapes 1x4x64x64', 'images have 3 channels'),
         ('detector --configs x.py', "'x.py': no such config file"),
