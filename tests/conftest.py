@@ -1,3 +1,4 @@
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,9 @@ if 'PYTEST_XDIST_WORKER' in os.environ:
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Loggers of earlier tests write to what pytest has closed, and would say so with a traceback.
+logging.raiseExceptions = False
 
 
 @pytest.fixture(autouse=True)

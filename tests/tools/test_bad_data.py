@@ -1,6 +1,5 @@
 """Programs on bad data end in one line that names the file, before anything is written."""
 
-import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,12 +105,6 @@ val_dataloader = data('val')
 test_dataloader = data('train')
 """,
 }
-
-
-@pytest.fixture(autouse=True)
-def _silent_loggers(monkeypatch):
-    """Loggers of earlier tests write to what pytest has closed, and would say so."""
-    monkeypatch.setattr(logging, 'raiseExceptions', False)
 
 
 def write_recipe(folder: Path, data: Path, layout: str, more: str = '') -> str:

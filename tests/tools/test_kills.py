@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -70,6 +71,7 @@ class Training:
         log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        sys.stdout = sys.stderr = os.fdopen(log, 'w', buffering=1)  # not pytest's
         code = 1
         try:
             torch.set_num_threads(1)
@@ -83,6 +85,9 @@ class Training:
             traceback.print_exc()
         finally:
             os._exit(code)
+
+    def is_running(self) -> bool:
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def wait(self, seconds: float = PATIENCE) -> int | None:
         """The exit code, negative for a signal; None if it has not ended by then."""
@@ -148,10 +153,12 @@ def test_kills_while_training(arguments, undisturbed, campaign, tmp_path):
             training = Training([*arguments, str(folder)])
             moment = moments.uniform(0.1, 0.9) * seconds
             code = training.wait(moment)
-            if code is not None:
+            if code is None:
+                os.kill(training.pid, signal.SIGKILL)
+                code = training.wait()
+            if code != -signal.SIGKILL:  # it has come to its end before
                 assert code == 0, training.log.read_text()
                 break
-            training.kill()
             kills += 1
             campaign('kills while training', f'training {trainings}, after {moment:.1f} s')
         assert_same(finish(arguments, folder), weights)
@@ -228,7 +235,9 @@ def test_scheduler(arguments, undisturbed, tmp_path):
     for _ in range(3):
         training = Training([*arguments, str(folder)])
         end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and not saves(training, len(codes) + 1):
+        while not saves(training, len(codes) + 1):
+            assert time.monotonic() < end, training.log.read_text()
+            assert training.is_running(), training.log.read_text()
             time.sleep(0.05)
         os.killpg(training.pid, signal.SIGTERM)
         codes.append(training.wait())

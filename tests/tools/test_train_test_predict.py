@@ -299,15 +299,19 @@ model = dict(
 def test_two_stage_detectors(head, digits_options, pytestconfig, tmp_path):
     """Three iterations and an evaluation of boxes, and of masks where there are any."""
     config, metric = 'configs/demo/mask-rcnn_acmix-swin_fpn_scene-digits.py', 'segm'
+    classes = []
     if head != 'mask-rcnn':
         config = tmp_path / f'{head}.py'
         base = CASCADE.format(configs=pytestconfig.rootpath / 'configs', model=f'{head}_fpn')
         if head == 'cascade-rcnn':
             base, metric = base.replace('_instance', '_detection'), 'bbox'
         config.write_text(base)
+        classes = [f'model.roi_head.bbox_head.{stage}.num_classes=10' for stage in range(3)]
+        if head == 'cascade-mask-rcnn':
+            classes.append('model.roi_head.mask_head.num_classes=10')
     program(
         'train', str(config), '--work-dir', str(tmp_path), '--cfg-options', *digits_options,
-        *ONE_EPOCH, 'model.test_cfg.rcnn.score_thr=0.0',
+        *ONE_EPOCH, *classes, 'model.test_cfg.rcnn.score_thr=0.0',
     )  # fmt: skip
     rows = scalars(tmp_path)
     losses = [row['loss'] for row in rows if 'loss' in row]
