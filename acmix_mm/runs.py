@@ -29,8 +29,9 @@ def train(cfg: Config) -> Runner:
     them. To be called in every process of a distributed job, which ``cfg.launcher`` has started.
 
     Args:
-        cfg (Config): For mmengine's Runner; it stays as it is. ``resume='auto'`` goes on from the
-            newest whole checkpoint of the work directory, if there is any.
+        cfg (Config): For mmengine's Runner, with a ``work_dir``; it stays as it is.
+            ``resume='auto'`` goes on from the newest whole checkpoint of the work directory, if
+            there is any.
 
     Returns:
         Runner: That has trained.
@@ -51,36 +52,24 @@ def train(cfg: Config) -> Runner:
     return runner
 
 
-def newest(cfg: Config) -> str | None:
-    """The newest whole checkpoint of a config's work directory, None if there is none.
-
-    Raises:
-        ValueError: If there are some, and all are damaged.
-    """
-    return newest_checkpoint(cfg.work_dir, _saving(cfg).get('out_dir'))
-
-
-def _saving(cfg: Config) -> dict:
-    """Arguments of the hook that saves checkpoints."""
-    return (cfg.get('default_hooks') or {}).get('checkpoint') or {}
-
-
 def _prepare_training(cfg: Config, claimed: contextlib.ExitStack) -> None:
     """Read what training starts from, and claim the work directory.
 
     For one process of a job; what it changes in the config, all get.
     """
     resolve_weights(cfg)
+    saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    out_dir, template = saving.get('out_dir'), saving.get('filename_tmpl')
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # after a process ended
     search = cfg.get('resume') == 'auto' or (cfg.get('resume') and cfg.get('load_from') is None)
     if search or restarted:
         try:
-            found = newest(cfg)
+            newest = newest_checkpoint(cfg.work_dir, out_dir)
         except ValueError as error:
             raise ValueError(f'--resume: {error}') from None
-        if found is not None:
-            cfg.resume, cfg.load_from = True, found
-            print(f'training goes on from {found}')
+        if newest is not None:
+            cfg.resume, cfg.load_from = True, newest
+            print(f'training goes on from {newest}')
         elif search:
             cfg.resume = False
             print(f'training begins: {cfg.work_dir} has no checkpoint to go on from')
@@ -91,8 +80,7 @@ def _prepare_training(cfg: Config, claimed: contextlib.ExitStack) -> None:
     Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
     claimed.enter_context(claim(cfg.work_dir))
     start = cfg.load_from if cfg.get('resume') else None
-    saving = _saving(cfg)
-    moved = set_aside(cfg.work_dir, start, saving.get('out_dir'), saving.get('filename_tmpl'))
+    moved = set_aside(cfg.work_dir, start, out_dir, template)
     for old, new in moved.items():
         print(f'checkpoint of an earlier run: {old} is {new} now')
         if cfg.get('load_from') and Path(cfg.load_from).absolute() == old.absolute():
@@ -117,7 +105,7 @@ def prepare_test(cfg: Config, checkpoint: str, tta: bool = False) -> Runner:
     started.
 
     Args:
-        cfg (Config): For mmengine's Runner; it stays as it is.
+        cfg (Config): For mmengine's Runner, with a ``work_dir``; it stays as it is.
         checkpoint (str): A file or URL.
         tta (bool): Test-time augmentation with the config's ``tta_model`` and ``tta_pipeline``. A
             detector's default is to merge the boxes of the image and of its mirror image; masks are
@@ -187,4 +175,4 @@ def _leave_out_masks(cfg: Config) -> None:
 def evaluators_of(cfg: Config) -> list[ConfigDict]:
     """The metrics of a config's test."""
     evaluator = cfg.test_evaluator
-    return evaluator if isinstance(evaluator, list) else [evaluator]
+    return list(evaluator) if isinstance(evaluator, (list, tuple)) else [evaluator]

@@ -230,7 +230,7 @@ def test_nothing_begins_from_another_network(write, recipe, tmp_path, monkeypatc
     file, message = write('of another network')
     arguments = [recipe(file, 'init_cfg'), '--work-dir', str(tmp_path / 'work')]
     arguments += ['--cfg-options', *digits_options]
-    monkeypatch.setattr(compare, 'train_all', None)
+    monkeypatch.setattr('acmix_mm.analysis.comparison.train_all', None)
     for program in (train, compare):
         with pytest.raises(SystemExit, match=f'^error: {message}'):
             program.main(arguments)
