@@ -17,6 +17,13 @@ from .engine import newest_checkpoint, protect, set_aside, use_bfloat16
 from .files import claim, naming
 from .weights import build, check_fit, check_starts, resolve_weights
 
+
+def _copy(cfg: Config) -> Config:
+    if cfg.get('work_dir') is None:
+        raise ValueError('work_dir of the config must be a folder for logs and results, got None')
+    return copy.deepcopy(cfg)
+
+
 # Training.
 
 
@@ -40,8 +47,8 @@ def train(cfg: Config) -> Runner:
         ValueError: In one line, if training cannot start.
         FloatingPointError: If a loss or a weight is not finite any more.
     """
+    cfg = _copy(cfg)
     make_checkpoints_loadable()
-    cfg = copy.deepcopy(cfg)
     join_processes(cfg)
     with contextlib.ExitStack() as claimed:
         cfg = once(functools.partial(_prepare_training, claimed=claimed), cfg)
@@ -115,9 +122,9 @@ def prepare_test(cfg: Config, checkpoint: str, tta: bool = False) -> Runner:
         ValueError: In one line, if the checkpoint or the data cannot serve, or if the config has no
             test-time augmentation.
     """
-    make_checkpoints_loadable()
-    cfg = copy.deepcopy(cfg)
+    cfg = _copy(cfg)
     cfg.load_from = checkpoint
+    make_checkpoints_loadable()
     join_processes(cfg)
     cfg = once(functools.partial(_prepare_test, tta=tta), cfg)
     keep_freed_memory()
@@ -131,7 +138,7 @@ def _prepare_test(cfg: Config, tta: bool) -> None:
     For one process of a job; what it changes in the config, all get.
     """
     weights = read_checkpoint(cfg.load_from)
-    check_fit(build(cfg), weights, cfg.load_from, cfg.filename)
+    check_fit(build(cfg), weights, cfg.load_from, cfg.filename or '(without a file)')
     check_data(cfg, ['test'])
     if tta:
         augment(cfg)

@@ -1,5 +1,6 @@
 """Comparison runs without training: what is run, what is chosen, what is told of known results."""
 
+import argparse
 import csv
 import json
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from acmix_mm.analysis import comparison
 from acmix_mm.analysis.comparison import Comparison, Recipe, Run, System, best_factor, compare
@@ -23,6 +24,7 @@ from acmix_mm.analysis.comparison_report import (
     report,
     write_report,
 )
+from acmix_mm.command_line import add_cfg_options
 
 DEMO = 'configs/demo/retinanet_{}_fpn_scene-digits.py'
 CONFIGS = [DEMO.format(name) for name in ('r26', 'acmix-r26')]
@@ -274,10 +276,9 @@ class Training:
 @pytest.fixture
 def run(digits_options, monkeypatch, tmp_path):
     """Calls compare with a :class:`Training` instead of processes, and without costs."""
-    options = {
-        key: DictAction._parse_iterable(value)
-        for key, value in (option.split('=', 1) for option in digits_options)
-    }
+    parser = argparse.ArgumentParser()
+    add_cfg_options(parser)
+    options = parser.parse_args(['--cfg-options', *digits_options]).cfg_options
 
     def call(result, **arguments) -> tuple[Comparison, list]:
         training = Training(result)
