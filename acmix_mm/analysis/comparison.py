@@ -688,6 +688,7 @@ def measure_costs(comparison: Comparison) -> list[str]:
 
 def _measured(candidates: dict[str, list[Candidate]]) -> Iterator[tuple[str, dict]]:
     """Modes and rows of :func:`.measuring.measure`, with a progress bar."""
+    candidates = {mode: group for mode, group in candidates.items() if group}
     with tqdm(total=sum(ROUNDS + len(c) for c in candidates.values()), leave=False) as bar:
 
         def advance(what: str) -> None:

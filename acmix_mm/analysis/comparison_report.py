@@ -82,7 +82,7 @@ def differences(comparison: Comparison, system: System, metric: str) -> list[flo
         {run.seed: run.value(metric) for run in comparison.finished(s)}
         for s in (comparison.systems[0], system)
     )
-    return [own[seed] - first[seed] for seed in comparison.seeds if {seed} <= own.keys() & first]
+    return [own[seed] - first[seed] for seed in comparison.seeds if seed in own and seed in first]
 
 
 @dataclass(frozen=True)
