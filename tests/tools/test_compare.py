@@ -150,7 +150,7 @@ class TestRuns:
             compare.main(arguments)
         run = run_folder(work_dir, 'plain', 0, epochs=2)
         expected = (
-            rf'failed:\n  .*, seed 0: exit code 1: ValueError: .*{labels} is no file.* \(log: '
+            rf'failed:\n  .*, seed 0: exit code 1: .*{labels} is no file.* \(log: '
         )
         assert re.fullmatch(rf'{expected}{run}/.*', error.value.code)
         assert (
