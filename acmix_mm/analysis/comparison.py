@@ -134,13 +134,6 @@ class Run:
         """Whether it need not be trained any more; training that diverged would do so again."""
         return self.metrics is not None or self.divergence is not None
 
-    def checkpoint(self) -> str:
-        """The newest checkpoint; raises a FileNotFoundError if there is none."""
-        file = newest_checkpoint(self.folder)
-        if file is None:
-            raise FileNotFoundError(f'{self.folder} has no checkpoint')
-        return file
-
     def value(self, metric: str) -> float | None:
         """A result of the evaluation, None if there is none, or none that is finite."""
         value = (self.metrics or {}).get(metric, math.nan)
@@ -300,7 +293,7 @@ def compare(
     ]
     device = 'cuda' if torch.cuda.is_available() else 'cpu'  # as training chooses
     comparison = Comparison(systems, seeds, metrics, device, threads, failures)
-    failures += measure_costs(comparison)
+    comparison.failures.extend(measure_costs(comparison))
     return comparison
 
 
@@ -554,10 +547,16 @@ def train_and_evaluate(config: str, seed: int, folder: Path, threads: int) -> No
         write(folder / DIVERGED_FILE, str(error))
         return
     cfg.work_dir = str(folder / EVALUATION)
-    write(
-        folder / METRICS_FILE,
-        json.dumps(evaluate(cfg, newest_checkpoint(folder)), indent=1, default=float),
-    )
+    metrics = evaluate(cfg, checkpoint_of(folder))
+    write(folder / METRICS_FILE, json.dumps(metrics, indent=1, default=float))
+
+
+def checkpoint_of(folder: Path) -> str:
+    """The newest checkpoint of a run; raises a FileNotFoundError if there is none."""
+    file = newest_checkpoint(folder)
+    if file is None:
+        raise FileNotFoundError(f'{folder} has no checkpoint')
+    return file
 
 
 def write(file: Path, content: str) -> None:
@@ -667,7 +666,7 @@ def measure_costs(comparison: Comparison) -> list[str]:
             row = {'candidate': label}
             with note_failure(row):
                 run = comparison.finished(system)[0]
-                files = (run.recipe.config, run.checkpoint())
+                files = (run.recipe.config, checkpoint_of(run.folder))
                 system.costs = complexity(*files, comparison.device)
                 for mode, group in candidates.items():
                     case = Case(system.costs['image'], mode == 'train', device=comparison.device)

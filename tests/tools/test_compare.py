@@ -149,9 +149,7 @@ class TestRuns:
         with pytest.raises(SystemExit) as error:
             compare.main(arguments)
         run = run_folder(work_dir, 'plain', 0, epochs=2)
-        expected = (
-            rf'failed:\n  .*, seed 0: exit code 1: .*{labels} is no file.* \(log: '
-        )
+        expected = rf'failed:\n  .*, seed 0: exit code 1: .*{labels} is no file.* \(log: '
         assert re.fullmatch(rf'{expected}{run}/.*', error.value.code)
         assert (
             '[1/1] retinanet_r26_fpn_scene-digits, seed 0: exit code 1' in capsys.readouterr().out
