@@ -12,7 +12,6 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 from unittest import mock
@@ -24,10 +23,10 @@ from mmengine.logging import MMLogger
 from mmengine.utils.dl_utils import set_multi_processing
 
 from .checkpoints import make_checkpoints_loadable, read_checkpoint
-from .config_check import check_config, merge_options, read_config, reason
+from .config_check import checked_config, reason
 from .engine.distributed import CPUDistributedDataParallel, SharedBuffersHook
 from .ops._dispatch import BACKEND_VARIABLE, check_backend
-from .weights import build, misfit
+from .weights import build, check_fit
 
 WORK_DIRS = 'work_dirs'
 LENGTH = 300  # of a message
@@ -143,7 +142,7 @@ def in_one_line(error: Exception) -> str:
         return f'out of memory; {MEMORY_ADVICE}: {text}'[:LENGTH]
     if re.search(r'DataLoader worker .* (killed|exited unexpectedly)', text):
         return f'a process that loads data has died, often for want of memory; {MEMORY_ADVICE}'
-    return shortened(text.partition(': ')[2] if is_ours(error) else text)
+    return text.partition(': ')[2] if is_ours(error) else shortened(text)
 
 
 def shortened(text: str) -> str:
@@ -202,29 +201,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(file: str, options: dict | None = None, needs: Iterable[str] = ()) -> Config:
-    """The config file with ``--cfg-options``.
-
-    Exits with a message if it cannot be read, if it is for mmpretrain, the one package of OpenMMLab
-    that is optional, which is not installed, if it lacks a key that the program needs, or for what
-    :func:`~acmix_mm.config_check.check_config` finds.
-    """
+    """:func:`~acmix_mm.config_check.checked_config`; exits with a message if that refuses it."""
     make_checkpoints_loadable()
     try:
-        cfg = read_config(file)
-        if cfg.get('default_scope') == 'mmpretrain' and find_spec('mmpretrain') is None:
-            raise ValueError(
-                f'config {file} is for mmpretrain, which is not installed: '
-                f'pip install onedl-mmpretrain==1.3.6'
-            )
-        if options:
-            merge_options(cfg, options)
-        for key in needs:
-            if cfg.get(key) is None:
-                raise ValueError(f'config {file} has no {key}')
-        check_config(cfg, file)
+        return checked_config(file, options, needs)
     except ValueError as error:
         raise SystemExit(f'error: {shortened(str(error))}') from error
-    return cfg
 
 
 def load_run_config(args: argparse.Namespace, needs: Iterable[str] = ()) -> Config:
@@ -271,17 +253,18 @@ def join_processes(cfg: Config) -> None:
 
     Without a GPU, where mmengine connects none, they exchange over gloo.
     """
-    if cfg.launcher == 'none' or is_distributed():
+    launcher = cfg.get('launcher', 'none')
+    if launcher == 'none' or is_distributed():
         return
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), {'type': SharedBuffersHook.__name__}]
     env_cfg = cfg.get('env_cfg', {})
     set_multi_processing(**env_cfg.get('mp_cfg', {}), distributed=True)
     dist_cfg = {'backend': 'nccl', **env_cfg.get('dist_cfg', {})}
     if torch.cuda.is_available():
-        init_dist(cfg.launcher, **dist_cfg)
+        init_dist(launcher, **dist_cfg)
         return
     with mock.patch('torch.cuda.set_device'):  # all that mmengine needs a GPU for
-        init_dist(cfg.launcher, **{**dist_cfg, 'backend': 'gloo'})
+        init_dist(launcher, **{**dist_cfg, 'backend': 'gloo'})
     find_unused = cfg.get('find_unused_parameters', False)
     cfg.setdefault('model_wrapper_cfg', {'find_unused_parameters': find_unused})
     cfg.model_wrapper_cfg.setdefault('type', CPUDistributedDataParallel.__name__)
@@ -334,11 +317,10 @@ def load_checkpoint(path: str) -> dict:
 
 def check_weights(model: torch.nn.Module, checkpoint: dict, args: argparse.Namespace) -> None:
     """Load the checkpoint; exits with a message unless its weights are just those of the model."""
-    problem = misfit(model, checkpoint)
-    if problem:
-        sys.exit(
-            f'error: checkpoint {args.checkpoint} does not fit config {args.config}: {problem}'
-        )
+    try:
+        check_fit(model, checkpoint, args.checkpoint, args.config)
+    except ValueError as error:
+        sys.exit(f'error: {error}')
 
 
 def build_model(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> torch.nn.Module:

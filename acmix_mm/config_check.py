@@ -293,6 +293,36 @@ def settings_of(node: object, place: str = '') -> Iterator[tuple[str, object]]:
 # Whole configs.
 
 
+def checked_config(
+    file: str, options: dict[str, object] | None = None, needs: Iterable[str] = ()
+) -> Config:
+    """A config file with options, checked.
+
+    Args:
+        file (str): Of any of mmengine's kinds.
+        options (dict[str, object] | None): See :func:`merge_options`. Default: None.
+        needs (Iterable[str]): Top-level keys that must be there. Default: none.
+
+    Raises:
+        ValueError: In one line, if it cannot be read, if it is for mmpretrain, the one package of
+            OpenMMLab that is optional, which is not installed, if it lacks a key of ``needs``, or
+            for what :func:`check_config` finds.
+    """
+    cfg = read_config(file)
+    if cfg.get('default_scope') == 'mmpretrain' and find_spec('mmpretrain') is None:
+        raise ValueError(
+            f'config {file} is for mmpretrain, which is not installed: '
+            f'pip install onedl-mmpretrain==1.3.6'
+        )
+    if options:
+        merge_options(cfg, options)
+    for key in needs:
+        if cfg.get(key) is None:
+            raise ValueError(f'config {file} has no {key}')
+    check_config(cfg, file)
+    return cfg
+
+
 def check_config(cfg: Config, file: str) -> None:
     """Check what a config says, as far as it can be told without data and checkpoints.
 

@@ -107,7 +107,7 @@ class Contents:
 
 
 def check_data(cfg: Config, splits: Iterable[str], thorough: bool = False) -> None:
-    """Exits with one line if the data of a config cannot be trained or evaluated on.
+    """Check that the data of a config can be trained and evaluated on.
 
     What is only left out, such as boxes without an extent, is said in a line each.
 
@@ -115,10 +115,13 @@ def check_data(cfg: Config, splits: Iterable[str], thorough: bool = False) -> No
         cfg (Config): A config for mmengine's Runner.
         splits (Iterable[str]): Of 'train', 'val' and 'test', those to be looked at.
         thorough (bool): Open all pictures and label maps, not only the first and last ones.
+
+    Raises:
+        ValueError: In one line, if they cannot.
     """
     for contents in look_through(cfg, splits, thorough):
         for problem in contents.errors:
-            sys.exit(f'error: {problem}')
+            raise ValueError(str(problem))
         for problem in contents.problems.values():
             print(f'warning: {problem}, {problem.count} in all')
 
@@ -158,7 +161,7 @@ def _data_sets(dataset_cfg: dict, place: str) -> Iterator[tuple[str, dict]]:
             yield from _data_sets(inner, f'{place}.datasets[{number}]')
     elif 'dataset' in dataset_cfg:
         if dataset_cfg.get('times', 1) < 1:  # mmengine's endless sampler would look for ever
-            sys.exit(f'error: {place}.times: {dataset_cfg["times"]} (at least 1)')
+            raise ValueError(f'{place}.times: {dataset_cfg["times"]} (at least 1)')
         yield from _data_sets(dataset_cfg['dataset'], f'{place}.dataset')
     else:
         yield place, dataset_cfg

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -103,6 +102,23 @@ def misfit(model: nn.Module, checkpoint: dict) -> str | None:
     return ', '.join(parts) or None
 
 
+def check_fit(model: nn.Module, checkpoint: dict, file: str, config: str) -> None:
+    """Load a checkpoint into a model.
+
+    Args:
+        model (nn.Module): Gets the weights.
+        checkpoint (dict): See :func:`~acmix_mm.checkpoints.read_checkpoint`.
+        file (str): The checkpoint's name for the message.
+        config (str): The model's.
+
+    Raises:
+        ValueError: Unless its weights are just those of the model.
+    """
+    problem = misfit(model, checkpoint)
+    if problem:
+        raise ValueError(f'checkpoint {file} does not fit config {config}: {problem}')
+
+
 @contextlib.contextmanager
 def names_loaded(module: nn.Module) -> Iterator[set[str]]:
     """Context with the names of the module's weights that are loaded within it."""
@@ -200,21 +216,22 @@ def resolve_weights(cfg: Config) -> None:
 
 
 def check_starts(cfg: Config) -> None:
-    """Exit with a message if a checkpoint from which a config starts cannot serve.
+    """Check the checkpoints from which a config starts.
 
-    That is, cannot be had or read (see :func:`~acmix_mm.checkpoints.read_checkpoint`), or has
-    nothing for the module whose ``init_cfg`` names it; the module is built and initialised for
-    that. With ``resume``, training must be able to go on from ``load_from``. Says it where only a
-    part of a module's weights is in its checkpoint. To be called in one process, before work starts
-    and after :func:`resolve_weights`.
+    Says it where only a part of a module's weights is in its checkpoint. To be called in one
+    process, before work starts and after :func:`resolve_weights`.
+
+    Raises:
+        ValueError: In one line, if one cannot be had or read (see
+            :func:`~acmix_mm.checkpoints.read_checkpoint`), has nothing for the module whose
+            ``init_cfg`` names it, which is built and initialised for that, or if training cannot go
+            on from ``load_from`` with ``resume``.
     """
     for start in _starts(cfg):
         try:
             checkpoint = read_checkpoint(start.file)
         except CheckpointNotFound as error:
-            sys.exit(f'error: {start.missing(str(error))}')
-        except ValueError as error:
-            sys.exit(f'error: {error}')
+            raise ValueError(start.missing(str(error))) from None
         place = start.place
         if place == 'load_from' and cfg.get('resume'):
             place = 'resuming'
@@ -230,7 +247,7 @@ def check_starts(cfg: Config) -> None:
         else:
             problem = None
         if problem:
-            sys.exit(f'error: checkpoint {start.file} is not for {place}: {problem}')
+            raise ValueError(f'checkpoint {start.file} is not for {place}: {problem}')
 
 
 def _cannot_resume(cfg: Config, checkpoint: dict) -> str | None:

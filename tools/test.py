@@ -1,13 +1,12 @@
 """Evaluate a detector, segmenter or image classifier from a config and a checkpoint."""
 
 import argparse
-import copy
 import shutil
 import sys
 from pathlib import Path
 
 import mmengine
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.evaluator import DumpResults
 from mmengine.runner import Runner
@@ -15,18 +14,13 @@ from mmengine.runner import Runner
 from acmix_mm.command_line import (
     Parser,
     add_run_arguments,
-    build_model,
     check_folder,
-    join_processes,
-    keep_freed_memory,
-    load_checkpoint,
     load_run_config,
     nearest_existing,
-    once,
     program,
 )
-from acmix_mm.data_check import check_data
 from acmix_mm.files import naming, part_of, whole_file
+from acmix_mm.runs import evaluators_of, prepare_test
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -61,7 +55,6 @@ def build_config(args: argparse.Namespace) -> Config:
     """Config with all command-line settings."""
     needs = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
     cfg = load_run_config(args, needs)
-    cfg.load_from = args.checkpoint
     if args.show or args.show_dir:
         hook = cfg.get('default_hooks', {}).get('visualization')
         if hook is None:
@@ -84,58 +77,6 @@ def build_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def complete(cfg: Config, args: argparse.Namespace) -> None:
-    """Check that the checkpoint fits, and the data; set what changes the model afterwards.
-
-    For one process of a job, which exits with a message; what it changes in the config, all get.
-    """
-    build_model(cfg, load_checkpoint(cfg.load_from), args)
-    check_data(cfg, ['test'])
-    if args.tta:
-        augment(cfg, args)
-
-
-def augment(cfg: Config, args: argparse.Namespace) -> None:
-    """Set test-time augmentation; exits with a message where the config has none."""
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:  # wrappers
-        dataset = dataset.dataset
-    if cfg.get('default_scope') == 'mmdet':
-        # mmdet's defaults, but with the image itself first: what is kept beside boxes is its.
-        nms = {'type': 'nms', 'iou_threshold': 0.5}
-        tta_cfg = {'nms': nms, 'max_per_img': 100}
-        cfg.setdefault('tta_model', {'type': 'DetTTAModel', 'tta_cfg': tta_cfg})
-        *transforms, pack = copy.deepcopy(dataset.pipeline)
-        if 'meta_keys' in pack:
-            pack.meta_keys = (*pack.meta_keys, 'flip', 'flip_direction')
-        flips = [{'type': 'RandomFlip', 'prob': prob} for prob in (0.0, 1.0)]
-        transforms.append({'type': 'TestTimeAug', 'transforms': [flips, [pack]]})
-        cfg.setdefault('tta_pipeline', transforms)
-        leave_out_masks(cfg)
-    for key in ('tta_model', 'tta_pipeline'):
-        if key not in cfg:
-            sys.exit(f'error: --tta: {args.config} has no {key}')
-    cfg.model = dict(cfg.tta_model, module=cfg.model)
-    dataset.pipeline = cfg.tta_pipeline
-
-
-def leave_out_masks(cfg: Config) -> None:
-    """Take out a detector's mask branch, which mmdet's test-time augmentation cannot merge."""
-    roi_head = cfg.model.get('roi_head', {})
-    if roi_head.pop('mask_head', None) is None:
-        return
-    roi_head.pop('mask_roi_extractor', None)
-    for evaluator in evaluators(cfg):
-        if evaluator.type == 'CocoMetric':
-            evaluator.metric = 'bbox'
-
-
-def evaluators(cfg: Config) -> list[ConfigDict]:
-    """The test's metrics."""
-    test_evaluator = cfg.test_evaluator
-    return test_evaluator if isinstance(test_evaluator, list) else [test_evaluator]
-
-
 def check_out(cfg: Config, args: argparse.Namespace) -> None:
     """Exits with a message unless ``--out`` fits the task and can be written, hours later.
 
@@ -152,7 +93,7 @@ def check_out(cfg: Config, args: argparse.Namespace) -> None:
         return
     if is_pickle or Path(args.out).is_file():
         sys.exit(f"error: --out must be a folder for a segmentor's label maps, got {args.out}")
-    metrics = [evaluator for evaluator in evaluators(cfg) if evaluator.type == 'IoUMetric']
+    metrics = [evaluator for evaluator in evaluators_of(cfg) if evaluator.type == 'IoUMetric']
     if not metrics:
         sys.exit(f'error: --out: {args.config} has no IoUMetric in test_evaluator')
     check_folder(nearest_existing(out))
@@ -206,11 +147,7 @@ def report(runner: Runner, args: argparse.Namespace, metrics: dict[str, float]) 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = build_config(args)
-    join_processes(cfg)
-    cfg = once(lambda cfg: complete(cfg, args), cfg)
-    keep_freed_memory()
-    Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
-    runner = Runner.from_cfg(cfg)
+    runner = prepare_test(cfg, args.checkpoint, args.tta)
     dump = dump_of(cfg, args)
     if dump is not None:
         runner.test_evaluator.metrics.append(dump)

@@ -1,36 +1,39 @@
-"""Configs trained alike, with several seeds each, and their accuracy compared with their cost."""
+"""Configs trained alike, with several seeds each, to compare their accuracy and cost.
 
-import argparse
+:func:`compare` does all of it; :mod:`.comparison_report` makes tables and plots of what it returns.
+Every run is a process of its own that trains and evaluates as tools/train.py and tools/test.py do.
+"""
+
+import contextlib
 import copy
-import csv
-import datetime
+import functools
+import hashlib
 import io
 import json
 import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import shlex
 import statistics
-import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.figure
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
 from tqdm import tqdm
 
-from ..command_line import check_folder, keep_freed_memory, load_config
-from ..config_check import setting
-from ..engine import newest_checkpoint, protect
-from ..files import claim, write_figure, write_whole
+from ..command_line import WORK_DIRS, keep_freed_memory
+from ..config_check import checked_config, setting
+from ..data_check import check_data
+from ..engine import newest_checkpoint
+from ..files import write_whole
+from ..runs import evaluate, evaluators_of, train
 from ..weights import check_starts, resolve_weights
-from .measuring import Candidate, device_name, measure, note_failure
+from .measuring import Candidate, measure, note_failure
 from .networks import build_trained, complexity
-from .report import quartiles, shape_name
+from .report import quartiles
 from .steps import Case
 
 # What must be equal for runs to be of one budget.
@@ -44,57 +47,366 @@ BUDGET = (
     'val_dataloader.dataset.data_root',
     'val_dataloader.dataset.ann_file',
 )
+NEEDS = ('model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator')
+METRICS = ('coco/bbox_mAP_50', 'coco/bbox_mAP')
+RATE = 'optim_wrapper.optimizer.lr'
+SEARCH_SEED = 1000  # few comparisons have so many seeds
 ROUNDS, WARMUP = 11, 2  # of timing
 CONFIG_FILE, LOG_FILE, METRICS_FILE = 'config.py', 'log.txt', 'metrics.json'
+DIVERGED_FILE, EVALUATION = 'diverged.txt', 'evaluation'
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """A config to compare; ``folder`` holds its runs."""
+class Recipe:
+    """A config as it is trained, whatever the seed.
+
+    Args:
+        label (str): What to call it.
+        file (str): The config file that it comes from.
+        cfg (Config): What is trained.
+        work_dir (Path): Holds the folders of recipes.
+        factor (float): Its learning rate by that of the file. Default: 1.0.
+    """
 
     label: str
     file: str
     cfg: Config
-    folder: Path
+    work_dir: Path
+    factor: float = 1.0
+
+    def __str__(self) -> str:
+        return self.label if self.factor == 1 else f'{self.label} at {self.factor:g}x the rate'
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The config as a file."""
+        return self.cfg.pretty_text
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Holds the runs; its name stands for the text."""
+        key = hashlib.sha256(self.text.encode()).hexdigest()[:8]
+        return self.work_dir / f'{Path(self.file).stem}-{key}'
 
     @property
     def config(self) -> str:
         """The file with the config that is trained."""
         return str(self.folder / CONFIG_FILE)
 
+    @property
+    def rate(self) -> float | None:
+        """The learning rate, None where there is not just one."""
+        return setting(self.cfg, RATE)
+
 
 @dataclass(frozen=True)
 class Run:
-    """A model trained with one seed."""
+    """A recipe trained with one seed; files in its folder say what came of it."""
 
-    model: Model
+    recipe: Recipe
     seed: int
 
     def __str__(self) -> str:
-        return f'{self.model.label}, seed {self.seed}'
+        return f'{self.recipe}, seed {self.seed}'
 
     @property
     def folder(self) -> Path:
-        return self.model.folder / f'seed{self.seed}'
+        return self.recipe.folder / f'seed{self.seed}'
 
     @property
     def log(self) -> Path:
         return self.folder / LOG_FILE
 
+    @property
     def metrics(self) -> dict[str, float] | None:
-        """What the evaluation gave, None if the run is not finished."""
+        """What the evaluation gave, None if the run has not come so far."""
         file = self.folder / METRICS_FILE
         return json.loads(file.read_text()) if file.exists() else None
+
+    @property
+    def divergence(self) -> str | None:
+        """At which loss training stopped that was not finite, None if it has not."""
+        file = self.folder / DIVERGED_FILE
+        return file.read_text() if file.exists() else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it need not be trained any more; training that diverged would do so again."""
+        return self.metrics is not None or self.divergence is not None
+
+    def value(self, metric: str) -> float | None:
+        """A result of the evaluation, None if there is none, or none that is finite."""
+        value = (self.metrics or {}).get(metric, math.nan)
+        return value if math.isfinite(value) else None
+
+
+@dataclass(eq=False)
+class System:
+    """One of the configs that are compared, and what came of it.
+
+    Args:
+        label (str): What to call it.
+        file (str): The config file.
+        candidates (dict[float, Recipe]): What may be trained with every seed, by the factors of
+            the learning rate, from small to large.
+        search (list[Run]): Of the same factors, to choose among them; empty where there is but one.
+        recipe (Recipe | None): What is trained with every seed. None if the search found no rate.
+        costs (dict): Of its model, as far as they were measured; see :func:`measure_costs`.
+    """
+
+    label: str
+    file: str
+    candidates: dict[float, Recipe]
+    search: list[Run] = field(default_factory=list)
+    recipe: Recipe | None = None
+    costs: dict = field(default_factory=dict)
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best rate may lie outside of those searched."""
+        if not self.search or self.recipe is None:
+            return False
+        return self.recipe.factor in (min(self.candidates), max(self.candidates))
+
+    def decide(self, metric: str) -> None:
+        """Choose the recipe by this metric, if the search is finished."""
+        if not self.search:
+            (self.recipe,) = self.candidates.values()
+        elif all(run.finished for run in self.search):
+            results = {run.recipe.factor: run.value(metric) for run in self.search}
+            self.recipe = self.candidates.get(best_factor(results))
+
+    def runs(self, seeds: Sequence[int]) -> list[Run]:
+        """Its runs with these seeds, as far as it is known what to train."""
+        return [] if self.recipe is None else [Run(self.recipe, seed) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`compare` returns.
+
+    Args:
+        systems (list[System]): In the order of the configs; the first is what the others are
+            compared with.
+        seeds (tuple[int, ...]): Those of the comparison.
+        metrics (tuple[str, ...]): Names of the results that are compared.
+        device (str): Where costs were measured.
+        threads (int): CPU threads of that measurement.
+        failures (list[str]): A line for everything that went wrong.
+    """
+
+    systems: list[System]
+    seeds: tuple[int, ...]
+    metrics: tuple[str, ...]
+    device: str
+    threads: int
+    failures: list[str] = field(default_factory=list)
+
+    def finished(self, system: System) -> list[Run]:
+        """The runs of a system, with the comparison's seeds, that have all the metrics."""
+        return [run for run in system.runs(self.seeds) if trouble(run, self.metrics) is None]
+
+
+def compare(
+    configs: Sequence[str],
+    *,
+    labels: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    max_epochs: int | None = None,
+    options: dict[str, object] | None = None,
+    metrics: Sequence[str] = METRICS,
+    rate_factors: Sequence[float] = (),
+    search_epochs: int | None = None,
+    search_seed: int = SEARCH_SEED,
+    jobs: int = 1,
+    threads: int | None = None,
+    work_dir: str | Path = Path(WORK_DIRS, 'compare'),
+) -> Comparison:
+    """Train every config with every seed for the same budget, evaluate them, measure their costs.
+
+    Runs are kept in ``WORK_DIR/CONFIG-KEY/seedN``, where KEY stands for the text of the config as
+    it is trained. The same call again repeats no finished run and goes on with interrupted ones.
+    Changes of data or of code are not noticed: remove the folder then. Progress is printed.
+
+    Processes are spawned: a script that calls it needs ``if __name__ == '__main__':``.
+
+    Args:
+        configs (Sequence[str]): Config files, which must agree in epochs, batch size and data.
+        labels (Sequence[str] | None): What to call them. Default: None, the names of the files.
+        seeds (Sequence[int]): Of the runs. Default: (0, 1, 2).
+        max_epochs (int | None): Epochs to train; schedules that count epochs are scaled in
+            proportion. Default: None, those of the configs.
+        options (dict[str, object] | None): Settings of all configs, by dotted names. Default: None.
+        metrics (Sequence[str]): Results of the evaluation; the larger, the better. Default: box AP
+            at IoU 0.5, and box AP.
+        rate_factors (Sequence[float]): At least two factors of every config's own learning rate
+            (``optim_wrapper.optimizer.lr``), among which the best by the first metric is taken for
+            all seeds. Default: none, the config's own.
+        search_epochs (int | None): Epochs of that search. Default: None, ``max_epochs``.
+        search_seed (int): Its seed, none of ``seeds``. Default: 1000.
+        jobs (int): Runs at a time; each gets its share of the threads. Default: 1.
+        threads (int | None): CPU threads, of all runs together and for the measurement of time.
+            Default: None, torch's.
+        work_dir (str | Path): Where runs are kept. Default: 'work_dirs/compare'.
+
+    Raises:
+        ValueError: Before anything is written, if an argument, a config, what it starts from or its
+            data cannot serve. A run that fails later is one of ``Comparison.failures``.
+    """
+    configs, seeds, metrics = list(map(str, configs)), tuple(seeds), tuple(metrics)
+    labels = [Path(file).stem for file in configs] if labels is None else list(labels)
+    threads = torch.get_num_threads() if threads is None else threads
+    factors = sorted(rate_factors)
+    check_arguments(configs, labels, seeds, metrics, jobs, threads)
+    check_search(factors, search_epochs, search_seed, seeds)
+    base = {file: checked_config(file, options, NEEDS) for file in configs}
+    systems = [
+        make_system(label, file, cfg, Path(work_dir), max_epochs, factors, search_epochs,
+                    search_seed)
+        for label, (file, cfg) in zip(labels, base.items(), strict=True)
+    ]  # fmt: skip
+    check_alike(systems)
+    check_metrics(systems, metrics)
+    for system in systems:
+        system.decide(metrics[0])
+    check_beginnings(
+        system for system in systems
+        if not all(run.finished for run in [*system.search, *system.runs(seeds)])
+    )  # fmt: skip
+
+    problems = {}
+    search = [run for runs in zip(*(s.search for s in systems), strict=True) for run in runs]
+    if search:
+        print('search of learning rates:', end=' ')
+        problems = train_all(search, metrics[:1], jobs, threads // jobs)
+        problems = {run: text for run, text in problems.items() if not run.finished}
+        for system in systems:
+            system.decide(metrics[0])
+            print(f'{system.label}: {describe_search(system, metrics[0])}', flush=True)
+    runs = [run for seed in seeds for system in systems for run in system.runs([seed])]
+    problems |= train_all(runs, metrics, jobs, threads // jobs)
+    failures = [f'{run}: {problem} (log: {run.log})' for run, problem in problems.items()]
+    failures += [
+        f'{system.label}: none of the learning rates gave {metrics[0]}'
+        for system in systems
+        if system.recipe is None and all(run.finished for run in system.search)
+    ]
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'  # as training chooses
+    comparison = Comparison(systems, seeds, metrics, device, threads, failures)
+    comparison.failures.extend(measure_costs(comparison))
+    return comparison
+
+
+# Arguments.
+
+
+def check_arguments(
+    configs: list[str],
+    labels: list[str],
+    seeds: Sequence[int],
+    metrics: Sequence[str],
+    jobs: int,
+    threads: int,
+) -> None:
+    """Raises a ValueError unless a comparison can be of these; see :func:`compare`."""
+    if len(labels) != len(configs):
+        raise ValueError(
+            f'labels must be one for each of {len(configs)} configs, got {len(labels)}'
+        )
+    paths = [Path(file).resolve() for file in configs]
+    for name, values, shown in (
+        ('configs', paths, configs),
+        ('labels', labels, labels),
+        ('seeds', seeds, seeds),
+        ('metrics', metrics, metrics),
+    ):
+        if not values:
+            raise ValueError(f'{name} must be at least one, got none')
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                raise ValueError(f'{name} must differ, got {shown[index]} twice')
+    if not all(0 <= seed < 2**32 for seed in seeds):
+        raise ValueError(f'seeds must be from 0 to 2^32 - 1, got {", ".join(map(str, seeds))}')
+    if not 0 < jobs <= threads:
+        raise ValueError(f'jobs must be from 1 to the number of threads, {threads}, got {jobs}')
+
+
+def check_search(
+    factors: Sequence[float], epochs: int | None, seed: int, seeds: Sequence[int]
+) -> None:
+    """Raises a ValueError unless learning rates can be searched so; see :func:`compare`."""
+    if not factors:
+        if epochs is not None:
+            raise ValueError(f'search_epochs goes with rate_factors, got {epochs} without them')
+        return
+    shown = ', '.join(f'{factor:g}' for factor in factors)
+    if not all(0 < factor < math.inf for factor in factors):
+        raise ValueError(f'rate_factors must be above 0, got {shown}')
+    if len(set(factors)) < max(len(factors), 2):
+        raise ValueError(f'rate_factors must be at least two that differ, got {shown}')
+    if seed in seeds:
+        raise ValueError(f'search_seed must be none of the seeds, got {seed}')
 
 
 # Configs.
 
 
-def set_epochs(cfg: Config, epochs: int, file: str) -> None:
+def make_system(
+    label: str,
+    file: str,
+    cfg: Config,
+    work_dir: Path,
+    max_epochs: int | None,
+    factors: Sequence[float],
+    search_epochs: int | None,
+    search_seed: int,
+) -> System:
+    """A config with all that may be trained of it; see :func:`compare`."""
+
+    def recipe(factor: float, epochs: int | None, argument: str) -> Recipe:
+        return Recipe(label, file, prepare(cfg, file, factor, epochs, argument), work_dir, factor)
+
+    candidates = {f: recipe(f, max_epochs, 'max_epochs') for f in factors or [1.0]}
+    search = [] if not factors else list(candidates.values())
+    if search_epochs is not None:
+        search = [recipe(factor, search_epochs, 'search_epochs') for factor in factors]
+    return System(label, file, candidates, [Run(recipe, search_seed) for recipe in search])
+
+
+def prepare(
+    cfg: Config, file: str, factor: float = 1.0, epochs: int | None = None, argument: str = 'epochs'
+) -> Config:
+    """The config to train: its test data are its validation data, and nothing else is evaluated.
+
+    Args:
+        cfg (Config): That of the file, which stays as it is.
+        file (str): Its name, for messages.
+        factor (float): Of the learning rate. Default: 1.0.
+        epochs (int | None): To train. Default: None, the config's.
+        argument (str): Where they come from, for messages. Default: 'epochs'.
+
+    Raises:
+        ValueError: If the config has no such epochs, or not just one learning rate.
+    """
+    cfg = copy.deepcopy(cfg)
+    if epochs is not None:
+        set_epochs(cfg, epochs, file, argument)
+    if factor != 1:
+        if setting(cfg, RATE) is None:
+            raise ValueError(f'rate_factors: {file} has no {RATE}')
+        cfg.optim_wrapper.optimizer.lr *= factor
+    cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
+    cfg.test_cfg = {'type': 'TestLoop'}
+    return cfg
+
+
+def set_epochs(cfg: Config, epochs: int, file: str, argument: str) -> None:
     """Train for so many epochs; schedules that count epochs shrink or grow in proportion."""
     loop = cfg.train_cfg
+    if epochs < 1:
+        raise ValueError(f'{argument} must be at least 1, got {epochs}')
     if 'max_epochs' not in loop:
-        sys.exit(f'error: --max-epochs: {file} counts iterations (train_cfg.max_iters)')
+        raise ValueError(f'{argument}: {file} counts iterations (train_cfg.max_iters)')
 
     def scaled(value: float) -> int:
         return round(value * epochs / loop.max_epochs)
@@ -108,58 +420,48 @@ def set_epochs(cfg: Config, epochs: int, file: str) -> None:
             if 'milestones' in scheduler:
                 scheduler.milestones = [scaled(epoch) for epoch in scheduler.milestones]
             if scheduler.get('end', math.inf) <= scheduler.get('begin', 0):
-                sys.exit(
-                    f'error: --max-epochs {epochs}: nothing is left of {scheduler.type} in {file}, '
-                    f'whose schedule is for {loop.max_epochs} epochs'
+                raise ValueError(
+                    f'{argument} {epochs}: nothing is left of {scheduler.type} in {file}, whose '
+                    f'schedule is for {loop.max_epochs} epochs'
                 )
     loop.max_epochs = epochs
 
 
-def prepare(file: str, options: dict | None, epochs: int | None) -> Config:
-    """The config to train: its test data are its validation data, and nothing else is evaluated."""
-    needs = ('model', 'train_cfg', 'train_dataloader', 'val_dataloader', 'val_evaluator')
-    cfg = load_config(file, options, needs)
-    if epochs is not None:
-        set_epochs(cfg, epochs, file)
-    cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
-    cfg.test_cfg = {'type': 'TestLoop'}
-    return cfg
-
-
-def check_budget(configs: dict[str, Config]) -> None:
-    """Exits with a message unless all configs, by their files, train for the same."""
-    (first, reference), *others = configs.items()
-    for file, cfg in others:
+def check_alike(systems: list[System]) -> None:
+    """Raises a ValueError unless all train for the same budget, and no two are the same."""
+    recipes = [recipe for system in systems for recipe in system.candidates.values()]
+    for index, recipe in enumerate(recipes):
+        for other in recipes[:index]:
+            if other.folder == recipe.folder:
+                raise ValueError(
+                    f'configs must differ, {other.file} and {recipe.file} are the same'
+                )
+    first = recipes[0]
+    for recipe in recipes[1:]:
         for key in BUDGET:
-            values = setting(reference, key), setting(cfg, key)
+            values = setting(first.cfg, key), setting(recipe.cfg, key)
             if values[0] != values[1]:
-                sys.exit(
-                    f'error: configs must have one budget, but {key} is {values[0]!r} in {first} '
-                    f'and {values[1]!r} in {file}; --max-epochs or --cfg-options make them equal'
+                raise ValueError(
+                    f'configs must have one budget, but {key} is {values[0]!r} in {first.file} '
+                    f'and {values[1]!r} in {recipe.file}; max_epochs or options make them equal'
                 )
 
 
-def check_data(configs: dict[str, Config]) -> None:
-    for file, cfg in configs.items():
-        for loader in ('train_dataloader', 'val_dataloader'):
-            root = setting(cfg, f'{loader}.dataset.data_root')
-            if root and not Path(root).is_dir():
-                sys.exit(f'error: {loader}.dataset.data_root of config {file} is {root}, no folder')
-
-
-def check_metrics(configs: dict[str, Config], metrics: list[str]) -> None:
-    """Exits with a message if an evaluator is known not to produce a metric."""
-    for file, cfg in configs.items():
-        evaluators = cfg.val_evaluator
+def check_metrics(systems: list[System], metrics: Sequence[str]) -> None:
+    """Raises a ValueError if an evaluator is known not to produce a metric."""
+    for system in systems:
+        cfg = next(iter(system.candidates.values())).cfg
         produced = set()
-        for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        for evaluator in evaluators_of(cfg):
             names = metric_names(evaluator)
             if names is None:
                 return
             produced |= names
         for metric in metrics:
             if metric not in produced:
-                sys.exit(f'error: --metric {metric}: {file} produces {", ".join(sorted(produced))}')
+                raise ValueError(
+                    f'metrics: {system.file} produces {", ".join(sorted(produced))}, got {metric}'
+                )
 
 
 def metric_names(evaluator: dict) -> set[str] | None:
@@ -176,15 +478,50 @@ def metric_names(evaluator: dict) -> set[str] | None:
     return None
 
 
-# Training.
-
-
-def check_all_starts(models: list[Model]) -> None:
-    """Exits with a message if a model cannot start from the checkpoint that its config names."""
-    for model in models:
-        cfg = copy.deepcopy(model.cfg)  # a file in the place of a URL makes no other runs of it
+def check_beginnings(systems: Iterable[System]) -> None:
+    """Raises a ValueError if a system cannot start as its config says, or not on its data."""
+    looked_at = set()
+    for system in systems:
+        # A copy: a file in the place of a URL makes no other runs of it.
+        cfg = copy.deepcopy(next(iter(system.candidates.values())).cfg)
         resolve_weights(cfg)
         check_starts(cfg)
+        data = str([cfg.train_dataloader.dataset, cfg.val_dataloader.dataset, cfg.val_evaluator])
+        if data not in looked_at:
+            check_data(cfg, ['train', 'val'])
+        looked_at.add(data)
+
+
+# The search.
+
+
+def best_factor(results: Mapping[float, float | None]) -> float | None:
+    """The factor of the learning rate that gave the best result.
+
+    Args:
+        results (Mapping[float, float | None]): The results by factor, None where there is none, as
+            where training diverged.
+
+    Returns:
+        float | None: Of equally good ones the factor nearest to 1, and of two as near the smaller
+        one; None if there are no results.
+    """
+    found = [(value, factor) for factor, value in results.items() if value is not None]
+    if not found:
+        return None
+    return max(found, key=lambda pair: (pair[0], -abs(math.log(pair[1])), -pair[1]))[1]
+
+
+def describe_search(system: System, metric: str) -> str:
+    """What the search has given and what was chosen, in a line."""
+    results = ', '.join(f'{r.recipe.rate:.3g} {outcome(r, metric)}' for r in system.search)
+    if system.recipe is None:
+        return f'no learning rate ({results})'
+    edge = ' at the edge of the search' if system.at_edge else ''
+    return f'learning rate {system.recipe.rate:.3g}{edge} ({results})'
+
+
+# Training.
 
 
 def train_and_evaluate(config: str, seed: int, folder: Path, threads: int) -> None:
@@ -194,23 +531,32 @@ def train_and_evaluate(config: str, seed: int, folder: Path, threads: int) -> No
     for stream in (1, 2):
         os.dup2(log, stream)
     torch.set_num_threads(threads)
-    keep_freed_memory()
     cfg = Config.fromfile(config)
-    resolve_weights(cfg)
-    # Evaluated below, not as part of training, which may have been interrupted just before.
-    for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
-        cfg[key] = None
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': seed}
     cfg.work_dir = str(folder)
-    lock = claim(folder)
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        cfg.resume, cfg.load_from = True, checkpoint
-    protect(cfg)
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    write(folder / METRICS_FILE, json.dumps(runner.test(), indent=1, default=float))
-    lock.close()
+    saving = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    saving.pop('out_dir', None)  # by seeds alone, runs of several configs would meet there
+    training = copy.deepcopy(cfg)
+    training.resume = 'auto'
+    # Evaluated below, not as part of training, which may have been interrupted just before.
+    for key in ('val_cfg', 'val_dataloader', 'val_evaluator'):
+        training[key] = None
+    try:
+        train(training)
+    except FloatingPointError as error:
+        write(folder / DIVERGED_FILE, str(error))
+        return
+    cfg.work_dir = str(folder / EVALUATION)
+    metrics = evaluate(cfg, checkpoint_of(folder))
+    write(folder / METRICS_FILE, json.dumps(metrics, indent=1, default=float))
+
+
+def checkpoint_of(folder: Path) -> str:
+    """The newest checkpoint of a run; raises a FileNotFoundError if there is none."""
+    file = newest_checkpoint(folder)
+    if file is None:
+        raise FileNotFoundError(f'{folder} has no checkpoint')
+    return file
 
 
 def write(file: Path, content: str) -> None:
@@ -219,12 +565,14 @@ def write(file: Path, content: str) -> None:
     write_whole(file, content)
 
 
-def train_all(runs: list[Run], metrics: list[str], jobs: int, threads: int) -> dict[Run, str]:
-    """Finish the runs, ``jobs`` at a time with ``threads`` each; what went wrong, by run."""
+def train_all(runs: list[Run], metrics: Sequence[str], jobs: int, threads: int) -> dict[Run, str]:
+    """Finish the runs, ``jobs`` at a time with ``threads`` each; what is wrong, by run."""
     context = multiprocessing.get_context('spawn')
-    waiting = [run for run in runs if run.metrics() is None]
+    for recipe in {run.recipe for run in runs}:
+        write(Path(recipe.config), recipe.text)
+    waiting = [run for run in runs if not run.finished]
     running: dict[Run, tuple[multiprocessing.Process, float]] = {}
-    problems = {run: missing(run, metrics) for run in runs if run not in waiting}
+    problems = {run: trouble(run, metrics) for run in runs if run not in waiting}
     seconds: list[float] = []
     begin = time.monotonic()
     print(f'{len(runs)} runs, {len(problems)} of them finished before', flush=True)
@@ -232,7 +580,7 @@ def train_all(runs: list[Run], metrics: list[str], jobs: int, threads: int) -> d
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                arguments = (run.model.config, run.seed, run.folder, threads)
+                arguments = (run.recipe.config, run.seed, run.folder, threads)
                 process = context.Process(target=train_and_evaluate, args=arguments)
                 process.start()
                 running[run] = (process, time.monotonic())
@@ -245,14 +593,14 @@ def train_all(runs: list[Run], metrics: list[str], jobs: int, threads: int) -> d
                 code = process.exitcode
                 if not code:
                     seconds.append(now - start)
-                problems[run] = failure(run, code) if code else missing(run, metrics)
-                values = (f'{m} {run.metrics()[m]:.3f}' for m in metrics)
+                problems[run] = failure(run, code) if code else trouble(run, metrics)
                 times = [duration(now - start), f'{duration(now - begin)} so far']
                 if seconds and (waiting or running):
                     mean = statistics.mean(seconds)
                     done = sum(min(now - start, mean) for _, start in running.values())
                     left = (mean * (len(waiting) + len(running)) - done) / jobs
                     times.append(f'about {duration(left)} to go')
+                values = (f'{metric} {outcome(run, metric)}' for metric in metrics)
                 print(
                     f'[{len(problems)}/{len(runs)}] {run}: {problems[run] or ", ".join(values)} '
                     f'({", ".join(times)})',
@@ -266,15 +614,30 @@ def train_all(runs: list[Run], metrics: list[str], jobs: int, threads: int) -> d
 
 
 def failure(run: Run, code: int) -> str:
+    """How a process ended that was to train."""
     lines = run.log.read_text(errors='replace').splitlines() if run.log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), 'it said nothing')
     return f'exit code {code}: {last}'
 
 
-def missing(run: Run, metrics: list[str]) -> str | None:
-    produced = run.metrics()
-    names = [metric for metric in metrics if metric not in produced]
-    given = ', '.join(produced) or 'no results, as where nothing is predicted'
+def outcome(run: Run, metric: str) -> str:
+    """A run's result for tables, or in a word why there is none."""
+    value = run.value(metric)
+    if value is not None:
+        return f'{value:.3f}'
+    if run.divergence is not None:
+        return 'diverged'
+    return 'failed' if run.metrics is None else 'no result'
+
+
+def trouble(run: Run, metrics: Sequence[str]) -> str | None:
+    """Why a run does not have these metrics, None if it has."""
+    if run.divergence is not None:
+        return f'diverged: {run.divergence}'
+    if run.metrics is None:
+        return 'not finished'
+    names = [metric for metric in metrics if run.value(metric) is None]
+    given = ', '.join(run.metrics) or 'no results, as where nothing is predicted'
     return f'no {", ".join(names)}: the evaluation gave {given}' if names else None
 
 
@@ -285,28 +648,46 @@ def duration(seconds: float) -> str:
 # Costs.
 
 
-def measure_costs(runs: list[Run], device: str) -> tuple[dict[Model, dict], list[str]]:
-    """What the models of these runs cost, one run a model, and what went wrong.
+def measure_costs(comparison: Comparison) -> list[str]:
+    """Measure what the systems' models cost, each by its first finished run; what went wrong.
 
-    Costs are those of :func:`.networks.complexity`, and medians of 'forward' and 'train' in
-    seconds an image. What could not be measured is left out.
+    ``System.costs`` gets what :func:`.networks.complexity` gives, and medians of 'forward' and
+    'train' in seconds an image. What could not be measured is left out. This process measures: it
+    keeps memory that it frees (:func:`~acmix_mm.command_line.keep_freed_memory`).
     """
-    costs: dict[Model, dict] = {run.model: {} for run in runs}
     problems: list[str] = []
     candidates: dict[str, list[Candidate]] = {'forward': [], 'train': []}
-    for run in runs:
-        row = {'candidate': run.model.label}
-        with note_failure(row):
-            files = (run.model.config, newest_checkpoint(run.folder))
-            if files[1] is None:
-                raise FileNotFoundError(f'{run.folder} has no checkpoint')
-            costs[run.model] = complexity(*files, device)
-            for mode, group in candidates.items():
-                case = Case(costs[run.model]['image'], mode == 'train', device=device)
-                group.append(Candidate(run.model.label, build_trained, files, case))
-        if 'error' in row:
-            problems.append(f'{run.model.label}, costs: {row["error"]}')
-    models = {model.label: model for model in costs}
+    systems = {s.label: s for s in comparison.systems if comparison.finished(s)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(comparison.threads)
+    keep_freed_memory()
+    with contextlib.redirect_stdout(io.StringIO()):  # COCO's API talks
+        for label, system in systems.items():
+            row = {'candidate': label}
+            with note_failure(row):
+                run = comparison.finished(system)[0]
+                files = (run.recipe.config, checkpoint_of(run.folder))
+                system.costs = complexity(*files, comparison.device)
+                for mode, group in candidates.items():
+                    case = Case(system.costs['image'], mode == 'train', device=comparison.device)
+                    group.append(Candidate(label, build_trained, files, case))
+            if 'error' in row:
+                problems.append(f'{label}, costs: {row["error"]}')
+        for mode, row in _measured(candidates):
+            system = systems[row['candidate']]
+            if 'error' in row:
+                problems.append(f'{system.label}, {mode}: {row["error"]}')
+            else:
+                loader = system.recipe.cfg.train_dataloader
+                images = loader.batch_size if mode == 'train' else 1
+                system.costs[mode] = quartiles(row['times'])[1] / images
+    torch.set_num_threads(threads)
+    return problems
+
+
+def _measured(candidates: dict[str, list[Candidate]]) -> Iterator[tuple[str, dict]]:
+    """Modes and rows of :func:`.measuring.measure`, with a progress bar."""
+    candidates = {mode: group for mode, group in candidates.items() if group}
     with tqdm(total=sum(ROUNDS + len(c) for c in candidates.values()), leave=False) as bar:
 
         def advance(what: str) -> None:
@@ -315,142 +696,4 @@ def measure_costs(runs: list[Run], device: str) -> tuple[dict[Model, dict], list
 
         for mode, group in candidates.items():
             for row in measure(group, ROUNDS, WARMUP, memory=False, advance=advance):
-                model = models[row['candidate']]
-                if 'error' in row:
-                    problems.append(f'{model.label}, {mode}: {row["error"]}')
-                else:
-                    images = model.cfg.train_dataloader.batch_size if mode == 'train' else 1
-                    costs[model][mode] = quartiles(row['times'])[1] / images
-    return costs, problems
-
-
-# Results.
-
-
-def check_results(out: Path) -> None:
-    """Exits with a message unless the results can be written, hours later; makes their folder."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    check_folder(out.parent)
-    for file in (Path(f'{out}.{suffix}') for suffix in ('csv', 'md', 'png')):
-        if file.is_dir():
-            sys.exit(f'error: --out {out}: {file} is a folder')
-
-
-def mean_and_deviation(values: list[float]) -> tuple[float, float | None]:
-    """Mean and standard deviation of a sample; one value has no deviation."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def table(
-    runs: list[Run], costs: dict[Model, dict], args: argparse.Namespace
-) -> tuple[list[str], list[list[str]]]:
-    """Header, and a line of cells for each model; its label is the first of them."""
-    header = ['model', 'backbone parameters', 'parameters', 'GFLOPs', 'forward, ms', 'train, ms']
-    rows = []
-    for model, cost in costs.items():
-        row = [model.label]
-        row += [f'{cost[key]:,}' if cost else '' for key in ('backbone_parameters', 'parameters')]
-        row.append(f'{cost["flops"] / 1e9:.3g}' if cost else '')
-        row += [f'{1e3 * cost[mode]:.1f}' if mode in cost else '' for mode in ('forward', 'train')]
-        for metric in args.metric:
-            values = {run.seed: run.metrics()[metric] for run in runs if run.model == model}
-            mean, deviation = mean_and_deviation(list(values.values()))
-            spread = '' if deviation is None else f' ± {deviation:.3f}'
-            each = (f'{values[seed]:.3f}' if seed in values else 'failed' for seed in args.seeds)
-            row.append(f'{mean:.3f}{spread} ({", ".join(each)})')
-        rows.append(row)
-    return [*header, *args.metric], rows
-
-
-def csv_text(runs: list[Run], costs: dict[Model, dict], metrics: list[str]) -> str:
-    """A line for each run: its metrics, then what all runs of its model share."""
-    shared = ['backbone_parameters', 'parameters', 'image', 'gflops', 'forward_ms', 'train_ms']
-    shared += [f'{metric} {what}' for metric in metrics for what in ('mean', 'std')]
-    out = io.StringIO()
-    writer = csv.DictWriter(
-        out, ['model', 'config', 'seed', *metrics, *shared], lineterminator='\n'
-    )
-    writer.writeheader()
-    for run in runs:
-        cost = costs[run.model]
-        row = {'model': run.model.label, 'config': relative(run.model.file), 'seed': run.seed}
-        row |= {metric: run.metrics()[metric] for metric in metrics}
-        if cost:
-            row |= {key: cost[key] for key in ('backbone_parameters', 'parameters')}
-            row |= {'image': shape_name(cost['image']), 'gflops': cost['flops'] / 1e9}
-        row |= {f'{m}_ms': 1e3 * cost[m] for m in ('forward', 'train') if m in cost}
-        for metric in metrics:
-            values = [r.metrics()[metric] for r in runs if r.model == run.model]
-            row[f'{metric} mean'], row[f'{metric} std'] = mean_and_deviation(values)
-        writer.writerow(row)
-    return out.getvalue()
-
-
-def markdown(
-    runs: list[Run], costs: dict[Model, dict], args: argparse.Namespace, command: list[str]
-) -> str:
-    """The table, with what its figures are and where they come from."""
-    header, rows = table(runs, costs, args)
-    for row, model in zip(rows, costs, strict=True):
-        row[0] = f'[{row[0]}]({os.path.relpath(model.file, args.out.parent)})'
-    lines = [header, ['---', *['---:'] * (len(header) - 1)], *rows]
-    cfg = runs[0].model.cfg
-    budget = ', '.join(f'{k} {v}' for k, v in cfg.train_cfg.items() if k.startswith('max_'))
-    seeds = ', '.join(map(str, args.seeds))
-    images = ', '.join(sorted({shape_name(cost['image']) for cost in costs.values() if cost}))
-    machine = f'{device_name(args.device)}, {args.threads} CPU threads, torch {torch.__version__}'
-    return f"""# Comparison
-
-```bash
-python tools/analysis_tools/compare.py {' '.join(shlex.quote(relative(a)) for a in command)}
-```
-
-{chr(10).join(f'| {" | ".join(line)} |' for line in lines)}
-
-![Accuracy against FLOPs, parameters and time]({args.out.name}.png)
-
-* Accuracy: mean ± standard deviation over runs, and each run, with seeds {seeds}. On the
-  validation data, after training with {budget}, batch_size {cfg.train_dataloader.batch_size}.
-* FLOPs: multiplications of convolutions, matrix products, attention and aggregation in the
-  prediction of one image ({images}).
-* Time: of one image, median of {ROUNDS} rounds in turns, {datetime.date.today()},
-  {machine}.
-  Forward is the prediction of one image; train is forward and backward pass of a batch, by the
-  number of its images.
-"""
-
-
-def relative(argument: str) -> str:
-    """An argument or KEY=VALUE whose path does not depend on where the working directory is."""
-    key, equals, value = argument.rpartition('=')
-    return f'{key}{equals}{os.path.relpath(value)}' if os.path.isabs(value) else argument
-
-
-def plot(runs: list[Run], costs: dict[Model, dict], args: argparse.Namespace) -> None:
-    """The first metric, its mean and range over seeds, against the costs."""
-    panels = (
-        ('flops', 1e-9, 'GFLOPs of a prediction'),
-        ('parameters', 1e-6, 'parameters, millions'),
-        ('forward', 1e3, 'time of a prediction, ms'),
-    )
-    metric = args.metric[0]
-    figure = matplotlib.figure.Figure(figsize=(13, 4.5), layout='constrained')
-    figure.suptitle(
-        f'{device_name(args.device)}, {args.threads} threads, torch {torch.__version__}'
-    )
-    axes = figure.subplots(1, len(panels), sharey=True)
-    for axis, (key, factor, label) in zip(axes, panels, strict=True):
-        places = [factor * cost.get(key, math.nan) for cost in costs.values()]
-        for index, (model, x) in enumerate(zip(costs, places, strict=True)):
-            values = [run.metrics()[metric] for run in runs if run.model == model]
-            mean = statistics.mean(values)
-            spread = [[mean - min(values)], [max(values) - mean]]
-            style = {'color': f'C{index % 10}', 'marker': 'os^Dv'[index // 10 % 5], 'capsize': 3}
-            axis.errorbar(x, mean, spread, linestyle='', label=model.label, **style)
-        axis.set_xlim(0, 1.1 * max((x for x in places if x > 0), default=1))
-        axis.set_xlabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f'{metric}: mean and range')
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc='outside lower center', ncols=min(len(labels), 4))
-    write_figure(f'{args.out}.png', figure, dpi=120)
+                yield mode, row

@@ -117,7 +117,7 @@ def test_classes_of_another_data_set(run, options, tmp_path, image_folders, caps
 @pytest.mark.parametrize('name', ['train', 'test', 'predict'])
 def test_without_mmpretrain(name, monkeypatch, tmp_path):
     """One line says what to install."""
-    monkeypatch.setattr('acmix_mm.command_line.find_spec', lambda name: None)
+    monkeypatch.setattr('acmix_mm.config_check.find_spec', lambda name: None)
     arguments = [CONFIG] if name == 'train' else [CONFIG, 'x.pth']
     if name == 'predict':
         arguments = [CONFIG, *arguments, '--out-dir', str(tmp_path)]

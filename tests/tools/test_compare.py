@@ -1,9 +1,7 @@
 """Training side by side: what the table says, what is trained again and what is not."""
 
-import argparse
 import csv
 import json
-import multiprocessing
 import re
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from acmix_mm.analysis import comparison
 from acmix_mm.analysis.flops import count_flops
 from acmix_mm.analysis.networks import build_trained, complexity, trained_model
 from acmix_mm.analysis.steps import Case
+from acmix_mm.config_check import checked_config
 
 CONFIGS = {
     'plain': 'configs/demo/retinanet_r26_fpn_scene-digits.py',
@@ -90,7 +89,7 @@ class TestRuns:
         runs = [(row['model'], int(row['seed'])) for row in rows]
         assert runs == [(label, seed) for label in CONFIGS for seed in (0, 1)]
         for run, row in zip(runs, rows, strict=True):
-            (log,) = run_folder(work_dir, *run).glob('*/*.json')
+            (log,) = run_folder(work_dir, *run).glob('evaluation/*/*.json')
             metrics = json.loads(log.read_text())
             assert [float(row[m]) for m in METRICS] == [metrics[m] for m in METRICS]
 
@@ -125,8 +124,8 @@ class TestRuns:
         said = capsys.readouterr().out
         assert '4 runs, 4 of them finished before' in said
         assert said.splitlines()[-4:] == [
-            f'table:     {work_dir}/comparison.md',
             f'runs:      {work_dir}/comparison.csv',
+            f'all:       {work_dir}/comparison.json',
             f'plot:      {work_dir}/comparison.png',
             f'logs:      {work_dir}',
         ]
@@ -137,9 +136,10 @@ class TestRuns:
                 assert row[key] == earlier[key]
 
     def test_other_budget_failure_and_resumption(
-        self, work_dir, options, scene_digits, tmp_path, capsys
+        self, work_dir, options, scene_digits, tmp_path, capsys, monkeypatch
     ):
         """Two epochs are a new run, which fails in the end; called again, it goes on."""
+        monkeypatch.setattr(comparison, 'check_beginnings', list)  # as if it were lost later
         labels = tmp_path / 'labels.json'
         arguments = [
             CONFIGS['plain'], '--seeds', '0', '--max-epochs', '2', *options,
@@ -149,10 +149,8 @@ class TestRuns:
         with pytest.raises(SystemExit) as error:
             compare.main(arguments)
         run = run_folder(work_dir, 'plain', 0, epochs=2)
-        assert re.fullmatch(
-            rf'failed:\n  .*, seed 0: exit code 1: FileNotFoundError: .*{labels}.* \(log: {run}/.*',
-            error.value.code,
-        )
+        expected = rf'failed:\n  .*, seed 0: exit code 1: .*{labels} is no file.* \(log: '
+        assert re.fullmatch(rf'{expected}{run}/.*', error.value.code)
         assert (
             '[1/1] retinanet_r26_fpn_scene-digits, seed 0: exit code 1' in capsys.readouterr().out
         )
@@ -172,110 +170,12 @@ class TestRuns:
         assert json.loads((run / 'metrics.json').read_text())[METRICS[0]] == float(row[METRICS[0]])
 
 
-def test_failures_stop_no_other_run(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(comparison, 'train_and_evaluate', max)  # whose arguments do not compare
-    model = comparison.Model('a', 'a.py', Config(), tmp_path)
-    runs = [comparison.Run(model, seed) for seed in range(3)]
-    for run in runs[1:]:
-        run.folder.mkdir()
-    (runs[1].folder / 'metrics.json').write_text('{"m": 0.5}')
-    (runs[2].folder / 'log.txt').write_text('Traceback\nMemoryError: too large\n\n')
-    assert comparison.train_all(runs, ['m'], 1, 1) == {
-        runs[0]: 'exit code 1: it said nothing',
-        runs[2]: 'exit code 1: MemoryError: too large',
-    }
-    assert comparison.train_all(runs[1:2], ['m', 'n'], 1, 1) == {
-        runs[1]: 'no n: the evaluation gave m'
-    }
-    (runs[1].folder / 'metrics.json').write_text('{}')
-    message = 'no m: the evaluation gave no results, as where nothing is predicted'
-    assert comparison.train_all(runs[1:2], ['m'], 1, 1) == {runs[1]: message}
-
-
-def test_no_process_is_left_behind(tmp_path, monkeypatch):
-    def interrupt(sentinels):
-        assert len(multiprocessing.active_children()) == 2
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(multiprocessing.connection, 'wait', interrupt)
-    model = comparison.Model('a', 'a.py', Config(), tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        comparison.train_all([comparison.Run(model, seed) for seed in range(3)], [], 2, 1)
-    assert not multiprocessing.active_children()
-
-
-def test_results_of_known_runs(tmp_path):
-    """Mean, sample deviation, a seed that failed, costs that could not be measured."""
-    cfg = Config({'train_cfg': {'max_epochs': 2}, 'train_dataloader': {'batch_size': 8}})
-    models = [comparison.Model(n, f'configs/{n}.py', cfg, tmp_path / n) for n in ('a', 'b')]
-    values = {'a': {0: 0.5, 3: 0.6, 1: 0.7}, 'b': {3: 0.25}}
-    runs = [comparison.Run(model, seed) for model in models for seed in values[model.label]]
-    for run in runs:
-        run.folder.mkdir(parents=True)
-        (run.folder / 'metrics.json').write_text(
-            json.dumps({'m': values[run.model.label][run.seed]})
-        )
-    cost = {
-        'backbone_parameters': 1200, 'parameters': 34567, 'image': (40, 60), 'flops': 2.5e9,
-        'forward': 0.0123, 'train': 0.05,
-    }  # fmt: skip
-    costs = {models[0]: cost, models[1]: {}}
-    args = argparse.Namespace(
-        metric=['m'], seeds=[0, 3, 1], out=Path('docs/x'), device='cpu', threads=2
-    )
-    command = [
-        'configs/a.py',
-        '--out',
-        str(Path('docs/x').resolve()),
-        '--cfg-options',
-        'k="[1, 2]"',
-    ]
-    text = comparison.markdown(runs, costs, args, command)
-    assert [line for line in text.splitlines() if line.startswith('| [')] == [
-        '| [a](../configs/a.py) | 1,200 | 34,567 | 2.5 | 12.3 | 50.0 '
-        '| 0.600 ± 0.100 (0.500, 0.600, 0.700) |',
-        '| [b](../configs/b.py) |  |  |  |  |  | 0.250 (failed, 0.250, failed) |',
-    ]
-    assert f'torch {torch.__version__}' in text
-    assert 'max_epochs 2, batch_size 8' in text
-    assert 'compare.py configs/a.py --out docs/x --cfg-options \'k="[1, 2]"\'' in text
-    assert '](x.png)' in text
-    first, *_, last = csv.DictReader(comparison.csv_text(runs, costs, ['m']).splitlines())
-    assert first == {
-        'model': 'a', 'config': 'configs/a.py', 'seed': '0', 'm': '0.5',
-        'backbone_parameters': '1200', 'parameters': '34567', 'image': '40x60', 'gflops': '2.5',
-        'forward_ms': '12.3', 'train_ms': '50.0', 'm mean': '0.6',
-        'm std': first['m std'],
-    }  # fmt: skip
-    assert float(first['m std']) == pytest.approx(0.1)
-    assert (last['m'], last['m std'], last['gflops']) == ('0.25', '', '')
-    args.out = tmp_path / 'x'
-    comparison.plot(runs, costs, args)
-    assert args.out.with_suffix('.png').stat().st_size > 5000
-
-
-def test_epochs_scale_schedules():
-    cfg = Config.fromfile(COCO)
-    warmup = cfg.param_scheduler[0].to_dict()
-    comparison.set_epochs(cfg, 24, COCO)
-    assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == 24
-    assert cfg.param_scheduler[1].milestones == [16, 22]
-    assert cfg.param_scheduler[0].to_dict() == warmup
-    cfg = Config.fromfile(INSTANCE)
-    comparison.set_epochs(cfg, 2, INSTANCE)
-    assert (cfg.param_scheduler[1].end, cfg.param_scheduler[1].T_max) == (2, 2)
-    cfg = Config.fromfile(INSTANCE)
-    cfg.param_scheduler[1].begin = 4
-    with pytest.raises(SystemExit, match='--max-epochs 1: nothing is left of CosineAnnealingLR'):
-        comparison.set_epochs(cfg, 1, INSTANCE)
-
-
 @pytest.mark.parametrize(('file', 'data'), [(INSTANCE, 'digits'), (SEMANTIC, 'label_map')])
 def test_costs_of_other_tasks(file, data, request, tmp_path):
     config, checkpoint = str(tmp_path / 'config.py'), str(tmp_path / 'x.pth')
     options = request.getfixturevalue(f'{data}_options')
     args = compare.parse_args([file, '--cfg-options', *options, 'train_dataloader.batch_size=2'])
-    cfg = comparison.prepare(file, args.cfg_options, None)
+    cfg = comparison.prepare(checked_config(file, args.cfg_options), file)
     cfg.dump(config)
     init_default_scope(cfg.default_scope)
     torch.save(MODELS.build(cfg.model).state_dict(), checkpoint)
@@ -292,29 +192,60 @@ def test_costs_of_other_tasks(file, data, request, tmp_path):
         assert (step.leaves[0].grad is not None) == train
 
 
+@pytest.mark.slow
+def test_search(work_dir, options, tmp_path, capsys):
+    """At 1e12 times the rate training diverges, which stops nothing and is not repeated."""
+    arguments = [
+        CONFIGS['plain'], '--labels', 'plain', '--seeds', '0', '1', '--max-epochs', '1',
+        '--rate-factors', '1', '1e12', *options, '--work-dir', str(work_dir),
+        '--out', str(tmp_path / 'out'), '--cost', 'train',
+    ]  # fmt: skip
+    compare.main(arguments)
+    said = capsys.readouterr().out
+    assert 'search of learning rates: 2 runs, 0 of them finished before' in said
+    assert 'at 1e+12x the rate, seed 1000: diverged: training stopped at iteration' in said
+    assert '2 runs, 2 of them finished before' in said  # of the comparison without a search
+    rows = table(tmp_path / 'out.csv')
+    assert [(row['purpose'], row['seed'], row['outcome']) for row in rows] == [
+        ('search', '1000', 'finished'), ('search', '1000', 'diverged'),
+        ('comparison', '0', 'finished'), ('comparison', '1', 'finished'),
+    ]  # fmt: skip
+    assert [float(row['learning_rate']) for row in rows] == [3e-3, 3e9, 3e-3, 3e-3]
+    assert '(edge)' in (tmp_path / 'out.md').read_text()
+    compare.main(arguments)
+    assert '2 runs, 2 of them finished before' in capsys.readouterr().out.splitlines()[0]
+
+
 PAIR = ' '.join(CONFIGS.values())
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (f'{PAIR} --labels a', '--labels: must be one for each of 2 configs, got 1'),
-        (f'{PAIR} --labels a a', '--labels: must differ, got a twice'),
-        (f'{PAIR} --seeds 0 1 0', '--seeds: must differ, got 0 twice'),
+        (f'{PAIR} --labels a', 'labels must be one for each of 2 configs, got 1'),
+        (f'{PAIR} --labels a a', 'labels must differ, got a twice'),
+        (f'{PAIR} --seeds 0 1 0', 'seeds must differ, got 0 twice'),
+        (f'{PAIR} --rate-factors 3', 'rate_factors must be at least two that differ, got 3'),
+        (f'{PAIR} --rate-factors 0', "--rate-factors: '0' is not a number above 0"),
+        (f'{PAIR} --cost power', "--cost: invalid choice: 'power'"),
+        (f'{PAIR} --out README.md/x', 'README.md is no folder|folder .*README.md is none'),
         (f'{PAIR} --seeds -1', "--seeds: '-1' is not an integer from 0"),
         (f'{PAIR} --max-epochs 0', "--max-epochs: '0' is not an integer above 0"),
-        (f'{PAIR} --threads 2 --jobs 3', '--jobs: must be at most the number of threads, 2, got 3'),
-        (f'{PAIR} {CONFIGS["plain"]}', 'CONFIG: must differ'),
-        (f'{PAIR} --metric mIoU mIoU', '--metric: must differ, got mIoU twice'),
+        (f'{PAIR} --threads 2 --jobs 3', 'jobs must be from 1 to the number of threads, 2, got 3'),
+        (f'{PAIR} {CONFIGS["plain"]}', 'configs must differ, got .*r26.* twice'),
+        (f'{PAIR} --metric mIoU mIoU', 'metrics must differ, got mIoU twice'),
         ('nowhere.py', 'config nowhere.py does not exist'),
         ('configs/_base_/default_runtime.py', 'default_runtime.py has no model'),
-        (f'{PAIR} --metric mIoU', '--metric mIoU: .* produces coco/bbox_mAP, coco/bbox_mAP_50,'),
-        (SEMANTIC, '--metric coco/bbox_mAP_50: .* produces aAcc, mAcc, mIoU'),
-        (f'{PAIR} {INSTANCE}', 'max_epochs is 4 in .*r26.* and 5 in .*mask-rcnn.*--max-epochs'),
-        (f'{ADE20K} --max-epochs 1', r'counts iterations \(train_cfg.max_iters\)'),
+        (
+            f'{PAIR} --metric mIoU',
+            'metrics: .* produces coco/bbox_mAP, coco/bbox_mAP_50, .* got mIoU',
+        ),
+        (SEMANTIC, 'metrics: .* produces aAcc, mAcc, mIoU, got coco/bbox_mAP_50'),
+        (f'{PAIR} {INSTANCE}', 'max_epochs is 4 in .*r26.* and 5 in .*mask-rcnn.*max_epochs or'),
+        (f'{ADE20K} --max-epochs 1', r'max_epochs: .* counts iterations \(train_cfg'),
         (
             f'{PAIR} --cfg-options val_dataloader.dataset.data_root=nowhere/',
-            'val_dataloader.dataset.data_root of config .* is nowhere/, no folder',
+            r'nowhere/.* does not exist .* is given by val_dataloader\.dataset\.data_root',
         ),
     ],
 )

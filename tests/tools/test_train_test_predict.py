@@ -21,6 +21,7 @@ from programs import program, scalars
 
 from acmix_mm.engine import use_bfloat16
 from acmix_mm.ops import available_backends
+from acmix_mm.runs import augment
 
 PROGRAMS = {'train': train, 'test': evaluate, 'predict': predict}
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
@@ -514,7 +515,7 @@ def test_tta_of_a_detector_with_masks(digits_options):
     arguments = [config, 'x.pth', '--tta', '--cfg-options', *digits_options]
     args = evaluate.parse_args(arguments)
     cfg = evaluate.build_config(args)
-    evaluate.augment(cfg, args)
+    augment(cfg)
     assert not {'mask_head', 'mask_roi_extractor'} & set(cfg.model.module.roi_head)
     assert cfg.test_evaluator.metric == 'bbox'
     assert cfg.model.type == 'DetTTAModel'
@@ -523,9 +524,8 @@ def test_tta_of_a_detector_with_masks(digits_options):
 def test_tta_without_a_pipeline():
     cfg = evaluate.load_run_config(evaluate.parse_args([SEGMENTOR, 'x.pth']))
     cfg.pop('tta_model')
-    arguments = evaluate.parse_args([SEGMENTOR, 'x.pth', '--tta'])
-    with pytest.raises(SystemExit, match=r'error: --tta: .* has no tta_model'):
-        evaluate.augment(cfg, arguments)
+    with pytest.raises(ValueError, match=rf'--tta: {SEGMENTOR} has no tta_model'):
+        augment(cfg)
 
 
 @pytest.mark.parametrize(

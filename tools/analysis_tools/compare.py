@@ -1,13 +1,22 @@
 """Train configs alike, with several seeds each, and compare accuracy with cost.
 
 Every config is trained with every seed for the same budget, with the optimiser and schedule that it
-has, and evaluated on its validation data after the last epoch. Out come OUT.csv with a line for
-each run, OUT.md with a table, and OUT.png: accuracy against FLOPs, parameters and time per image.
+has, and evaluated on its validation data after the last epoch. Out come OUT.md with a table,
+OUT.csv with a line for each run, OUT.json with all of it, and OUT.png: accuracy against costs.
+Means have 95 % confidence intervals (Student's t), and so have the differences to the first config,
+which are taken between runs of the same seed.
 
 Budget: --max-epochs, for all configs. Where a learning-rate schedule counts epochs, it is scaled in
 proportion, to whole epochs; a warm-up that counts iterations stays as it is. For less than an
 epoch, give fewer images: --cfg-options train_dataloader.dataset.indices=600. Configs must agree in
 epochs, batch size and data.
+
+Learning rates: with --rate-factors 0.33 1 3, every config is first trained once with each of these
+multiples of its own rate, optim_wrapper.optimizer.lr, and with a seed that is not one of --seeds.
+The multiple with the best first metric is then taken for all seeds, of equal ones that next to 1.
+Least rates of schedules, such as eta_min, stay. A run whose loss is not finite is a result, not a
+failure. Where the best is the smallest or the largest multiple, the table says so: a better rate
+may lie outside.
 
 Runs: in WORK_DIR/CONFIG-KEY/seedN, where KEY stands for the text of the config, options and budget
 included. The same command again repeats no finished run and goes on with interrupted ones, from
@@ -22,38 +31,27 @@ number of its images.
 """
 
 import argparse
-import contextlib
-import hashlib
-import io
 import signal
 import sys
 from pathlib import Path
 
 import torch
 
-from acmix_mm.analysis.comparison import (
-    Model,
-    Run,
-    check_all_starts,
-    check_budget,
-    check_data,
-    check_metrics,
-    check_results,
-    csv_text,
-    markdown,
-    measure_costs,
-    plot,
-    prepare,
-    table,
-    train_all,
-    write,
+from acmix_mm.analysis.comparison import METRICS, SEARCH_SEED, compare
+from acmix_mm.analysis.comparison_report import (
+    COSTS,
+    DEFAULT_COSTS,
+    report,
+    with_results,
+    write_report,
 )
-from acmix_mm.analysis.report import align
 from acmix_mm.command_line import (
     WORK_DIRS,
     Parser,
     add_cfg_options,
-    keep_freed_memory,
+    check_folder,
+    nearest_existing,
+    positive_float,
     positive_int,
     program,
 )
@@ -63,11 +61,10 @@ examples:
   compare.py configs/demo/retinanet_{r26,acmix-r26}_fpn_scene-digits.py --seeds 0 1 2 --jobs 2
   compare.py configs/demo/retinanet_{r26,acmix-r26}_fpn_scene-digits.py \\
       --labels 'ResNet 26' 'ResNet-ACmix 26' --max-epochs 2 --out docs/comparison
+  compare.py configs/demo/retinanet_{r26,acmix-swin-t}_fpn_scene-digits.py \\
+      --rate-factors 0.1 0.33 1 --search-epochs 2 --seeds 0 1 2 3 4
   compare.py configs/demo/acmix-{pvt_fpn,swin_upernet}_scene-digits.py --metric mIoU aAcc
 """
-
-
-# Options.
 
 
 def seed_type(text: str) -> int:
@@ -97,9 +94,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     add_cfg_options(parser)
     parser.add_argument(
-        '--metric', nargs='+', default=['coco/bbox_mAP_50', 'coco/bbox_mAP'], metavar='NAME',
+        '--metric', nargs='+', default=METRICS, metavar='NAME', dest='metrics',
         help='results of the evaluation to report, the first of them in the plot '
-        '(default: coco/bbox_mAP_50 coco/bbox_mAP)',
+        f'(default: {" ".join(METRICS)})',
+    )  # fmt: skip
+    parser.add_argument(
+        '--rate-factors', nargs='+', type=positive_float, default=(), metavar='X',
+        help="multiples of each config's learning rate to choose from (default: no search)",
+    )  # fmt: skip
+    parser.add_argument(
+        '--search-epochs', type=positive_int, metavar='N',
+        help='epochs of a run of the search (default: those of all runs)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--search-seed', type=seed_type, default=SEARCH_SEED, metavar='N',
+        help='seed of the search (%(default)s)',
+    )  # fmt: skip
+    parser.add_argument(
+        '--cost', nargs='+', choices=[*COSTS, 'all'], default=DEFAULT_COSTS, dest='costs',
+        help=f'what the plot shows accuracy against (default: {" ".join(DEFAULT_COSTS)})',
     )  # fmt: skip
     parser.add_argument(
         '--jobs', type=positive_int, default=1, metavar='N',
@@ -114,83 +127,48 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--out', type=Path, metavar='PATH',
-        help='write PATH.csv, PATH.md and PATH.png (default: WORK_DIR/comparison)',
+        help='write PATH.md, .csv, .json and .png (default: WORK_DIR/comparison)',
     )  # fmt: skip
     args = parser.parse_args(argv)
-    args.labels = args.labels or [Path(file).stem for file in args.configs]
-    if len(args.labels) != len(args.configs):
-        parser.error(
-            f'argument --labels: must be one for each of {len(args.configs)} configs, got '
-            f'{len(args.labels)}'
-        )
-    files = [Path(file).resolve() for file in args.configs]
-    for name, values, shown in (
-        ('CONFIG', files, args.configs),
-        ('--labels', args.labels, args.labels),
-        ('--seeds', args.seeds, args.seeds),
-        ('--metric', args.metric, args.metric),
-    ):
-        for index, value in enumerate(values):
-            if value in values[:index]:
-                parser.error(f'argument {name}: must differ, got {shown[index]} twice')
-    if args.jobs > args.threads:
-        parser.error(
-            f'argument --jobs: must be at most the number of threads, {args.threads}, got '
-            f'{args.jobs}'
-        )
     args.out = args.out or args.work_dir / 'comparison'
-    args.device = 'cuda' if torch.cuda.is_available() else 'cpu'  # as training chooses
+    args.costs = COSTS if 'all' in args.costs else list(dict.fromkeys(args.costs))
     return args
 
 
-def make_models(args: argparse.Namespace) -> list[Model]:
-    """The configs as they will be trained; exits with a message if they cannot be compared."""
-    configs = {file: prepare(file, args.cfg_options, args.max_epochs) for file in args.configs}
-    check_budget(configs)
-    check_data(configs)
-    check_metrics(configs, args.metric)
-    models = []
-    for label, (file, cfg) in zip(args.labels, configs.items(), strict=True):
-        key = hashlib.sha256(cfg.pretty_text.encode()).hexdigest()[:8]
-        folder = args.work_dir / f'{Path(file).stem}-{key}'
-        for model in models:
-            if model.folder == folder:
-                sys.exit(f'error: configs must differ, {model.file} and {file} are the same')
-        models.append(Model(label, file, cfg, folder))
-    for model in models:
-        write(Path(model.config), model.cfg.pretty_text)
-    return models
+def check_out(out: Path) -> None:
+    """Exits with a message unless the results can be written, hours later."""
+    check_folder(nearest_existing(out.parent))
+    for file in (Path(f'{out}.{suffix}') for suffix in ('md', 'csv', 'json', 'png')):
+        if file.is_dir():
+            sys.exit(f'error: --out {out}: {file} is a folder')
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    models = make_models(args)
-    check_results(args.out)
-    runs = [Run(model, seed) for seed in args.seeds for model in models]
-    check_all_starts([m for m in models if any(r.model is m and r.metrics() is None for r in runs)])
-    problems = train_all(runs, args.metric, args.jobs, args.threads // args.jobs)
-    failures = [f'{run}: {problem} (log: {run.log})' for run, problem in problems.items()]
-
-    finished = [Run(m, s) for m in models for s in args.seeds if Run(m, s) not in problems]
-    if finished:
-        torch.set_num_threads(args.threads)
-        keep_freed_memory()
-        first = {run.model: run for run in reversed(finished)}
-        with contextlib.redirect_stdout(io.StringIO()):  # COCO's API talks
-            costs, more = measure_costs([first[m] for m in models if m in first], args.device)
-        failures += more
-        command = sys.argv[1:] if argv is None else argv
-        write(Path(f'{args.out}.csv'), csv_text(finished, costs, args.metric))
-        write(Path(f'{args.out}.md'), markdown(finished, costs, args, command))
-        plot(finished, costs, args)
-        header, rows = table(finished, costs, args)
-        print('', *align([tuple(header), *map(tuple, rows)]), '', sep='\n')
-        for what, suffix in (('table', 'md'), ('runs', 'csv'), ('plot', 'png')):
+    check_out(args.out)
+    comparison = compare(
+        args.configs,
+        labels=args.labels,
+        seeds=args.seeds,
+        max_epochs=args.max_epochs,
+        options=args.cfg_options,
+        metrics=args.metrics,
+        rate_factors=args.rate_factors,
+        search_epochs=args.search_epochs,
+        search_seed=args.search_seed,
+        jobs=args.jobs,
+        threads=args.threads,
+        work_dir=args.work_dir,
+    )
+    if with_results(comparison):
+        write_report(comparison, args.out, args.costs, sys.argv[1:] if argv is None else argv)
+        print(*report(comparison), '', sep='\n')
+        for what, suffix in (('table', 'md'), ('runs', 'csv'), ('all', 'json'), ('plot', 'png')):
             print(f'{what + ":":11}{args.out}.{suffix}')
         print(f'logs:      {args.work_dir}')
-    if failures:
-        sys.exit('\n'.join(['failed:', *(f'  {line}' for line in failures)]))
+    if comparison.failures:
+        sys.exit('\n'.join(['failed:', *(f'  {line}' for line in comparison.failures)]))
 
 
 if __name__ == '__main__':
