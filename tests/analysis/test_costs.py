@@ -180,10 +180,8 @@ def test_other_combinations_cost_the_same(name, mix):
     make, shape = LAYERS[name]
     x = torch.randn(BATCH, *shape)
     other, learned = costs_of(make(mix), x), costs_of(make('learned'), x)
-    missing = {'sum': (1, 1), 'complementary': (0, 1)}[mix]
-    assert learned.mixed == other.mixed + Stages(
-        attention=Cost(missing[0]), convolution=Cost(missing[1])
-    )
+    rates = Stages(attention=Cost(1 if mix == 'sum' else 0), convolution=Cost(1))
+    assert learned.mixed == other.mixed + rates
 
 
 @pytest.mark.parametrize('mix', ['learned', 'attention', 'conv'])
@@ -273,9 +271,8 @@ def test_plain_convolution(channels, kernel_size, stride, groups, bias):
         for row in range(kernel_size):
             for column in range(kernel_size):
                 kept = padded[:, :, row::stride, column::stride][..., :height, :width]
-                out += F.conv2d(
-                    kept, plain.weight[..., row : row + 1, column : column + 1], groups=groups
-                )
+                weight = plain.weight[..., row : row + 1, column : column + 1]
+                out += F.conv2d(kept, weight, groups=groups)
     torch.testing.assert_close(out, F.conv2d(padded, plain.weight, None, stride, groups=groups))
     assert costs.convolution == Cost(0, additions.count)
 
@@ -314,11 +311,6 @@ def test_closed_forms_of_parameters():
 
 
 # Networks.
-
-
-def first(network: nn.Module) -> nn.Module:
-    """Its initialisation's sizes do not matter; fewer blocks count faster."""
-    return network
 
 
 SMALL_PVT = {'num_layers': [1, 1, 2, 1], 'embed_dims': 16}

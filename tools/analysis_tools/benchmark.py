@@ -89,7 +89,7 @@ FPS_CONFIGS = [
 PAPER_FPS = """\
 The paper's own figure (ACmix, CVPR 2022, Table 5) is 1.3 times the frames a second of PVT-S at
 comparable AP, RetinaNet on COCO: of trained models on its own hardware, not of this run."""
-FPS_SHAPES = ((416, 640),)
+FPS_SHAPES = ((320, 480),)
 OPERATOR_SHAPES = ((1, 64, 200, 304),)
 ATTENTION_SHAPES = (
     (1, 4, 16, 200, 304),
@@ -436,8 +436,8 @@ def make_parser() -> argparse.ArgumentParser:
         'fps',
         'Frames a second of whole detectors: inference on one image, from pixels to boxes, beside\n'
         'parameters and FLOPs (those of complexity.py), also in the form for inference. Weights\n'
-        'are the initial ones, whose scores stay below the threshold of boxes, so that suppression\n'
-        'of double ones has nothing to do; this is alike for all.',
+        'are the initial ones, whose scores stay below the threshold of boxes: suppression has\n'
+        'nothing to do, alike for all.',
     )
     add_shapes(suite, 'HxW', FPS_SHAPES, 64)
     suite.add_argument(
