@@ -49,6 +49,7 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.files import write_whole
+from acmix_mm.layers import MixedOperator
 
 EXAMPLES = """
 examples:
@@ -101,8 +102,10 @@ def count(args: argparse.Namespace) -> tuple[tuple[int, int], NetworkCosts]:
     else:
         size = (args.shape[0], args.shape[-1])
     model = initial_model(cfg)
-    total = sum(1 for _ in model.modules())
-    with tqdm(total=total, desc='forward pass', unit='module', leave=False) as bar:
+    modules = list(model.modules())
+    if args.plot is not None and not any(isinstance(m, MixedOperator) for m in modules):
+        sys.exit(f'error: --plot {args.plot}: the model of {args.config} has no mixed operators')
+    with tqdm(total=len(modules), desc='forward pass', unit='module', leave=False) as bar:
         hook = register_module_forward_hook(lambda *_: bar.update() and None)
         try:
             return size, network_costs(model, size)
@@ -114,8 +117,6 @@ def count(args: argparse.Namespace) -> tuple[tuple[int, int], NetworkCosts]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     size, costs = count(args)
-    if args.plot is not None and not costs.operators:
-        sys.exit(f'error: --plot {args.plot}: the model of {args.config} has no mixed operators')
     padded = '' if costs.image == size else f', padded to {costs.image[0]} x {costs.image[1]}'
     print(f'image:      {size[0]} x {size[1]}{padded}')
     for name, key, note in (
