@@ -18,12 +18,13 @@ ACmix              :math:`3 C^2`            :math:`2 k_a^2 C` and, for the convo
                                             :math:`3 k_c^2 C` (``fc``) :math:`+ k_c^4 C` (shifts)
 =================  =======================  ====================================================
 
-Parameters are as many as Stage I costs; Stage II of ACmix has :math:`3 N k_c^2 + k_c^4 C` more.
+Weights are as many as Stage I costs; Stage II of ACmix has :math:`3 N k_c^2 + k_c^4 C` more. The
+projections have biases here, 3 C.
 
 What the layers of this package compute is that, but for the following:
 
-* **Stride s.** The projections are those of the full map, all else is computed for
-  :math:`HW / s^2` outputs, and so is the whole of a plain convolution.
+* **Stride s.** The projections are those of the full map, and so is ``fc`` where it is a step of
+  its own; all else is computed for the output's pixels, and so is the whole of a plain convolution.
 * **Folding.** Where it costs no more, the convolution path is one convolution of the M = 3 N maps
   (see :class:`~acmix_mm.layers.mixing_weights.MixingWeights`): :math:`k_c^2 M C` an output, and
   :math:`k_c^4 M C` once a forward pass to fold the weights, which a deployed layer has behind it.
@@ -181,8 +182,8 @@ class NetworkCosts:
         return None if None in forms else sum(forms, Stages())
 
     def mean_projection_share(self, form: str) -> float | None:
-        """Mean over the operators of Stage I's part in the FLOPs of each; None as above."""
-        forms = [getattr(operator, form) for operator in self.operators]
+        """Mean of Stage I's part in the FLOPs of each operator that is called; None as above."""
+        forms = [getattr(operator, form) for operator in self.operators if operator.maps]
         if None in forms:
             return None
         return sum(stages.projection_share for stages in forms) / len(forms) if forms else math.nan

@@ -111,7 +111,7 @@ def build_detector(file: str, backend: str | None, form: str, case: Case) -> Ste
     from mmengine.structures import InstanceData
 
     detector = build_model(model_config(file), backend)
-    MMLogger.get_current_instance().setLevel('WARNING')  # init_weights logs every parameter
+    MMLogger.get_current_instance().setLevel('ERROR')  # init_weights logs every parameter
     detector.init_weights()  # else scores start at 0.5 and suppression takes most of the time
     detector.to(case.device).train(case.train)
     if form == 'deployed':

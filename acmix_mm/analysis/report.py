@@ -154,31 +154,39 @@ def align(lines: list[tuple[str, ...]]) -> list[str]:
 
 
 def plot(rows: list[dict], setting: dict, file: Path) -> None:
-    """Times, and peak memory where it was measured: bars, or lines over pixels for scaling."""
+    """Times, and peak memory where it was measured: bars, or lines over pixels for scaling.
+
+    Of the suite fps, frames a second.
+    """
     rows = [row for row in rows if row['times']]
     scaling = setting['suite'] == 'scaling'
     panels = 1 + any(row['peak'] is not None for row in rows)
     height = 4.5 if scaling else max(2.5, 1.2 + 0.24 * len(rows))
-    figure = matplotlib.figure.Figure(figsize=(6 * panels, height), layout='constrained')
+    width = 6 * panels if scaling else 6 * panels + 3  # names of bars are long
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
     figure.suptitle(f'{setting["device"]}, {setting["threads"]} threads, torch {setting["torch"]}')
     axes = figure.subplots(1, panels, sharey=not scaling, squeeze=False)[0]
     if rows:
-        (_plot_scaling if scaling else _plot_bars)(axes, rows)
+        if scaling:
+            _plot_scaling(axes, rows)
+        else:
+            _plot_bars(axes, rows, speed=setting['suite'] == 'fps')
     write_figure(file, figure, dpi=120)
 
 
-def _plot_bars(axes, rows: list[dict]) -> None:
+def _plot_bars(axes, rows: list[dict], speed: bool) -> None:
     names = list(dict.fromkeys(row['candidate'] for row in rows))
     labels = [
         f'{shape_name(row["shape"])} {row["dtype"]} {row["mode"]}: {row["candidate"]}'
         for row in rows
     ]
     colors = [f'C{names.index(row["candidate"]) % 10}' for row in rows]
-    spread = [quartiles([1e3 * t for t in row['times']]) for row in rows]
+    spread = [quartiles([1 / t if speed else 1e3 * t for t in row['times']]) for row in rows]
     errors = [[m - low for low, m, _ in spread], [high - m for _, m, high in spread]]
     places = range(len(rows))
     axes[0].barh(places, [median for _, median, _ in spread], xerr=errors, color=colors)
-    axes[0].set_xlabel('time of a step: median and quartiles, ms')
+    what = 'frames a second: median and quartiles'
+    axes[0].set_xlabel(what if speed else 'time of a step: median and quartiles, ms')
     axes[0].set_yticks(places, labels, fontsize=8)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     for axis in axes[1:]:
@@ -210,7 +218,7 @@ def _plot_scaling(axes, rows: list[dict]) -> None:
 STAGES = {
     'projection': 'Stage I: projections',
     'attention': 'Stage II: attention path',
-    'convolution': 'Stage II: convolution path',  # of plain convolutions: additions
+    'convolution': 'Stage II: convolution path',
 }
 # Forms of a mixed operator, attributes of OperatorCosts, in which a network is compared.
 FORMS = {
@@ -327,10 +335,11 @@ def plot_stages(costs: NetworkCosts, title: str, file: Path) -> None:
     figure.suptitle(title)
     axes = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
     places = range(len(costs.operators))
+    paths = f'{STAGES["convolution"]} (additions of plain convolutions)'
     names = [operator.name.removeprefix('backbone.') for operator in costs.operators]
     for axis, form in zip(axes, forms, strict=True):
         base = [0.0] * len(names)
-        for index, (stage, label) in enumerate(STAGES.items()):
+        for index, (stage, label) in enumerate({**STAGES, 'convolution': paths}.items()):
             stages = [getattr(operator, form) for operator in costs.operators]
             values = [getattr(s, stage).flops / 1e6 for s in stages]
             axis.bar(places, values, bottom=base, color=f'C{index}', label=label)

@@ -417,6 +417,7 @@ def test_own_model_that_calls_an_operator_twice():
     assert operator.mixed.total == Cost(each[0].parameters, each[0].flops + each[1].flops)
     assert unused.mixed.total == Cost(each[0].parameters, 0)
     assert unused.maps == ()
+    assert costs.mean_projection_share('mixed') == operator.mixed.projection_share
 
 
 def test_model_is_left_as_it_was():

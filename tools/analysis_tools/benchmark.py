@@ -436,8 +436,8 @@ def make_parser() -> argparse.ArgumentParser:
         'fps',
         'Frames a second of whole detectors: inference on one image, from pixels to boxes, beside\n'
         'parameters and FLOPs (those of complexity.py), also in the form for inference. Weights\n'
-        'are the initial ones, whose scores stay below the threshold of boxes: suppression has\n'
-        'nothing to do, alike for all.',
+        'are the initial ones, whose scores stay below the threshold of boxes: the suppression at\n'
+        'the end has nothing to do, alike for all.',
     )
     add_shapes(suite, 'HxW', FPS_SHAPES, 64)
     suite.add_argument(

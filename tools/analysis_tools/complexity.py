@@ -10,7 +10,8 @@ The paper (ACmix, CVPR 2022, section 3 and Table 1) divides what an operator com
 the 1x1 projections, and Stage II, what is done with them: in the attention path logits and weighted
 sums, in the convolution path shifts and sums. Beside every mixed operator stand a plain convolution
 of its channels, stride and kernel, as the k^2 1x1 projections and the additions into which the
-paper takes it apart, and self-attention alone. FLOPs by stage are closed forms, written down in
+paper takes it apart, and self-attention alone. In the network's sums such additions do not count,
+as in all other convolutions. FLOPs by stage are closed forms, written down in
 acmix_mm/analysis/costs.py with what belongs to which stage; --by-layer has what PyTorch counts
 beside them.
 
