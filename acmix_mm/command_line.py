@@ -380,6 +380,20 @@ def device_type(text: str) -> str:
     return text
 
 
+def output_type(suffixes: tuple[str, ...], text: str) -> Path:
+    """A file to be written, for argparse, by what its name may end in; its folder must be there."""
+    file = Path(text)
+    if file.suffix not in suffixes:
+        raise argparse.ArgumentTypeError(f'{text!r} must end in {" or ".join(suffixes)}')
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r}: folder {file.parent} does not exist')
+    if not os.access(file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f'{text!r}: folder {file.parent} cannot be written to')
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is a folder')
+    return file
+
+
 def find_images(folder: Path, pattern: str = '*', least: int = 1) -> list[Path]:
     """The images of a folder in the order of their names, without hidden ones.
 

@@ -5,13 +5,14 @@ Weights are float32, other dtypes come by autocast.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import load_checkpoint, set_random_seed
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from ..checkpoints import make_checkpoints_loadable
 from ..layers.deployable import Deployable
 from ..models import deploy, set_backend
+from ..weights import build
 from .baselines import UNFOLDED, unfold_operators
-from .flops import count_flops
+from .costs import count_flops, network_costs
 from .steps import Case, Step, autocast, model_step, random_maps, weight_bytes
 
 
@@ -99,16 +101,21 @@ def build_backbone(file: str, backend: str | None, form: str, case: Case) -> Ste
     return Step(lambda: run(images), small, list(backbone.parameters()), weight_bytes(backbone))
 
 
-def build_detector(file: str, backend: str | None, case: Case) -> Step:
-    """A detector on one image (height, width), with ten boxes (and masks) to train on."""
+def build_detector(file: str, backend: str | None, form: str, case: Case) -> Step:
+    """A detector on one image (height, width), with ten boxes (and masks) to train on.
+
+    ``form`` is 'plain' or 'deployed'.
+    """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
     detector = build_model(model_config(file), backend)
-    MMLogger.get_current_instance().setLevel('WARNING')  # init_weights logs every parameter
+    MMLogger.get_current_instance().setLevel('ERROR')  # init_weights logs every parameter
     detector.init_weights()  # else scores start at 0.5 and suppression takes most of the time
     detector.to(case.device).train(case.train)
+    if form == 'deployed':
+        deploy(detector.eval())
 
     def make_data(height: int, width: int) -> dict:
         generator = torch.Generator().manual_seed(0)
@@ -127,6 +134,21 @@ def build_detector(file: str, backend: str | None, case: Case) -> Step:
         return {'inputs': [image], 'data_samples': [sample]}
 
     return model_step(detector, make_data(*case.shape), make_data(64, 64), case)
+
+
+@functools.cache
+def detector_costs(file: str, form: str, size: tuple[int, int]) -> dict[str, int]:
+    """Parameters and FLOPs of what :func:`build_detector` builds, for one image.
+
+    FLOPs are those of :func:`.costs.prediction`; nothing for a model that cannot be built.
+    """
+    try:
+        model = initial_model(Config.fromfile(file))
+        if form == 'deployed':
+            deploy(model)
+        return asdict(network_costs(model, size).whole)
+    except Exception:  # as a candidate it fails again, and is reported
+        return {}
 
 
 def build_trained(config: str, checkpoint: str, case: Case) -> Step:
@@ -171,6 +193,38 @@ def complexity(config: str, checkpoint: str, device: str) -> dict:
         'image': tuple(data['inputs'][0].shape[-2:]),
         'flops': count_flops(model_step(model, data, data, Case((), False, device=device))),
     }
+
+
+def image_size(cfg: Config) -> tuple[int, int]:
+    """Height and width that the test pipeline of a config ends with.
+
+    Raises:
+        ValueError: If it names none.
+    """
+    dataset = cfg.get('test_dataloader', {}).get('dataset', {})
+    while 'dataset' in dataset:  # wrappers
+        dataset = dataset['dataset']
+    size = None
+    for transform in dataset.get('pipeline', []):
+        if transform['type'] == 'Resize' and 'scale' in transform:
+            scale = transform['scale']
+            size = (scale, scale) if isinstance(scale, int) else tuple(scale)[::-1]
+        elif transform['type'] == 'CenterCrop':
+            crop = transform['crop_size']
+            size = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    if size is None:
+        raise ValueError(
+            'cfg must have a test pipeline that resizes or crops images to a size, got none'
+        )
+    return size
+
+
+def initial_model(cfg: Config) -> nn.Module:
+    """The model of a config with initial weights, in evaluation mode."""
+    model = build(cfg, ConfigDict(without_checkpoints(cfg.model.to_dict())))
+    MMLogger.get_current_instance().setLevel('ERROR')  # init_weights logs every parameter
+    model.init_weights()
+    return revert_sync_batchnorm(model).eval()
 
 
 def build_model(config: dict, backend: str | None = None) -> nn.Module:

@@ -1,12 +1,17 @@
-"""What benchmark.py makes of its rows of results: tables and plots."""
+"""Tables and plots of measured times and of costs by stage."""
 
+import csv
+import io
 import math
 import statistics
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.figure
 
 from ..files import write_figure
+from .costs import NetworkCosts, OperatorCosts, Stages
 
 
 def quartiles(times: list[float]) -> list[float]:
@@ -16,6 +21,13 @@ def quartiles(times: list[float]) -> list[float]:
 
 def shape_name(shape: list[int]) -> str:
     return 'x'.join(map(str, shape))
+
+
+def readable(count: int) -> str:
+    """Millions or billions; small numbers as they are."""
+    if count < 1e5:
+        return f'{count:,}'
+    return f'{count / 1e9:.2f} G' if count >= 1e9 else f'{count / 1e6:.2f} M'
 
 
 def floor_fraction(row: dict, peaks: tuple[float | None, float | None]) -> str:
@@ -57,6 +69,30 @@ def report(rows: list[dict], peaks: tuple[float | None, float | None] = (None, N
         lines.append((*cells, floor_fraction(row, peaks)))
     has_floor = any(line[-1] for line in lines)
     return align([(*header, 'of the floor' if has_floor else ''), *lines])
+
+
+def report_fps(rows: list[dict]) -> list[str]:
+    """Lines of the table of frames a second; ratios are to the first of the same shape and dtype.
+
+    Rows have ``parameters`` and ``flops``, as far as they are known.
+    """
+    header = ('candidate', 'frames/s', 'quartiles', 'ratio', 'parameters', 'FLOPs')
+    empty = ('',) * (len(header) - 1)
+    lines, first = [header], {}
+    for row in rows:
+        key = (shape_name(row['shape']), row['dtype'])
+        if key not in first:
+            lines += [('', *empty), (', '.join(key), *empty)]
+            first[key] = row
+        cells = [f'  {row["candidate"]}', 'failed', '', '']
+        if row['times']:
+            low, median, high = (1 / seconds for seconds in reversed(quartiles(row['times'])))
+            base = first[key]['times']
+            ratio = f'{median * quartiles(base)[1]:.2f}x' if base else ''
+            cells[1:] = [f'{median:.2f}', f'{low:.2f} - {high:.2f}', ratio]
+        cells += [readable(row[name]) if name in row else '' for name in ('parameters', 'flops')]
+        lines.append(tuple(cells))
+    return align(lines)
 
 
 def per_doubling(value: float, before: float, pixels: int, pixels_before: int) -> float:
@@ -118,31 +154,39 @@ def align(lines: list[tuple[str, ...]]) -> list[str]:
 
 
 def plot(rows: list[dict], setting: dict, file: Path) -> None:
-    """Times, and peak memory where it was measured: bars, or lines over pixels for scaling."""
+    """Times, and peak memory where it was measured: bars, or lines over pixels for scaling.
+
+    Of the suite fps, frames a second.
+    """
     rows = [row for row in rows if row['times']]
     scaling = setting['suite'] == 'scaling'
     panels = 1 + any(row['peak'] is not None for row in rows)
     height = 4.5 if scaling else max(2.5, 1.2 + 0.24 * len(rows))
-    figure = matplotlib.figure.Figure(figsize=(6 * panels, height), layout='constrained')
+    width = 6 * panels if scaling else 6 * panels + 3  # names of bars are long
+    figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
     figure.suptitle(f'{setting["device"]}, {setting["threads"]} threads, torch {setting["torch"]}')
     axes = figure.subplots(1, panels, sharey=not scaling, squeeze=False)[0]
     if rows:
-        (_plot_scaling if scaling else _plot_bars)(axes, rows)
+        if scaling:
+            _plot_scaling(axes, rows)
+        else:
+            _plot_bars(axes, rows, speed=setting['suite'] == 'fps')
     write_figure(file, figure, dpi=120)
 
 
-def _plot_bars(axes, rows: list[dict]) -> None:
+def _plot_bars(axes, rows: list[dict], speed: bool) -> None:
     names = list(dict.fromkeys(row['candidate'] for row in rows))
     labels = [
         f'{shape_name(row["shape"])} {row["dtype"]} {row["mode"]}: {row["candidate"]}'
         for row in rows
     ]
     colors = [f'C{names.index(row["candidate"]) % 10}' for row in rows]
-    spread = [quartiles([1e3 * t for t in row['times']]) for row in rows]
+    spread = [quartiles([1 / t if speed else 1e3 * t for t in row['times']]) for row in rows]
     errors = [[m - low for low, m, _ in spread], [high - m for _, m, high in spread]]
     places = range(len(rows))
     axes[0].barh(places, [median for _, median, _ in spread], xerr=errors, color=colors)
-    axes[0].set_xlabel('time of a step: median and quartiles, ms')
+    what = 'frames a second: median and quartiles'
+    axes[0].set_xlabel(what if speed else 'time of a step: median and quartiles, ms')
     axes[0].set_yticks(places, labels, fontsize=8)
     axes[0].set_ylim(len(rows) - 0.5, -0.5)
     for axis in axes[1:]:
@@ -167,3 +211,144 @@ def _plot_scaling(axes, rows: list[dict]) -> None:
             axis.plot(pixels, proportional, ':', color=f'C{index % 10}')
         axis.set(xscale='log', yscale='log', xlabel='pixels (dotted: proportional)', ylabel=label)
     axes[0].legend(fontsize=8)
+
+
+# Costs by stage.
+
+STAGES = {
+    'projection': 'Stage I: projections',
+    'attention': 'Stage II: attention path',
+    'convolution': 'Stage II: convolution path',
+}
+# Forms of a mixed operator, attributes of OperatorCosts, in which a network is compared.
+FORMS = {
+    'mixed': 'mixed operators',
+    'convolution': 'plain convolutions in their place',
+    'self_attention': 'self-attention alone in their place',
+}
+
+
+def report_costs(costs: NetworkCosts) -> list[str]:
+    """Lines of the table of a network's mixed operators by stage, and of Stage I's shares."""
+    stages = {form: costs.stages(form) for form in FORMS}
+    lines = [('', 'parameters', 'FLOPs', 'share')]
+    for form, title in FORMS.items():
+        if stages[form] is None:
+            continue
+        lines += [('', '', '', ''), (title, '', '', '')]
+        lines += _stage_lines(stages[form], form)
+        if form == 'mixed':
+            flops = costs.stages('two_steps').convolution.flops
+            lines.append(("  (convolution path in the paper's two steps)", '', readable(flops), ''))
+    lines += [('', '', '', ''), ('the network with', '', '', '')]
+    for form, title in FORMS.items():
+        whole = costs.whole_with(form)
+        if whole is not None:
+            lines.append((f'  {title}', readable(whole.parameters), readable(whole.flops), ''))
+
+    shares = [('', 'of all FLOPs', 'mean over operators'), ("Stage I's share", '', '')]
+    names = dict(FORMS)
+    if any(operator.stride > 1 for operator in costs.operators):
+        names['self_attention_at_output'] = '  both stages at the size of the output'
+    for form, title in names.items():
+        whole = costs.stages(form)
+        if whole is not None:
+            values = (whole.projection_share, costs.mean_projection_share(form))
+            shares.append((f'  {title}', *(f'{value:.1%}' for value in values)))
+    return [*align(lines), '', *align(shares)]
+
+
+def _stage_lines(stages: Stages, form: str) -> Iterator[tuple[str, ...]]:
+    total = stages.total
+    for stage, title in STAGES.items():
+        cost = getattr(stages, stage)
+        if not cost.flops and not cost.parameters:
+            continue
+        if form == 'convolution' and stage == 'convolution':
+            title = 'Stage II: additions'
+        share = f'{cost.flops / total.flops:.1%}' if total.flops else ''
+        yield f'  {title}', readable(cost.parameters), readable(cost.flops), share
+    yield '  both stages', readable(total.parameters), readable(total.flops), ''
+
+
+def report_operators(costs: NetworkCosts) -> list[str]:
+    """Lines of the table with a line for each mixed operator; FLOPs in millions."""
+
+    def millions(flops: int | None) -> str:
+        return '' if flops is None else f'{flops / 1e6:.2f}'
+
+    header = ('operator, MFLOPs', 'class', 'channels', 'map', 'parameters', 'Stage I', 'attention')
+    header += ('convolution', 'both stages', 'counted', 'Stage I')
+    header += ('plain conv I', 'II', 'attention I', 'II')
+    lines = [header]
+    for operator in costs.operators:
+        mixed, plain, alone = operator.mixed, operator.convolution, operator.self_attention
+        cells = [operator.name, operator.kind, '-'.join(map(str, operator.channels))]
+        cells += [maps_name(operator), f'{mixed.total.parameters:,}']
+        parts = (mixed.projection, mixed.attention, mixed.convolution, mixed.total)
+        cells += [millions(cost.flops) for cost in parts]
+        cells += [millions(operator.counted), f'{mixed.projection_share:.1%}']
+        for form, second in ((plain, 'convolution'), (alone, 'attention')):
+            pair = (form.projection, getattr(form, second)) if form else (None, None)
+            cells += [millions(cost and cost.flops) for cost in pair]
+        lines.append(tuple(cells))
+    return align(lines)
+
+
+def maps_name(operator: OperatorCosts) -> str:
+    """Sizes of the maps that an operator gets, by calls, and its stride if it has one."""
+    stride = f' /{operator.stride}' if operator.stride > 1 else ''
+    return ', '.join(shape_name(size) for size in operator.maps) + stride
+
+
+def operators_csv(costs: NetworkCosts) -> str:
+    """A line for each mixed operator with all its costs; what an operator has not is empty."""
+    rows = []
+    for operator in costs.operators:
+        row = {'operator': operator.name, 'class': operator.kind, 'stride': operator.stride}
+        row |= {'channels_in': operator.channels[0], 'channels_out': operator.channels[1]}
+        row |= {'maps': ' '.join(map(shape_name, operator.maps)), 'counted': operator.counted}
+        for form, stages in asdict(operator).items():
+            if form in (*FORMS, 'two_steps', 'self_attention_at_output'):
+                for stage in STAGES:
+                    cost = stages[stage] if stages else {'parameters': '', 'flops': ''}
+                    row |= {f'{form} {stage} {what}': value for what, value in cost.items()}
+        rows.append(row)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]) if rows else ['operator'], lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def plot_stages(costs: NetworkCosts, title: str, file: Path) -> None:
+    """FLOPs of each mixed operator by stage, against depth, beside what could take its place.
+
+    Raises:
+        ValueError: If there are no mixed operators.
+    """
+    if not costs.operators:
+        raise ValueError('costs must be those of a network with mixed operators, got none')
+    forms = [form for form in FORMS if costs.stages(form) is not None]
+    width = max(4.0, 1.2 + 0.16 * len(costs.operators))
+    figure = matplotlib.figure.Figure(figsize=(width * len(forms), 4.5), layout='constrained')
+    figure.suptitle(title)
+    axes = figure.subplots(1, len(forms), sharey=True, squeeze=False)[0]
+    places = range(len(costs.operators))
+    paths = f'{STAGES["convolution"]} (additions of plain convolutions)'
+    names = [operator.name.removeprefix('backbone.') for operator in costs.operators]
+    for axis, form in zip(axes, forms, strict=True):
+        base = [0.0] * len(names)
+        for index, (stage, label) in enumerate({**STAGES, 'convolution': paths}.items()):
+            stages = [getattr(operator, form) for operator in costs.operators]
+            values = [getattr(s, stage).flops / 1e6 for s in stages]
+            axis.bar(places, values, bottom=base, color=f'C{index}', label=label)
+            base = [b + v for b, v in zip(base, values, strict=True)]
+        share = costs.stages(form).projection_share
+        axis.set_title(f'{FORMS[form]}: Stage I {share:.1%}', fontsize=10)
+        axis.set_xticks(places, names, rotation=90, fontsize=7)
+        axis.grid(axis='y', alpha=0.3)
+    axes[0].set_ylabel('MFLOPs of an operator')
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncols=len(labels))
+    write_figure(file, figure, dpi=120)

@@ -1,6 +1,6 @@
 """Tables of known results."""
 
-from acmix_mm.analysis.report import report, report_scaling
+from acmix_mm.analysis.report import report, report_fps, report_scaling
 
 
 def row(candidate: str, times: list[float], peak: int | None, **more) -> dict:
@@ -36,4 +36,22 @@ def test_table_of_known_scaling():
         '1x10x10 100.00 ms 1000000.0 ns 1.0 MiB 10486 B',
         '1x20x20 900.00 ms 2250000.0 ns 3.00x 4.0 MiB 10486 B 2.00x',
         '1x40x40, train failed',
+    ]
+
+
+def test_table_of_known_frames_a_second():
+    """Quartiles change places; ratios are of speed."""
+    case = {'mode': 'forward', 'shape': [4, 6]}
+    rows = [
+        row('a', [0.25, 0.5, 0.5], None, **case, parameters=2_500_000, flops=51_390_000_000),
+        row('b', [0.125], None, **case, parameters=12_345),
+        row('c', [], None, **case, error='no'),
+    ]
+    table = [' '.join(line.split()) for line in report_fps(rows)]
+    assert table[1:] == [
+        '',
+        '4x6, float32',
+        'a 2.00 2.00 - 2.67 1.00x 2.50 M 51.39 G',
+        'b 8.00 8.00 - 8.00 4.00x 12,345',
+        'c failed',
     ]

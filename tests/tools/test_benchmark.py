@@ -1,12 +1,17 @@
 import json
+import re
 from pathlib import Path
 
 import benchmark
 import pytest
 import torch
+from mmengine.config import Config
 
+from acmix_mm import deploy
 from acmix_mm.analysis import measuring
 from acmix_mm.analysis.baselines import UnfoldPatchACmix
+from acmix_mm.analysis.costs import network_costs
+from acmix_mm.analysis.networks import detector_costs, initial_model
 from acmix_mm.layers import ACmix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,13 +37,19 @@ R26 = str(ROOT / 'configs/acmix_resnet/retinanet_acmix-r26_fpn_8xb2-1x_coco.py')
             2,
         ),
         (f'detector --shapes 64x96 --configs {R26}', {Path(R26).stem}, 2),
+        (
+            f'fps --shapes 64x96 --configs {R26}',
+            {Path(R26).stem, f'{Path(R26).stem} deployed'},
+            2,
+        ),
         ('scaling --shapes 64x64 64x96 --batches 1 2', {'acmix'}, 8),
         ('scaling --shapes 64x64 --batches 1 --model acmix-r26', {'acmix-r26'}, 4),
     ],
 )
 def test_suites(capsys, tmp_path, arguments, names, count):
     files = [str(tmp_path / name) for name in ('out.json', 'out.png')]
-    options = ['--json', files[0], '--plot', files[1], '--no-memory', '--rounds', '1']
+    options = ['--json', files[0], '--plot', files[1], '--rounds', '1']
+    options += [] if arguments.startswith('fps') else ['--no-memory']
     benchmark.main([*arguments.split(), *options])
     content = json.loads(Path(files[0]).read_text())
     assert content['setting']['torch'] == torch.__version__
@@ -118,6 +129,37 @@ def test_forms_follow_what_a_model_has():
     deployed = ['acmix-san10 deployed', 'acmix-san10 deployed (torch)']
     names = ['r50', 'san10', 'san10 (torch)', 'acmix-san10', 'acmix-san10 (torch)', *deployed]
     assert [c.name for c in candidates] == names
+
+
+def test_frames_a_second_beside_costs(capsys):
+    """Of each form those that complexity.py has; the paper's figure is named."""
+    stem = Path(R26).stem
+    options = f'--shapes 64x96 --configs {R26} --rounds 1'
+    (candidates,) = benchmark.suite_fps(benchmark.parse_args(['fps', *options.split()]))
+    assert [c.name for c in candidates] == [stem, f'{stem} deployed']
+    assert all(c.case.mode == 'forward' for c in candidates)
+    model = initial_model(Config.fromfile(R26))
+    for candidate in candidates:
+        whole = network_costs(model, (64, 96)).whole
+        assert candidate.notes == {'parameters': whole.parameters, 'flops': whole.flops}
+        deploy(model)
+    step = candidates[1].build(*candidates[1].arguments, candidates[1].case)
+    assert len(step.leaves) == len(list(model.parameters()))
+    benchmark.main(['fps', *options.split()])
+    out = capsys.readouterr().out
+    assert re.search(rf'^  {stem} deployed +[\d.]+ +[\d.]+ - [\d.]+ +[\d.]+x +', out, re.MULTILINE)
+    assert 'Table 5) is 1.3 times the frames a second of PVT-S' in out
+
+
+def test_frames_a_second_of_the_paper():
+    """What it would compare; a failure to count does not keep the others from being measured."""
+    args = benchmark.parse_args(['fps'])
+    assert args.modes == ['forward']
+    assert args.no_memory
+    names = [Path(file).stem.split('_')[1] for file in args.configs]
+    assert names == ['pvt-t', 'acmix-pvt-t', 'pvt-s', 'acmix-pvt-s']
+    assert all(Path(file).is_file() for file in args.configs)
+    assert detector_costs('none.py', 'plain', (64, 64)) == {}
 
 
 def test_models_that_cannot_be_built_are_refused(tmp_path):

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.analysis import comparison
-from acmix_mm.analysis.flops import count_flops
+from acmix_mm.analysis.costs import count_flops
 from acmix_mm.analysis.networks import build_trained, complexity, trained_model
 from acmix_mm.analysis.steps import Case
 from acmix_mm.config_check import checked_config

@@ -7,6 +7,7 @@ Suites (each has its own --help):
   backbone   whole backbones, by name or from config files: ResNet-ACmix, MMDetection's ResNet-50,
              Swin-T and PVT-S, SAN and others
   detector   whole detectors from config files: a training step, an inference
+  fps        whole detectors from config files: frames a second beside parameters and FLOPs
   scaling    one model at growing images and batches: cost per pixel and for every doubling
   gpu        operator, attention and backbone in half precision at batch 2 and 16, on CUDA
 
@@ -35,10 +36,9 @@ import datetime
 import functools
 import json
 import math
-import os
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -47,10 +47,12 @@ from tqdm import tqdm
 from acmix_mm import __version__
 from acmix_mm.analysis.measuring import Candidate, device_name, measure
 from acmix_mm.analysis.networks import (
+    Abilities,
     abilities,
     backbone_config,
     build_backbone,
     build_detector,
+    detector_costs,
     model_config,
 )
 from acmix_mm.analysis.operators import (
@@ -60,13 +62,14 @@ from acmix_mm.analysis.operators import (
     build_operator,
     operator_cost,
 )
-from acmix_mm.analysis.report import plot, report, report_scaling, shape_name
+from acmix_mm.analysis.report import plot, report, report_fps, report_scaling, shape_name
 from acmix_mm.analysis.steps import DTYPES, Case
 from acmix_mm.command_line import (
     Parser,
     device_type,
     keep_freed_memory,
     load_config,
+    output_type,
     positive_float,
     positive_int,
     program,
@@ -79,6 +82,14 @@ CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 BACKBONES = {file.stem: str(file) for file in sorted(CONFIGS.glob('_base_/backbones/*.py'))}
 DEFAULT_BACKBONES = ('r50', 'acmix-r50')
 RETINANET = 'configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py'
+FPS_CONFIGS = [
+    str(CONFIGS / f'{"acmix_" * name.startswith("acmix")}pvt/retinanet_{name}_fpn_8xb2-1x_coco.py')
+    for name in ('pvt-t', 'acmix-pvt-t', 'pvt-s', 'acmix-pvt-s')
+]
+PAPER_FPS = """\
+The paper's own figure (ACmix, CVPR 2022, Table 5) is 1.3 times the frames a second of PVT-S at
+comparable AP, RetinaNet on COCO: of trained models on its own hardware, not of this run."""
+FPS_SHAPES = ((320, 480),)
 OPERATOR_SHAPES = ((1, 64, 200, 304),)
 ATTENTION_SHAPES = (
     (1, 4, 16, 200, 304),
@@ -109,6 +120,8 @@ examples:
   benchmark.py attention --peak-tflops 0.2 --peak-gbs 25 --plot attention.png
   benchmark.py backbone --models r50 acmix-r50 swin-t pvt-s --shapes 1x3x800x1216
   benchmark.py detector --configs configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py
+  benchmark.py fps --shapes 800x1216 --configs configs/swin/retinanet_swin-t_fpn_8xb2-1x_coco.py \\
+      configs/acmix_swin/retinanet_acmix-swin-t_fpn_8xb2-1x_coco.py
   benchmark.py scaling --model acmix-r50 --modes forward --plot scaling.png
   benchmark.py gpu --json gpu.json --plot gpu.png
 """
@@ -155,6 +168,17 @@ def suite_attention(args: argparse.Namespace) -> Iterator[list[Candidate]]:
         ]
 
 
+def model_forms(
+    file: str, can: Abilities, args: argparse.Namespace, deployed: bool
+) -> Iterator[tuple[str, str | None, str]]:
+    """Label, backend and form of the candidates that a config file makes."""
+    name = Path(file).stem
+    for form, label in (('plain', name), ('deployed', f'{name} deployed')):
+        if form == 'plain' or (deployed and can.deploys):
+            for backend in backend_forms(label, args) if can.backends else [(label, None)]:
+                yield (*backend, form)
+
+
 def suite_backbone(args: argparse.Namespace) -> Iterator[list[Candidate]]:
     for case in cases(args, args.shapes):
         yield [c for model in args.models for c in backbone_candidates(model, case, args)]
@@ -163,32 +187,37 @@ def suite_backbone(args: argparse.Namespace) -> Iterator[list[Candidate]]:
 def backbone_candidates(
     file: str, case: Case, args: argparse.Namespace, notes: dict | None = None
 ) -> Iterator[Candidate]:
-    name, notes, can = Path(file).stem, notes or {}, abilities(backbone_config, file)
-
-    def backends(name: str) -> Iterable[tuple[str, str | None]]:
-        return backend_forms(name, args) if can.backends else [(name, None)]
-
-    forms = [(n, backend, 'plain') for n, backend in backends(name)]
-    if not case.train and can.deploys:
-        forms += [(n, backend, 'deployed') for n, backend in backends(f'{name} deployed')]
+    can = abilities(backbone_config, file)
+    forms = [*model_forms(file, can, args, deployed=not case.train)]
     if args.unfold and can.unfolds:
-        forms.append((f'{name} unfolded', None, 'unfolded'))
+        forms.append((f'{Path(file).stem} unfolded', None, 'unfolded'))
     for label, backend, form in forms:
-        yield Candidate(label, build_backbone, (file, backend, form), case, notes)
+        yield Candidate(label, build_backbone, (file, backend, form), case, notes or {})
 
 
 def suite_detector(args: argparse.Namespace) -> Iterator[list[Candidate]]:
     for case in cases(args, args.shapes):
-        candidates = []
-        for config in args.configs:
-            name = Path(config).stem
-            forms = [(name, None)]
-            if abilities(model_config, config).backends:
-                forms = backend_forms(name, args)
-            candidates += [
-                Candidate(form, build_detector, (config, backend), case) for form, backend in forms
-            ]
-        yield candidates
+        yield [
+            Candidate(label, build_detector, (config, backend, form), case)
+            for config in args.configs
+            for label, backend, form in model_forms(
+                config, abilities(model_config, config), args, deployed=False
+            )
+        ]
+
+
+def suite_fps(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    for case in cases(args, args.shapes):
+        yield [
+            Candidate(
+                label, build_detector, (config, backend, form), case,
+                detector_costs(config, form, case.shape),
+            )
+            for config in tqdm(args.configs, desc='parameters and FLOPs', leave=False)
+            for label, backend, form in model_forms(
+                config, abilities(model_config, config), args, deployed=True
+            )
+        ]  # fmt: skip
 
 
 def suite_scaling(args: argparse.Namespace) -> Iterator[list[Candidate]]:
@@ -236,6 +265,7 @@ SUITES = {
     'attention': suite_attention,
     'backbone': suite_backbone,
     'detector': suite_detector,
+    'fps': suite_fps,
     'scaling': suite_scaling,
     'gpu': suite_gpu,
 }
@@ -258,19 +288,6 @@ def shape_type(axes: str, minimum: int, text: str) -> tuple[int, ...]:
         if name == '3' and value != 3:
             raise argparse.ArgumentTypeError(f'{text!r}: images have 3 channels')
     return shape
-
-
-def output_type(suffixes: tuple[str, ...], text: str) -> Path:
-    file = Path(text)
-    if file.suffix not in suffixes:
-        raise argparse.ArgumentTypeError(f'{text!r} must end in {" or ".join(suffixes)}')
-    if not file.parent.is_dir():
-        raise argparse.ArgumentTypeError(f'{text!r}: folder {file.parent} does not exist')
-    if not os.access(file.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f'{text!r}: folder {file.parent} cannot be written to')
-    if file.is_dir():
-        raise argparse.ArgumentTypeError(f'{text!r} is a folder')
-    return file
 
 
 def config_type(text: str) -> str:
@@ -296,16 +313,23 @@ def model_type(more: tuple[str, ...], text: str) -> str:
     raise argparse.ArgumentTypeError(f'{text!r} is neither a config file nor one of {names}')
 
 
-def add_common(parser: argparse.ArgumentParser, dtypes: list[str], device: str = 'cpu') -> None:
+def add_common(
+    parser: argparse.ArgumentParser, dtypes: list[str], device: str = 'cpu', choice: bool = True
+) -> None:
+    """Options of all suites; without ``choice`` what is measured is the time forward."""
     parser.add_argument(
         '--backends', nargs='+', choices=('auto', *available_backends()), metavar='NAME',
         help='backends of the ACmix layers to compare, auto (the automatic choice) or '
         f'{", ".join(available_backends())}; default: auto, for attention all that the device has',
     )  # fmt: skip
-    parser.add_argument(
-        '--modes', nargs='+', choices=('forward', 'train'), default=['forward', 'train'],
-        metavar='MODE', help='of forward, train; default: both',
-    )  # fmt: skip
+    if choice:
+        parser.add_argument(
+            '--modes', nargs='+', choices=('forward', 'train'), default=['forward', 'train'],
+            metavar='MODE', help='of forward, train; default: both',
+        )  # fmt: skip
+        parser.add_argument('--no-memory', action='store_true', help='measure time only')
+    else:
+        parser.set_defaults(modes=['forward'], no_memory=True)
     parser.add_argument(
         '--dtypes', '--dtype', nargs='+', choices=tuple(DTYPES), default=dtypes,
         metavar='DTYPE', help=f'of {", ".join(DTYPES)}; by casting or autocast, see the main help; '
@@ -330,7 +354,6 @@ def add_common(parser: argparse.ArgumentParser, dtypes: list[str], device: str =
         help="keep: the GNU C library keeps freed memory, as the tools' processes do; default: its "
         'own policy, with page faults for every large tensor; on a CPU (%(default)s)',
     )  # fmt: skip
-    parser.add_argument('--no-memory', action='store_true', help='measure time only')
     parser.add_argument(
         '--json', type=functools.partial(output_type, ('.json',)), metavar='FILE.json',
         help='write setting and all measurements; brought up to date after every comparison',
@@ -371,7 +394,8 @@ def make_parser() -> argparse.ArgumentParser:
     def add(name: str, description: str, dtypes: tuple[str, ...] = ('float32',)):
         suite = suites.add_parser(name, description=description, **options)
         suite.set_defaults(unfold=False)
-        add_common(suite, list(dtypes), 'cuda' if name == 'gpu' else 'cpu')
+        device = 'cuda' if name == 'gpu' else 'cpu'
+        add_common(suite, list(dtypes), device, choice=name != 'fps')
         return suite
 
     suite = add('operator', 'The ACmix layer, its unfold formulation and nn.Conv2d 3x3 on a map.')
@@ -407,6 +431,18 @@ def make_parser() -> argparse.ArgumentParser:
     suite.add_argument(
         '--configs', '--config', nargs='+', type=config_type, default=[RETINANET], metavar='FILE',
         help=f'default: {RETINANET}',
+    )  # fmt: skip
+    suite = add(
+        'fps',
+        'Frames a second of whole detectors: inference on one image, from pixels to boxes, beside\n'
+        'parameters and FLOPs (those of complexity.py), also in the form for inference. Weights\n'
+        'are the initial ones, whose scores stay below the threshold of boxes: the suppression at\n'
+        'the end has nothing to do, alike for all.',
+    )
+    add_shapes(suite, 'HxW', FPS_SHAPES, 64)
+    suite.add_argument(
+        '--configs', '--config', nargs='+', type=config_type, default=FPS_CONFIGS,
+        metavar='FILE', help='default: RetinaNet with PVT-T, PVT-ACmix-T, PVT-S and PVT-ACmix-S',
     )  # fmt: skip
     suite = add(
         'scaling',
@@ -520,8 +556,10 @@ def main(argv: list[str] | None = None) -> None:
                 write_whole(args.json, json.dumps({'setting': setting, 'rows': rows}, indent=1))
 
     print()
-    lines = report_scaling(rows) if args.suite == 'scaling' else report(rows, peaks)
-    print('\n'.join(lines))
+    if args.suite == 'fps':
+        print(*report_fps(rows), '', PAPER_FPS, sep='\n')
+    else:
+        print(*(report_scaling(rows) if args.suite == 'scaling' else report(rows, peaks)), sep='\n')
     print()
     if args.json is not None:
         print(f'measurements: {args.json}')
