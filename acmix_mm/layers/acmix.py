@@ -9,7 +9,7 @@ from ..ops._checks import check_positive
 from ..ops.fused_acmix import attention_path
 from .conv_arguments import check_divisible, set_conv_attributes
 from .mixed_operator import MixedOperator
-from .mixing_weights import folding_pays
+from .mixing_weights import MixingWeights, folding_pays
 
 
 class ACmix(MixedOperator):
@@ -101,7 +101,7 @@ class ACmix(MixedOperator):
         )
         self.num_heads = num_heads
         self.attn_kernel_size = attn_kernel_size
-        # Both paths as one operator, which has a folded kernel for each output, where those pay.
+        # Both paths as one operator, where folded kernels for each output pay.
         self._fuses = self.mix not in ('attention', 'conv') and folding_pays(
             3 * num_heads, out_channels, self.head_dim, self.kernel_size[0], self.stride[0]
         )
@@ -125,7 +125,6 @@ class ACmix(MixedOperator):
         weight, bias, slopes = self.projection_weights().values()
         mixing = self.mixing_weights()
         if self._fuses and mixing.fc is None:
-            mixing = mixing.expanded()
             return fused_acmix(
                 x, weight, bias, slopes, mixing.kernel, mixing.bias, mixing.scale,
                 self.num_heads, *geometry, backend=self.backend,
@@ -135,6 +134,11 @@ class ACmix(MixedOperator):
         if self.with_attention:
             attention = attention_path(maps, slopes, *geometry, self.backend)
         return mixing.mix(maps.flatten(2, 3), attention, self.backend)
+
+    def mixing_weights(self) -> MixingWeights:
+        """Weights of Stage II; where both paths are one operator, with a kernel for each output."""
+        weights = super().mixing_weights()
+        return weights.expanded() if self._fuses and weights.fc is None else weights
 
     def projection_weights(self) -> dict[str, Tensor | None]:
         """Weights of Stage I: one 1x1 convolution to query, key and value, and the position slopes.
