@@ -77,6 +77,7 @@ def build_convolution_path(form: str, backend: str | None, case: Case) -> Step:
     """
     batch, heads, dim, *size = case.shape
     options, folds = SHIFT_FORMS.get(form, ({}, None))
+    torch.manual_seed(0)  # equal weights in all forms
     path = ConvolutionPath(heads * dim, 3 * heads, dim, mix='conv', backend=backend, **options)
     (maps,) = random_maps(1, case, (batch, dim, 3 * heads, *size))
     (grad,) = random_maps(1, case, (batch, heads * dim, *size))
@@ -87,6 +88,7 @@ def build_shift_layer(form: str, num_heads: int, backend: str | None, case: Case
     """The layer ACmix on a map (B, C, H, W), see :func:`build_convolution_path`."""
     options, folds = SHIFT_FORMS.get(form, ({}, None))
     channels = case.shape[1]
+    torch.manual_seed(0)
     layer = ACmix(channels, channels, num_heads=num_heads, backend=backend, **options)
     return _shift_step(layer, folds, *random_maps(2, case), case)
 
