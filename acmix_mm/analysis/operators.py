@@ -18,9 +18,10 @@ KERNEL_SIZE = 7  # of the neighbourhoods
 SHIFT_FORMS = {
     'tensor shifts': ({'shift': 'tensor'}, False),
     'fixed kernels': ({'shift': 'fixed'}, False),
+    'fixed kernels, folded': ({'shift': 'fixed'}, True),
     'one kernel group': ({'kernel_groups': 1}, False),
     'learned kernels': ({}, False),
-    'folded': ({}, True),
+    'learned kernels, folded': ({}, True),
 }
 
 

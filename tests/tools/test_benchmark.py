@@ -28,8 +28,8 @@ R26 = str(ROOT / 'configs/acmix_resnet/retinanet_acmix-r26_fpn_8xb2-1x_coco.py')
         ),
         (
             'shift --shapes 1x4x8x12x14',
-            {'path, tensor shifts', 'path, folded', 'layer, fixed kernels', 'layer, deployed'},
-            22,
+            {'path, tensor shifts', 'path, learned kernels, folded', 'layer, deployed'},
+            26,
         ),
         (
             f'backbone --shapes 1x3x64x64 --models r50 {R26} --modes train --dtypes bfloat16',
@@ -107,7 +107,7 @@ def test_forms_of_the_shift():
     assert shapes == [{(2, 3, 8, 12, 14)}, {(2, 24, 12, 14)}] * 2
     modes = [candidates[0].case.mode for candidates in comparisons]
     assert modes == ['forward', 'forward', 'train', 'train']
-    assert [len(candidates) for candidates in comparisons] == [12, 12, 10, 10]
+    assert [len(candidates) for candidates in comparisons] == [14, 14, 12, 12]
     names = [c.name for c in comparisons[0]]
     assert names[:2] == ['path, tensor shifts', 'path, tensor shifts (torch)']
     assert names[-1] == 'path, deployed (torch)'

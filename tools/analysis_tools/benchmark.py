@@ -420,12 +420,12 @@ def make_parser() -> argparse.ArgumentParser:
         'shift',
         'The convolution path alone, of projected maps (d channels for each of N heads), and the\n'
         'layer ACmix of N heads on N d channels, by how they shift maps:\n'
-        '  tensor shifts     maps are padded, sliced and added, after fc\n'
-        '  fixed kernels     grouped convolution, a constant kernel for each head position\n'
-        '  one kernel group  the same with learned kernels\n'
+        '  tensor shifts     after fc, maps are padded, sliced and added\n'
+        '  fixed kernels     the same by a grouped convolution, one kernel for each head position\n'
+        '  one kernel group  as many kernels, learned\n'
         '  learned kernels   N kernels for each head position, as published\n'
-        '  folded            fc is multiplied into these\n'
-        '  deployed          the form for inference, of the last two that with fewer operations',
+        '  ..., folded       fc is multiplied into the kernels\n'
+        '  deployed          learned kernels for inference, folded where that saves operations',
     )
     add_shapes(suite, 'BxNxdxHxW', SHIFT_SHAPES, KERNEL_SIZE)
     suite = add(
