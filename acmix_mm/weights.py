@@ -16,7 +16,7 @@ from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from .checkpoints import CheckpointNotFound, is_url, read_checkpoint, state_dict_of
-from .layers.deployable import Deployable
+from .layers.deployable import Deployable, WrongForm
 
 FOLDER = Path('checkpoints')  # what lies there takes precedence over a URL
 
@@ -72,7 +72,7 @@ def misfit(model: nn.Module, checkpoint: dict) -> str | None:
         result = model.load_state_dict(weights, strict=False)
         missing = [name for name in result.missing_keys if name in missing]
         unexpected = result.unexpected_keys
-    except ValueError:  # of Deployable
+    except WrongForm:
         if any(isinstance(module, Deployable) and module.deployed for module in model.modules()):
             return (
                 'it is of the model as it is trained, and the config of its form for inference, '
@@ -82,6 +82,8 @@ def misfit(model: nn.Module, checkpoint: dict) -> str | None:
             'it is of the form for inference; its config is the file beside it that '
             'tools/model_converters/switch_to_deploy.py wrote'
         )
+    except ValueError as error:  # kernels of another kind, see MixedOperator
+        return ' '.join(str(error).split())
     except RuntimeError as error:
         if not others:
             return ' '.join(str(error).split())

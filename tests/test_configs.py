@@ -19,18 +19,20 @@ from starts import CONFIGS as ROOT
 from starts import recipes
 
 from acmix_mm.backbones import ACmixResNet, DWNet
+from acmix_mm.layers.mixed_operator import MIX_MODES, SHIFTS
 
 RECIPES = recipes()
 # Of detectors and segmentors: METHOD_BACKBONE_..., as the recipes.
 DEMOS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('demo/*_*_scene-digits.py'))
+ABLATIONS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob('ablation/*_scene-digits.py'))
 # More about them in test_imagenet_configs.py.
 CLASSIFIERS = sorted(
     {
         str(p.relative_to(ROOT))
-        for folder in ('imagenet', 'demo')
+        for folder in ('imagenet', 'demo', 'ablation')
         for p in ROOT.glob(f'{folder}/*.py')
     }
-    - set(DEMOS)
+    - {*DEMOS, *ABLATIONS}
 )
 HEADS = ('retinanet', 'mask-rcnn', 'cascade-rcnn', 'cascade-mask-rcnn')
 SIZES = {
@@ -152,7 +154,7 @@ def test_first_comment_names_the_source(name):
         assert ("(the paper's pair)" in comment) == papers_own
 
 
-@pytest.mark.parametrize('name', [*RECIPES, *DEMOS, *CLASSIFIERS])
+@pytest.mark.parametrize('name', [*RECIPES, *DEMOS, *ABLATIONS, *CLASSIFIERS])
 def test_nothing_stale(name):
     """The keys of a config are what is read of it; the pipelines are those of the data sets."""
     known = {*inspect.signature(Runner.__init__).parameters, 'custom_imports', 'auto_scale_lr'}
@@ -168,7 +170,7 @@ def test_nothing_stale(name):
     if 'metainfo' in cfg:
         assert train.metainfo == test.metainfo == cfg.metainfo
     # Upstream leaves seeds free; demos are to repeat.
-    assert cfg.get('randomness') == ({'seed': 0} if name.startswith('demo/') else None)
+    assert cfg.get('randomness') == ({'seed': 0} if 'scene-digits' in name else None)
 
 
 def exempt(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
@@ -244,8 +246,8 @@ NEW = {
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(n, marks=[] if n in (*DEMOS, *NEW.values()) else [pytest.mark.slow])
-        for n in (*DEMOS, *RECIPES)
+        pytest.param(n, marks=[pytest.mark.slow] if n in {*RECIPES} - {*NEW.values()} else [])
+        for n in (*DEMOS, *ABLATIONS, *RECIPES)
         if '-amp-' not in n  # needs a GPU
     ],
 )
@@ -511,6 +513,49 @@ def test_demo_retinanets_differ_in_the_backbone_only(name):
         cfg['model'].pop('backbone'), cfg['model']['neck'].pop('in_channels')
         cfg.pop('custom_imports')
     assert ours == theirs
+
+
+OPTIONS = {
+    'attention': {'mix': 'attention'},
+    'conv': {'mix': 'conv'},
+    'sum': {'mix': 'sum'},
+    'complementary': {'mix': 'complementary'},
+    'tensor-shift': {'shift': 'tensor'},
+    'fixed-shift': {'shift': 'fixed'},
+    'random-shift': {'shift': 'random'},
+    'one-kernel-group': {'kernel_groups': 1},
+}
+
+
+def test_ablations():
+    """One for each value that the demo does not have; of Swin-ACmix-T but the single paths.
+
+    Those are configs/imagenet's Swin-T and Conv-Swin-T.
+    """
+    values = {(key, value) for options in OPTIONS.values() for key, value in options.items()}
+    assert {v for key, v in values if key == 'mix'} == set(MIX_MODES) - {'learned'}
+    assert {v for key, v in values if key == 'shift'} == set(SHIFTS) - {'learned'}
+    swin = {f'acmix-swin-t-{name}_16xb64-300e_in1k.py' for name in OPTIONS} - {
+        f'acmix-swin-t-{name}_16xb64-300e_in1k.py' for name in ('attention', 'conv')
+    }
+    digits = {f'retinanet_acmix-r26-{name}_fpn_scene-digits.py' for name in OPTIONS}
+    assert {path.name for path in ROOT.glob('ablation/*.py')} == swin | digits
+    bases = {
+        'retinanet_acmix-r26': 'demo/retinanet_acmix-r26_fpn_scene-digits.py',
+        'acmix-swin-t': 'imagenet/acmix-swin-t_16xb64-300e_in1k.py',
+    }
+    for path in ROOT.glob('ablation/*.py'):
+        (kind,) = [kind for kind in bases if path.name.startswith(kind)]
+        ours, theirs = (read(file).to_dict() for file in (f'ablation/{path.name}', bases[kind]))
+        options = OPTIONS[path.name.removeprefix(f'{kind}-').split('_')[0]]
+        assert {key: ours['model']['backbone'].pop(key) for key in options} == options
+        assert ours == theirs
+
+
+def test_ablations_say_whose_they_are():
+    for path in ROOT.glob('ablation/*.py'):
+        comment = path.read_text().split('_base_')[0]
+        assert re.match(r'# .*\(ACmix, section \d\.\d', comment), path.name
 
 
 def test_plain_resnet_differs_in_the_operator_only():

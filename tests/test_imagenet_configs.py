@@ -46,6 +46,16 @@ PARAMETERS = {
     'dynamic-dwnet-b': 162,
     'i-dynamic-dwnet-t': None,
 }
+# Of Swin-ACmix-T's 12 operators, with C and C / 32 heads, all channels together are 4416: two rates
+# each; 81 numbers of a kernel for each channel, or for each of 32 head positions.
+ABLATIONS = {
+    'acmix-swin-t-sum': 28_649_908 - 2 * 12,
+    'acmix-swin-t-complementary': 28_649_908 - 12,
+    'acmix-swin-t-tensor-shift': 28_649_908 - 81 * 4416,
+    'acmix-swin-t-fixed-shift': 28_649_908 - 81 * 4416,
+    'acmix-swin-t-random-shift': 28_649_908,
+    'acmix-swin-t-one-kernel-group': 28_649_908 - 81 * (4416 - 12 * 32),
+}
 # Stochastic depth by the releases of PVT, Swin and DWNet.
 DROP_PATH = {
     'pvt-t': 0.1,
@@ -55,7 +65,10 @@ DROP_PATH = {
     'dwnet-t': 0.2,
     'dwnet-b': 0.5,
 }
-QUICK = {'acmix-r26', 'acmix-san10', 'acmix-pvt-t', 'acmix-swin-t', 'dynamic-dwnet-t'}
+QUICK = {
+    'acmix-r26', 'acmix-san10', 'acmix-pvt-t', 'acmix-swin-t', 'dynamic-dwnet-t',
+    'acmix-swin-t-tensor-shift',
+}  # fmt: skip
 
 
 def batches(name: str) -> str:
@@ -66,7 +79,8 @@ def batches(name: str) -> str:
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(ROOT / 'imagenet' / f'{name}_{batches(name)}_in1k.py')
+    folder = 'ablation' if name in ABLATIONS else 'imagenet'
+    return Config.fromfile(ROOT / folder / f'{name}_{batches(name)}_in1k.py')
 
 
 def build(cfg: Config) -> torch.nn.Module:
@@ -80,6 +94,8 @@ def test_grid():
     assert {name for name in names if not name.endswith('in1k-pre')} == set(PARAMETERS)
     files = {path.stem for path in (ROOT / 'imagenet').glob('*.py')}
     assert files == {f'{name}_{batches(name)}_in1k' for name in PARAMETERS}
+    files = {path.stem for path in (ROOT / 'ablation').glob('*_in1k.py')}
+    assert files == {f'{name}_{batches(name)}_in1k' for name in ABLATIONS}
 
 
 @pytest.mark.parametrize('name', PARAMETERS)
@@ -108,7 +124,7 @@ def test_backbone_is_that_of_detection(name):
     assert load(name).model.head.in_channels == base.channels[-1]
 
 
-@pytest.mark.parametrize('name', PARAMETERS)
+@pytest.mark.parametrize('name', [*PARAMETERS, *ABLATIONS])
 def test_recipe(name):
     cfg = load(name)
     gpus, images = map(int, batches(name).split('-')[0].split('xb'))
@@ -162,7 +178,10 @@ def check_decay(model: torch.nn.Module, cfg: Config) -> None:
 
 @pytest.mark.parametrize(
     'name',
-    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PARAMETERS],
+    [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in (*PARAMETERS, *ABLATIONS)
+    ],
 )
 def test_builds_and_trains_a_step(name, image_folders):
     """Parameters are as published; each has a gradient, as DistributedDataParallel needs it."""
@@ -174,7 +193,7 @@ def test_builds_and_trains_a_step(name, image_folders):
         if step.type == 'RandomResizedCrop':
             step.scale = 64
     model = build(cfg)
-    count, expected = sum(p.numel() for p in model.parameters()), PARAMETERS[name]
+    count, expected = sum(p.numel() for p in model.parameters()), (PARAMETERS | ABLATIONS)[name]
     if isinstance(expected, int) and expected > 1000:
         assert count == expected
     elif expected is not None:

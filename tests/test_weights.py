@@ -311,6 +311,21 @@ def test_the_other_form():
     assert misfit(deployed, deploy(small()).state_dict()) is None
 
 
+def test_other_kernels():
+    """Learned ones where the config says that they are constant, and the reverse."""
+    learned, constant = (
+        torch.nn.ModuleDict({'backbone': ACmixResNet(26, base_channels=16, shift=shift)})
+        for shift in ('learned', 'fixed')
+    )
+    for model, other, sort, name in (
+        (learned, constant, 'constant', 'shift_kernel'),
+        (constant, learned, 'learned', 'dep_conv.weight'),
+    ):
+        message = check(model, other.state_dict())
+        assert message.startswith(f'state dict has {sort} kernels, with ')
+        assert f'backbone.layer1.0.conv2.{name}' in message
+
+
 def whole(model: torch.nn.Module) -> dict:
     """A checkpoint to go on from, as far as it is looked at."""
     meta = {'epoch': 1, 'iter': 3}

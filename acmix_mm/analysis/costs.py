@@ -31,6 +31,9 @@ What the layers of this package compute is that, but for the following:
   ``fc``'s bias in Swin-ACmix is folded too: :math:`k_c^4 C` for the weights,
   :math:`k_c C H (k_c + W)` for the map of what it adds near the borders. The two steps of the paper
   are told beside it.
+* **Forms of the shift.** With fewer kernels than outputs, :math:`k_c^4 C` is for those that there
+  are, and folded kernels are multiplied out to one for each output only where both paths are one
+  operator. Shifts of tensors are additions, which count nothing.
 * **Position encoding.** ``k - conv_p (x, y)`` is no product of maps and counts nothing; its 2 d
   parameters belong to the attention path. So do Swin's table of relative positions and rate1;
   rate2 and the output's bias belong to the convolution path, if there is one.
@@ -61,7 +64,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layers import ACmix, MixedOperator, PatchACmix, SpatialReductionACmix, WindowACmix
-from ..layers.mixing_weights import MixingWeights
 from ..layers.patch_attention import SHARE_CHANNELS
 from ..ops._checks import check_positive
 
@@ -468,24 +470,24 @@ def _closed_form(layer: MixedOperator, name: str) -> ClosedForm:
     )
 
 
-def _convolution_path(
-    weights: MixingWeights, deployed: bool, maps: Map, out: Map
-) -> tuple[int, int]:
+def _convolution_path(layer: MixedOperator, maps: Map, out: Map) -> tuple[int, int]:
     """FLOPs of the convolution path as it is computed, and in the paper's two steps."""
+    weights = layer.mixing_weights()
     if weights.kernel is None:
         return 0, 0
     folded = weights.fc is None
     channels, kernel_size = weights.kernel.size(0), weights.kernel.size(-1)
     num_maps = (weights.kernel if folded else weights.fc).size(1)
-    positions = kernel_size**2
+    positions, num_kernels = kernel_size**2, layer.kernel_groups * layer.head_dim
     two_steps = positions * num_maps * weights.groups * maps.pixels
-    two_steps += positions**2 * channels * out.pixels
+    if layer.shift != 'tensor':
+        two_steps += positions**2 * num_kernels * out.pixels
     if not folded:
         return two_steps, two_steps
     with_bias = weights.fc_bias is not None
     flops = positions * num_maps * channels * out.pixels
-    if not deployed:
-        flops += positions**2 * (num_maps + with_bias) * channels
+    if not layer.deployed:
+        flops += positions**2 * (num_maps + with_bias) * num_kernels
     if with_bias:
         flops += kernel_size * channels * out.height * (kernel_size + out.width)
     return flops, two_steps
@@ -529,7 +531,7 @@ def _operator_costs(
         Cost(parameters['convolution'], sum(flops))
         for flops in zip(
             (0, 0),
-            *(_convolution_path(weights, layer.deployed, *size) for size in sizes),
+            *(_convolution_path(layer, *size) for size in sizes),
             strict=True,
         )
     )

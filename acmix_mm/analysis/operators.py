@@ -1,17 +1,28 @@
-"""Steps of the layer ACmix and of neighbourhood attention, and what they cannot do without."""
+"""Steps of the layer ACmix and of its two paths, and what they cannot do without."""
 
 import math
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import ACmix
+from ..layers import ACmix, MixedOperator
 from ..models import deploy
 from ..ops import local_attention
 from .baselines import FlexAttention, UnfoldACmix, unfold_attention
 from .steps import DTYPES, Case, Step, random_maps, tensor_step
 
 KERNEL_SIZE = 7  # of the neighbourhoods
+
+# How the convolution path shifts: options of the operator, and whether ``fc`` is multiplied into
+# the kernels.
+SHIFT_FORMS = {
+    'tensor shifts': ({'shift': 'tensor'}, False),
+    'fixed kernels': ({'shift': 'fixed'}, False),
+    'fixed kernels, folded': ({'shift': 'fixed'}, True),
+    'one kernel group': ({'kernel_groups': 1}, False),
+    'learned kernels': ({}, False),
+    'learned kernels, folded': ({}, True),
+}
 
 
 def build_operator(name: str, backend: str | None, case: Case) -> Step:
@@ -49,6 +60,49 @@ def build_attention(name: str, backend: str | None, case: Case) -> Step:
         torch.compiler.reset()  # shapes of earlier cases would count towards the recompile limit
         function = torch.compile(flex, dynamic=False)
     return tensor_step(function, inputs, grad, case)
+
+
+class ConvolutionPath(MixedOperator):
+    """The convolution path alone: ``fc``, then shift and sum of what it makes."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, d, 3 N, H, W) -> (B, N d, H, W)."""
+        return self.mixing_weights().mix(maps, None, self.backend)
+
+
+def build_convolution_path(form: str, backend: str | None, case: Case) -> Step:
+    """The convolution path, of projected maps, for a case of shape (B, N, d, H, W).
+
+    ``form`` is one of :data:`SHIFT_FORMS`, or 'deployed': learned kernels, folded for inference
+    where that pays.
+    """
+    batch, heads, dim, *size = case.shape
+    options, folds = SHIFT_FORMS.get(form, ({}, None))
+    torch.manual_seed(0)  # equal weights in all forms
+    path = ConvolutionPath(heads * dim, 3 * heads, dim, mix='conv', backend=backend, **options)
+    (maps,) = random_maps(1, case, (batch, dim, 3 * heads, *size))
+    (grad,) = random_maps(1, case, (batch, heads * dim, *size))
+    return _shift_step(path, folds, maps, grad, case)
+
+
+def build_shift_layer(form: str, num_heads: int, backend: str | None, case: Case) -> Step:
+    """The layer ACmix on a map (B, C, H, W), see :func:`build_convolution_path`."""
+    options, folds = SHIFT_FORMS.get(form, ({}, None))
+    channels = case.shape[1]
+    torch.manual_seed(0)
+    layer = ACmix(channels, channels, num_heads=num_heads, backend=backend, **options)
+    return _shift_step(layer, folds, *random_maps(2, case), case)
+
+
+def _shift_step(
+    operator: MixedOperator, folds: bool | None, inputs: Tensor, grad: Tensor, case: Case
+) -> Step:
+    operator.to(case.device, DTYPES[case.dtype]).train(case.train)
+    if folds is None:
+        deploy(operator.eval())
+    else:
+        operator.folds = folds
+    return tensor_step(operator, [inputs], grad, case, operator)
 
 
 def attention_cost(case: Case) -> dict[str, float]:

@@ -22,6 +22,10 @@ class ACmixPyramidVisionTransformer(MixedTransformer, PyramidVisionTransformer):
         *args: Of mmdet's PyramidVisionTransformer.
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
             Default: 'learned'.
+        shift (str): How the convolution path shifts maps, see
+            :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): Kernels for the outputs of a head position, see the same; None
+            is one each where they are learned. Default: None.
         conv_kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
         warm_start (bool): Start as the plain network whose checkpoint ``init_cfg`` names, see
@@ -44,6 +48,8 @@ class ACmixPyramidVisionTransformer(MixedTransformer, PyramidVisionTransformer):
         self,
         *args,
         mix: str = 'learned',
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
         conv_kernel_size: int = 3,
         backend: str | None = None,
         warm_start: bool = False,
@@ -53,6 +59,8 @@ class ACmixPyramidVisionTransformer(MixedTransformer, PyramidVisionTransformer):
         super().__init__(
             *args,
             mix=mix,
+            shift=shift,
+            kernel_groups=kernel_groups,
             conv_kernel_size=conv_kernel_size,
             backend=backend,
             warm_start=warm_start,

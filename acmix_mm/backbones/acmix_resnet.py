@@ -24,6 +24,10 @@ class ACmixResNet(OperatorResNet):
         conv_kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
             Default: 'learned'.
+        shift (str): How the convolution path shifts maps, see
+            :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): Kernels for the outputs of a head position, see the same; None
+            is one each where they are learned. Default: None.
         backend (str | None): Of :func:`acmix_mm.ops.local_attention`. Default: None.
         stage_with_acmix (Sequence[bool]): Which stages are mixed; the others keep their
             convolutions, so that all False is the plain ResNet of the same depth.
@@ -57,6 +61,8 @@ class ACmixResNet(OperatorResNet):
         attn_kernel_size: int = 7,
         conv_kernel_size: int = 3,
         mix: str = 'learned',
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
         backend: str | None = None,
         stage_with_acmix: Sequence[bool] = (True, True, True, True),
         deploy: bool = False,
@@ -68,6 +74,8 @@ class ACmixResNet(OperatorResNet):
             attn_kernel_size=attn_kernel_size,
             kernel_size=conv_kernel_size,
             mix=mix,
+            shift=shift,
+            kernel_groups=kernel_groups,
             backend=backend,
         )
         super().__init__(depth, operator, stage_with_acmix, deploy, **kwargs)

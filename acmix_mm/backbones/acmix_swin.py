@@ -80,6 +80,10 @@ class ACmixSwinTransformer(MixedTransformer, SwinTransformer):
         *args: Of mmdet's SwinTransformer.
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
             Default: 'learned'.
+        shift (str): How the convolution path shifts maps, see
+            :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): Kernels for the outputs of a head position, see the same; None
+            is one each where they are learned. Default: None.
         conv_kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         conv_on_shifted (bool): Whether the convolution path of shifted blocks sees the shifted map,
             where it passes over what the shift brought together, as in the release; else it sees
@@ -102,6 +106,8 @@ class ACmixSwinTransformer(MixedTransformer, SwinTransformer):
         self,
         *args,
         mix: str = 'learned',
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
         conv_kernel_size: int = 3,
         conv_on_shifted: bool = True,
         backend: str | None = None,
@@ -113,6 +119,8 @@ class ACmixSwinTransformer(MixedTransformer, SwinTransformer):
         super().__init__(
             *args,
             mix=mix,
+            shift=shift,
+            kernel_groups=kernel_groups,
             conv_kernel_size=conv_kernel_size,
             backend=backend,
             warm_start=warm_start,

@@ -10,6 +10,8 @@ class MixedTransformer(WarmStart):
     Args:
         *args: Of mmdet's class.
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
+        shift (str): How the convolution path shifts maps, see the same.
+        kernel_groups (int | None): Kernels for the outputs of a head position, see the same.
         conv_kernel_size (int): Side of the convolution path's kernel, odd.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv`.
         warm_start (bool): See :meth:`WarmStart.init_weights`.
@@ -21,6 +23,8 @@ class MixedTransformer(WarmStart):
         self,
         *args,
         mix: str,
+        shift: str,
+        kernel_groups: int | None,
         conv_kernel_size: int,
         backend: str | None,
         warm_start: bool,
@@ -30,7 +34,15 @@ class MixedTransformer(WarmStart):
         check_warm_start(warm_start, mix, deploy)
         super().__init__(*args, **kwargs)
         self.warm_start = warm_start
-        self.insert_operators({'kernel_size': conv_kernel_size, 'mix': mix, 'backend': backend})
+        self.insert_operators(
+            {
+                'kernel_size': conv_kernel_size,
+                'mix': mix,
+                'shift': shift,
+                'kernel_groups': kernel_groups,
+                'backend': backend,
+            }
+        )
         if deploy:
             self.switch_to_deploy()
 

@@ -205,6 +205,10 @@ class ACmixSAN(WarmStart, SAN):
         depth (int): 10, 15 or 19.
         mix (str): How the paths are combined, see :class:`~acmix_mm.layers.MixedOperator`.
             Default: 'learned'.
+        shift (str): How the convolution path shifts maps, see
+            :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): Kernels for the outputs of a head position, see the same; None
+            is one each where they are learned. Default: None.
         conv_kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         warm_start (bool): Start as the plain network whose checkpoint ``init_cfg`` names, see
             :meth:`init_weights`; for ``mix='learned'``. Default: False.
@@ -221,13 +225,20 @@ class ACmixSAN(WarmStart, SAN):
         depth: int,
         *,
         mix: str = 'learned',
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
         conv_kernel_size: int = 3,
         warm_start: bool = False,
         deploy: bool = False,
         **kwargs,
     ):
         check_warm_start(warm_start, mix, deploy)
-        self._acmix = {'mix': mix, 'kernel_size': conv_kernel_size}
+        self._acmix = {
+            'mix': mix,
+            'shift': shift,
+            'kernel_groups': kernel_groups,
+            'kernel_size': conv_kernel_size,
+        }
         super().__init__(depth, **kwargs)
         self.warm_start = warm_start
         if deploy:

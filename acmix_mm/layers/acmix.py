@@ -9,6 +9,7 @@ from ..ops._checks import check_positive
 from ..ops.fused_acmix import attention_path
 from .conv_arguments import check_divisible, set_conv_attributes
 from .mixed_operator import MixedOperator
+from .mixing_weights import MixingWeights, folding_pays
 
 
 class ACmix(MixedOperator):
@@ -50,6 +51,8 @@ class ACmix(MixedOperator):
         num_heads (int): Heads N of the attention. Default: 4.
         attn_kernel_size (int): Side of the attention's neighbourhood, odd. Default: 7.
         mix (str): See :class:`MixedOperator`. Default: 'learned'.
+        shift (str): See :class:`MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): See :class:`MixedOperator`. Default: None.
         backend (str | None): Of :func:`acmix_mm.ops.local_attention`. Default: None.
 
     Raises:
@@ -73,6 +76,8 @@ class ACmix(MixedOperator):
         num_heads: int = 4,
         attn_kernel_size: int = 7,
         mix: str = 'learned',
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
         backend: str | None = None,
     ):
         set_conv_attributes(
@@ -91,9 +96,15 @@ class ACmix(MixedOperator):
             bias=bias,
             mix=mix,
             backend=backend,
+            shift=shift,
+            kernel_groups=kernel_groups,
         )
         self.num_heads = num_heads
         self.attn_kernel_size = attn_kernel_size
+        # Both paths as one operator, where folded kernels for each output pay.
+        self._fuses = self.mix not in ('attention', 'conv') and folding_pays(
+            3 * num_heads, out_channels, self.head_dim, self.kernel_size[0], self.stride[0]
+        )
         for name in ('conv1', 'conv2', 'conv3'):  # projections to query, key and value
             weight = torch.empty(out_channels, in_channels // groups, 1, 1)
             nn.init.kaiming_normal_(weight, mode='fan_out', nonlinearity='relu')
@@ -113,7 +124,7 @@ class ACmix(MixedOperator):
         geometry = (self.attn_kernel_size, self.stride[0], self.dilation[0])
         weight, bias, slopes = self.projection_weights().values()
         mixing = self.mixing_weights()
-        if self.with_attention and self.with_convolution and mixing.fc is None:
+        if self._fuses and mixing.fc is None:
             return fused_acmix(
                 x, weight, bias, slopes, mixing.kernel, mixing.bias, mixing.scale,
                 self.num_heads, *geometry, backend=self.backend,
@@ -123,6 +134,11 @@ class ACmix(MixedOperator):
         if self.with_attention:
             attention = attention_path(maps, slopes, *geometry, self.backend)
         return mixing.mix(maps.flatten(2, 3), attention, self.backend)
+
+    def mixing_weights(self) -> MixingWeights:
+        """Weights of Stage II; where both paths are one operator, with a kernel for each output."""
+        weights = super().mixing_weights()
+        return weights.expanded() if self._fuses and weights.fc is None else weights
 
     def projection_weights(self) -> dict[str, Tensor | None]:
         """Weights of Stage I: one 1x1 convolution to query, key and value, and the position slopes.

@@ -4,6 +4,10 @@ import torch
 from torch import nn
 
 
+class WrongForm(ValueError):
+    """A state dict of the form for inference where it is that for training, or the reverse."""
+
+
 class Deployable(nn.Module):
     """An operator that folds its weights for inference, together with a batch norm after it.
 
@@ -66,4 +70,4 @@ def _check_form(module: Deployable, state_dict: dict, prefix: str, *args) -> Non
         )
     found = next((prefix + name for name in foreign if prefix + name in state_dict), None)
     if found is not None:
-        raise ValueError(f'state dict has the form {form}, with {found!r}: {advice}')
+        raise WrongForm(f'state dict has the form {form}, with {found!r}: {advice}')

@@ -12,6 +12,7 @@ from .deployable import Deployable
 from .mixing_weights import TENSORS, MixingWeights, folding_pays, shift_kernel
 
 MIX_MODES = ('learned', 'complementary', 'sum', 'attention', 'conv')
+SHIFTS = ('learned', 'random', 'fixed', 'tensor')
 
 
 class MixedOperator(Deployable):
@@ -41,6 +42,28 @@ class MixedOperator(Deployable):
             'conv'. Default: 'learned'.
         backend (str | None): Of the operators, see :func:`acmix_mm.ops.local_attention`.
             Default: None.
+        shift (str): How the convolution path shifts and sums maps (sections 4.2 and 4.3, ablation
+            of the shift): by a grouped convolution with kernels that are learned, from those that
+            shift and sum ('learned') or from random ones ('random'), or that stay as they are,
+            without parameters ('fixed'); or by shifts of tensors ('tensor'), which give the same
+            as 'fixed', more slowly. 'random' draws normal kernels by Kaiming's rule (fan-out,
+            ReLU): the authors' release of ResNet-ACmix (``ResNet/ResNet_ImageNet.py``) initialises
+            all convolutions so after the operator has set its shift kernels, and overwrites them.
+            Default: 'learned'.
+        kernel_groups (int | None): How many kernels the outputs of each head position have
+            (section 4.3: several groups of convolution kernels), a divisor of their number, which
+            is C / d; adjacent outputs share one. With 1, all outputs of a position are equal. None
+            is one for each output where kernels are learned, and 1 where they are constant, as
+            more would all be the same. Default: None.
+
+    Constant shift kernels are a buffer, ``shift_kernel``; ``dep_conv`` is not there then. State
+    dicts with one of the two do not load into an operator with the other, not strictly either:
+    kernels would be left out, or keep other values, in silence.
+
+    Attributes:
+        kernel_groups (int): As the argument, resolved.
+        folds (bool): Whether training, too, multiplies ``fc`` into the kernels: where that takes
+            fewer multiplications. Never with ``shift='tensor'``.
     """
 
     deployed_names = ('fc_bias', 'kernel', 'scale')
@@ -57,17 +80,29 @@ class MixedOperator(Deployable):
         fc_bias: bool = False,
         mix: str = 'learned',
         backend: str | None = None,
+        *,
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
     ):
         super().__init__()
         check_positive('kernel_size', kernel_size, odd=True)
         if mix not in MIX_MODES:
             raise ValueError(f'mix must be one of {MIX_MODES}, got {mix!r}')
+        if shift not in SHIFTS:
+            raise ValueError(f'shift must be one of {SHIFTS}, got {shift!r}')
         check_backend(backend)
         self.mix = mix
+        self.shift = shift
         self.backend = backend
         self.head_dim = head_dim
-        self._geometry = {'groups': head_dim, 'stride': stride, 'dilation': dilation}
-        self._folds = folding_pays(num_maps, out_channels, head_dim, kernel_size, stride)
+        self.kernel_groups = self._resolve_kernel_groups(kernel_groups, out_channels // head_dim)
+        self._geometry = {
+            'groups': head_dim, 'stride': stride, 'dilation': dilation, 'channels': out_channels,
+        }  # fmt: skip
+        num_kernels = head_dim * self.kernel_groups
+        self.folds = shift != 'tensor' and folding_pays(
+            num_maps, num_kernels, head_dim, kernel_size, stride
+        )
         if self.with_convolution:
             positions = kernel_size**2
             fc = torch.empty(positions, num_maps, 1, 1)
@@ -76,14 +111,39 @@ class MixedOperator(Deployable):
             if fc_bias:
                 bound = num_maps**-0.5
                 self.fc['bias'] = torch.empty(positions).uniform_(-bound, bound)
-            self.dep_conv = nn.ParameterDict(
-                {'weight': shift_kernel(out_channels, head_dim, kernel_size)}
-            )
+            if self.learns_kernels:
+                kernel = shift_kernel(num_kernels, head_dim, kernel_size)
+                if shift == 'random':
+                    nn.init.kaiming_normal_(kernel, mode='fan_out', nonlinearity='relu')
+                self.dep_conv = nn.ParameterDict({'weight': kernel})
+            else:
+                self.register_buffer('shift_kernel', shift_kernel(1, 1, kernel_size))
+            self.register_load_state_dict_pre_hook(_check_kernels)
         if mix in ('learned', 'complementary'):
             self.rate1 = nn.Parameter(torch.full((1,), 0.5))
         if mix == 'learned':
             self.rate2 = nn.Parameter(torch.full((1,), 0.5))
         self.register_parameter('bias', nn.Parameter(torch.zeros(out_channels)) if bias else None)
+
+    def _resolve_kernel_groups(self, kernel_groups: int | None, outputs: int) -> int:
+        if kernel_groups is None:
+            return outputs if self.learns_kernels else 1
+        check_positive('kernel_groups', kernel_groups)
+        if not self.learns_kernels and kernel_groups != 1:
+            raise ValueError(
+                f'kernel_groups must be None or 1 with shift {self.shift!r}, whose kernels are all '
+                f'the same, got {kernel_groups}'
+            )
+        if outputs % kernel_groups:
+            raise ValueError(
+                f'kernel_groups must be a divisor of the {outputs} outputs of a head position, '
+                f'got {kernel_groups}'
+            )
+        return kernel_groups
+
+    @property
+    def learns_kernels(self) -> bool:
+        return self.shift in ('learned', 'random')
 
     @property
     def with_attention(self) -> bool:
@@ -108,10 +168,16 @@ class MixedOperator(Deployable):
         if not self.with_convolution:
             return MixingWeights(None, **options)
         fc, fc_bias = self.fc['weight'].flatten(1), self.fc.get('bias')
-        weights = MixingWeights(self.dep_conv['weight'], fc, fc_bias, **options)
+        if self.learns_kernels:
+            kernel = self.dep_conv['weight']
+        else:
+            kernel = self.shift_kernel.repeat(self.head_dim, 1, 1, 1)
+        weights = MixingWeights(
+            kernel, fc, fc_bias, tensor_shifts=self.shift == 'tensor', **options
+        )
         if rate2 is not None:
             weights = weights.times(rate2)
-        return weights.folded() if self._folds else weights
+        return weights.folded() if self.folds else weights
 
     def projection_weights(self) -> dict[str, Tensor | None]:
         """What takes the place of a subclass's parameter dicts in the form for inference."""
@@ -120,22 +186,46 @@ class MixedOperator(Deployable):
     def fold(self, norm: nn.Module | None) -> None:
         weights = {**self.projection_weights(), **self._stage2_weights(norm).tensors()}
         folded = [n for n, m in self.named_children() if isinstance(m, nn.ParameterDict)]
-        for name in [*folded, *(n for n in ('rate1', 'rate2') if n in self._parameters)]:
+        folded += [name for name in ('rate1', 'rate2', 'shift_kernel') if hasattr(self, name)]
+        for name in folded:
             delattr(self, name)
         for name, weight in weights.items():
             if weight is not None:
                 weight = nn.Parameter(weight.detach().clone())
             self.register_parameter(name, weight)
 
+    def _inference_weights(self) -> MixingWeights:
+        """As :meth:`mixing_weights`; of shifts of tensors, the convolution that equals them."""
+        weights = self.mixing_weights()
+        return weights.folded() if weights.tensor_shifts else weights
+
     def _stage2_weights(self, norm: nn.Module | None) -> MixingWeights:
         """Weights of the form for inference, where the attention path always has a scale."""
-        weights = self.mixing_weights()
+        weights = self._inference_weights()
         if self.with_attention and weights.scale is None:
             weights = replace(weights, scale=next(self.parameters()).new_ones(1))
         return weights if norm is None else weights.followed_by(norm)
 
     def extra_repr(self) -> str:
-        return f'mix={self.mix!r}, backend={self.backend!r}, deployed={self.deployed}'
+        return (
+            f'mix={self.mix!r}, shift={self.shift!r}, kernel_groups={self.kernel_groups}, '
+            f'backend={self.backend!r}, deployed={self.deployed}'
+        )
+
+
+def _check_kernels(module: MixedOperator, state_dict: dict, prefix: str, *args) -> None:
+    """Refuse a state dict with learned kernels where they are constant, and the reverse."""
+    name = f'{prefix}shift_kernel' if module.learns_kernels else f'{prefix}dep_conv.weight'
+    if name not in state_dict or module.deployed:
+        return
+    if module.learns_kernels:
+        found, allowed = 'constant', "'fixed' or 'tensor'"
+    else:
+        found, allowed = 'learned', "'learned' or 'random'"
+    raise ValueError(
+        f'state dict has {found} kernels, with {name!r}, and the operator shift={module.shift!r}: '
+        f'load it into one with shift {allowed}'
+    )
 
 
 class ProjectedMixedOperator(MixedOperator):
@@ -153,6 +243,8 @@ class ProjectedMixedOperator(MixedOperator):
         fc_bias (bool): See :class:`MixedOperator`. Default: False.
         mix (str): See :class:`MixedOperator`. Default: 'learned'.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
+        shift (str): See :class:`MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): See :class:`MixedOperator`. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -165,6 +257,9 @@ class ProjectedMixedOperator(MixedOperator):
         fc_bias: bool = False,
         mix: str = 'learned',
         backend: str | None = None,
+        *,
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
     ):
         embed_dims, num_heads = attention.embed_dims, attention.num_heads
         if embed_dims % num_heads:
@@ -179,6 +274,8 @@ class ProjectedMixedOperator(MixedOperator):
             fc_bias=fc_bias,
             mix=mix,
             backend=backend,
+            shift=shift,
+            kernel_groups=kernel_groups,
         )
         self.embed_dims = embed_dims
         self.num_heads = num_heads
@@ -239,7 +336,7 @@ class ProjectedMixedOperator(MixedOperator):
     def _stage2_weights(self, norm: nn.Module | None) -> MixingWeights:
         if norm is not None:
             raise ValueError('norm must be None for an operator with an output projection')
-        weights = self.mixing_weights()
+        weights = self._inference_weights()
         if weights.scale is not None:
             projection = self.output_projection
             for parameter in projection.parameters():

@@ -1,8 +1,10 @@
 """Weights of Stage II of the mixed operators: what both paths end with, folded and applied."""
 
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import group_conv
@@ -28,17 +30,43 @@ def shift_kernel(out_channels: int, groups: int, kernel_size: int) -> Tensor:
     return kernel.repeat(out_channels, 1, 1, 1)
 
 
+def shift_and_sum(maps: Tensor, kernel_size: int, stride: int = 1, dilation: int = 1) -> Tensor:
+    """What the convolution with :func:`shift_kernel` gives, by shifts of tensors.
+
+    The naive formulation (ACmix, section 4.2), which the paper replaces by a convolution: each map
+    is cut out of zeros around it, moved by its kernel position, and added.
+
+    Args:
+        maps (Tensor): Shape (B, d, k * k, H, W), one map for each kernel position.
+        kernel_size (int): Side k of the kernel, odd.
+        stride (int): Stride of the result. Default: 1.
+        dilation (int): Pixels from one kernel position to the next. Default: 1.
+
+    Returns:
+        Tensor: Shape (B, d, ceil(H / stride), ceil(W / stride)).
+    """
+    height, width = maps.shape[-2:]
+    padded = F.pad(maps, (kernel_size // 2 * dilation,) * 4)
+    shifted = (
+        padded[:, :, row * kernel_size + col, y : y + height : stride, x : x + width : stride]
+        for row in range(kernel_size)
+        for col in range(kernel_size)
+        for y, x in [(row * dilation, col * dilation)]
+    )
+    return reduce(torch.add, shifted)
+
+
 def folding_pays(
-    num_maps: int, out_channels: int, groups: int, kernel_size: int, stride: int = 1
+    num_maps: int, num_kernels: int, groups: int, kernel_size: int, stride: int = 1
 ) -> bool:
     """Does the folded convolution have no more multiplications than ``fc`` and its convolution?
 
-    Folded, an output pixel takes ``k^2 M`` of them a channel. In two steps, ``fc`` takes ``k^2 M``
-    for each input pixel and head position, then the convolution ``k^4`` an output channel.
+    Folded, an output pixel takes ``k^2 M`` of them a kernel. In two steps, ``fc`` takes ``k^2 M``
+    for each input pixel and head position, then the convolution ``k^4`` a kernel.
     """
     positions = kernel_size**2
-    folded = positions * num_maps * out_channels
-    two_steps = positions * num_maps * groups * stride**2 + positions**2 * out_channels
+    folded = positions * num_maps * num_kernels
+    two_steps = positions * num_maps * groups * stride**2 + positions**2 * num_kernels
     return folded <= two_steps
 
 
@@ -56,17 +84,21 @@ class MixingWeights:
     None.
 
     Args:
-        kernel (Tensor | None): Kernel of the grouped convolution, shape (C, k * k, k, k); folded
-            with ``fc``, (C, M, k, k). None: no convolution path.
+        kernel (Tensor | None): Kernels of the grouped convolution, shape (K, k * k, k, k); folded
+            with ``fc``, (K, M, k, k). K is C, or a part of it where adjacent outputs share a
+            kernel. None: no convolution path.
         fc (Tensor | None): Shape (k * k, M); None where it is folded. Default: None.
         fc_bias (Tensor | None): Added to the maps that ``fc`` mixes, before zeros are padded, shape
-            (k * k,); folded, the bias's own kernel, (C, 1, k, k). Default: None.
+            (k * k,); folded, the bias's own kernels, (K, 1, k, k). Default: None.
         scale (Tensor | None): Factor on the attention path, shape (1,) or (C,); None is 1, or no
             such path. Default: None.
         bias (Tensor | None): Added to the result, shape (C,). Default: None.
         groups (int): Groups of the convolution: head positions d. Default: 1.
         stride (int): Of the convolution. Default: 1.
         dilation (int): Of the convolution. Default: 1.
+        channels (int | None): Output channels C; None is K. Default: None.
+        tensor_shifts (bool): The kernels are those of :func:`shift_kernel`, one a group, and
+            :func:`shift_and_sum` takes the place of the convolution. Default: False.
     """
 
     kernel: Tensor | None
@@ -77,6 +109,8 @@ class MixingWeights:
     groups: int = 1
     stride: int = 1
     dilation: int = 1
+    channels: int | None = None
+    tensor_shifts: bool = False
 
     def tensors(self) -> dict[str, Tensor | None]:
         """The weights by name."""
@@ -87,12 +121,27 @@ class MixingWeights:
         if self.fc is None:
             return self
         fc_bias = None if self.fc_bias is None else self._fold(self.fc_bias[:, None])
-        return replace(self, kernel=self._fold(self.fc), fc=None, fc_bias=fc_bias)
+        kernel = self._fold(self.fc)
+        return replace(self, kernel=kernel, fc=None, fc_bias=fc_bias, tensor_shifts=False)
 
     def _fold(self, fc: Tensor) -> Tensor:
-        """(k * k, M) -> (C, M, k, k)."""
+        """(k * k, M) -> (K, M, k, k)."""
         kernel = self.kernel.unflatten(0, (self.groups, -1))
         return torch.einsum('gompq,mi->goipq', kernel, fc).flatten(0, 1).contiguous()
+
+    @property
+    def sharing(self) -> int:
+        """How many adjacent outputs share a kernel, C / K."""
+        return 1 if self.channels is None else self.channels // self.kernel.size(0)
+
+    def expanded(self) -> 'MixingWeights':
+        """The same with a kernel for each output."""
+        if self.kernel is None or self.sharing == 1:
+            return self
+        kernel, fc_bias = self.kernel.repeat_interleave(self.sharing, 0), self.fc_bias
+        if self.fc is None and fc_bias is not None:
+            fc_bias = fc_bias.repeat_interleave(self.sharing, 0)
+        return replace(self, kernel=kernel, fc_bias=fc_bias, tensor_shifts=False)
 
     def times(self, rate: Tensor) -> 'MixingWeights':
         """The convolution path times ``rate``, (1,): in the smallest of its factors."""
@@ -103,7 +152,8 @@ class MixingWeights:
         """The same with a batch norm in evaluation mode that is applied to the result."""
         factor, shift = batch_norm_affine(norm)
         per_kernel = factor.view(-1, 1, 1, 1)
-        kernel, fc_bias, bias = self.kernel, self.fc_bias, self.bias
+        weights = self.expanded()  # the norm has a factor for each output
+        kernel, fc_bias, bias = weights.kernel, weights.fc_bias, weights.bias
         if kernel is not None:
             kernel = kernel * per_kernel
             if self.fc is None and fc_bias is not None:
@@ -114,6 +164,7 @@ class MixingWeights:
             fc_bias=fc_bias,
             scale=None if self.scale is None else self.scale * factor,
             bias=shift if bias is None else bias * factor + shift,
+            tensor_shifts=False,
         )
 
     def convolve(self, maps: Tensor, backend: str | None = None) -> Tensor:
@@ -128,12 +179,22 @@ class MixingWeights:
             Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)). Channel ``g * (C / d) + o`` is
             output o of head position g.
         """
-        geometry = (self.stride, self.dilation, self.bias, backend)
-        if self.fc is None:
-            out = group_conv(maps, self.kernel, *geometry)
-            if self.fc_bias is None:
-                return out
-            return out + self._bias_map(maps).to(out.dtype)
+        geometry, bias = (self.stride, self.dilation), self.bias
+        inputs = maps if self.fc is None else self._mix_maps(maps)
+        if self.tensor_shifts:
+            out = shift_and_sum(inputs, self.kernel.size(-1), *geometry)
+        elif self.sharing == 1:
+            out, bias = group_conv(inputs, self.kernel, *geometry, bias, backend), None
+        else:
+            out = group_conv(inputs, self.kernel, *geometry, None, backend)
+        if self.fc is None and self.fc_bias is not None:
+            out = out + self._bias_map(maps).to(out.dtype)
+        if self.sharing > 1:
+            out = out.unsqueeze(2).expand(-1, -1, self.sharing, -1, -1).flatten(1, 2)
+        return out if bias is None else out + bias.to(out.dtype).view(-1, 1, 1)
+
+    def _mix_maps(self, maps: Tensor) -> Tensor:
+        """``fc`` on every head position, (B, d, M, H, W) -> (B, d, k * k, H, W)."""
         # Not matmul: in training it copies the maps, channels last, to make one product of all.
         pixels = maps.flatten(3).flatten(0, 1)
         weight = self.fc.expand(pixels.size(0), -1, -1)
@@ -141,13 +202,12 @@ class MixingWeights:
             mixed = torch.bmm(weight, pixels)
         else:
             mixed = torch.baddbmm(self.fc_bias[:, None], weight, pixels)
-        mixed = mixed.view(*maps.shape[:2], self.fc.size(0), *maps.shape[3:])
-        return group_conv(mixed, self.kernel, *geometry)
+        return mixed.view(*maps.shape[:2], self.fc.size(0), *maps.shape[3:])
 
     def _bias_map(self, maps: Tensor) -> Tensor:
         """What the folded bias of ``fc`` adds: constant but near the border, where zeros count.
 
-        Shape (1, C, ceil(H / stride), ceil(W / stride)).
+        Shape (1, K, ceil(H / stride), ceil(W / stride)).
         """
         kernel = self.fc_bias
         taps = torch.arange(kernel.size(-1), device=kernel.device) - kernel.size(-1) // 2

@@ -150,6 +150,8 @@ class PatchACmix(MixedOperator):
             :func:`acmix_mm.ops.patch_weights`. Default: None.
         norm_layer (Callable[[int], nn.Module]): See :class:`PatchAttention`.
             Default: nn.BatchNorm2d.
+        shift (str): See :class:`MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): See :class:`MixedOperator`. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -165,6 +167,9 @@ class PatchACmix(MixedOperator):
         mix: str = 'learned',
         backend: str | None = None,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        *,
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
     ):
         check_positive('attn_kernel_size', attn_kernel_size, odd=True)
         _check_channels(in_channels, out_channels, qk_channels)
@@ -179,6 +184,8 @@ class PatchACmix(MixedOperator):
             kernel_size=kernel_size,
             mix=mix,
             backend=backend,
+            shift=shift,
+            kernel_groups=kernel_groups,
         )
         attention = PatchAttention(
             in_channels, out_channels, qk_channels, attn_kernel_size, norm_layer=norm_layer
@@ -204,8 +211,7 @@ class PatchACmix(MixedOperator):
         return (
             f'{self.conv1.in_channels}, {self.conv3.out_channels}, '
             f'qk_channels={self.conv1.out_channels}, attn_kernel_size={self.attn_kernel_size}, '
-            f'kernel_size={self.kernel_size}, mix={self.mix!r}, backend={self.backend!r}, '
-            f'deployed={self.deployed}'
+            f'kernel_size={self.kernel_size}, {super().extra_repr()}'
         )
 
     @staticmethod

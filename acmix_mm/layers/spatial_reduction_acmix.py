@@ -24,6 +24,8 @@ class SpatialReductionACmix(ProjectedMixedOperator):
         kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         mix (str): See :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
+        shift (str): See :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): See :class:`~acmix_mm.layers.MixedOperator`. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -35,8 +37,18 @@ class SpatialReductionACmix(ProjectedMixedOperator):
         kernel_size: int = 3,
         mix: str = 'learned',
         backend: str | None = None,
+        *,
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
     ):
-        super().__init__(attention, kernel_size, mix=mix, backend=backend)
+        super().__init__(
+            attention,
+            kernel_size,
+            mix=mix,
+            backend=backend,
+            shift=shift,
+            kernel_groups=kernel_groups,
+        )
         self.attn = attention.attn  # its forward is not used: it averages weights nobody reads
         self.dropout_layer = attention.dropout_layer
         self.sr_ratio = attention.sr_ratio

@@ -26,6 +26,8 @@ class WindowACmix(ProjectedMixedOperator):
         kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         mix (str): See :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
         backend (str | None): Of :func:`acmix_mm.ops.group_conv`. Default: None.
+        shift (str): See :class:`~acmix_mm.layers.MixedOperator`. Default: 'learned'.
+        kernel_groups (int | None): See :class:`~acmix_mm.layers.MixedOperator`. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -37,8 +39,19 @@ class WindowACmix(ProjectedMixedOperator):
         kernel_size: int = 3,
         mix: str = 'learned',
         backend: str | None = None,
+        *,
+        shift: str = 'learned',
+        kernel_groups: int | None = None,
     ):
-        super().__init__(attention, kernel_size, fc_bias=True, mix=mix, backend=backend)
+        super().__init__(
+            attention,
+            kernel_size,
+            fc_bias=True,
+            mix=mix,
+            backend=backend,
+            shift=shift,
+            kernel_groups=kernel_groups,
+        )
         self.window_size = attention.window_size
         self.qkv = attention.qkv
         if self.with_attention:  # DistributedDataParallel refuses parameters without gradient

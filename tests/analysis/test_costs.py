@@ -1,5 +1,6 @@
 """Costs by stage against PyTorch's counter on single paths, plain networks, and the paper."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -106,16 +107,16 @@ def plain_reduction(ratio: int) -> SpatialReductionAttention:
     return SpatialReductionAttention(embed_dims=12, num_heads=2, sr_ratio=ratio)
 
 
-def window(heads: int, mix: str) -> nn.Module:
-    return ChannelsLast(WindowACmix(plain_window(heads), mix=mix))
+def window(heads: int, mix: str, **shift) -> nn.Module:
+    return ChannelsLast(WindowACmix(plain_window(heads), mix=mix, **shift))
 
 
-def reduction(ratio: int, mix: str) -> nn.Module:
-    return Tokens(SpatialReductionACmix(plain_reduction(ratio), mix=mix), (9, 10))
+def reduction(ratio: int, mix: str, **shift) -> nn.Module:
+    return Tokens(SpatialReductionACmix(plain_reduction(ratio), mix=mix, **shift), (9, 10))
 
 
 def acmix(*args, **kwargs):
-    return lambda mix: ACmix(*args, mix=mix, **kwargs)
+    return lambda mix, **shift: ACmix(*args, mix=mix, **kwargs, **shift)
 
 
 # Layers by mix, and the size of their maps. Few heads let the convolution path fold, many do not.
@@ -124,10 +125,10 @@ LAYERS = {
     'ACmix, wider, stride': (acmix(12, 20, 5, 2, num_heads=2, bias=True), (12, 9, 11)),
     'ACmix, groups, dilation': (acmix(12, 24, dilation=3, groups=3), (12, 7, 5)),
     'ACmix, many heads, stride': (acmix(12, 24, stride=3, num_heads=24), (12, 10, 8)),
-    'PatchACmix': (lambda mix: PatchACmix(24, 16, 4, 5, mix=mix), (24, 9, 11)),
-    'WindowACmix': (lambda mix: window(2, mix), (12, 9, 10)),
-    'WindowACmix, many heads': (lambda mix: window(6, mix), (12, 9, 10)),
-    'SpatialReductionACmix': (lambda mix: reduction(1, mix), (12, 9, 10)),
+    'PatchACmix': (lambda mix, **shift: PatchACmix(24, 16, 4, 5, mix=mix, **shift), (24, 9, 11)),
+    'WindowACmix': (partial(window, 2), (12, 9, 10)),
+    'WindowACmix, many heads': (partial(window, 6), (12, 9, 10)),
+    'SpatialReductionACmix': (partial(reduction, 1), (12, 9, 10)),
 }
 
 
@@ -171,6 +172,21 @@ def test_stages_of_layers(name, form):
     assert alone.mixed.convolution.flops == stages.convolution.flops
     assert alone.convolution == costs.convolution
     assert alone.self_attention is alone.self_attention_at_output is None
+
+
+@pytest.mark.parametrize('form', ['trained', 'deployed'])
+@pytest.mark.parametrize('shift', [{'shift': 'tensor'}, {'shift': 'fixed'}, {'kernel_groups': 1}])
+@pytest.mark.parametrize('name', LAYERS)
+def test_forms_of_the_shift(name, shift, form):
+    """The closed form is what is counted; shifts of tensors are additions."""
+    make, shape = LAYERS[name]
+    x = torch.randn(BATCH, *shape)
+    layer = make('learned', **shift)
+    if form == 'deployed':
+        deploy(layer.eval())
+    costs, learned = costs_of(layer, x), costs_of(make('learned'), x)
+    assert costs.mixed.projection.flops == learned.mixed.projection.flops
+    assert costs.two_steps.convolution.flops < learned.two_steps.convolution.flops
 
 
 @pytest.mark.parametrize('mix', ['sum', 'complementary'])

@@ -1,5 +1,7 @@
 """What holds for every layer: meta tensors, empty batches, autocast, layouts, forms, names."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -11,28 +13,42 @@ from acmix_mm.layers import ACmix, DepthwiseBlock, PatchACmix, PatchAttention, X
 SIZE = (7, 14)
 
 
-def window_acmix() -> nn.Module:
+def window_acmix(**options) -> nn.Module:
     swin = pytest.importorskip('mmdet.models.backbones.swin')
-    return acmix_mm.layers.WindowACmix(swin.WindowMSA(16, 4, (7, 7)))
+    return acmix_mm.layers.WindowACmix(swin.WindowMSA(16, 4, (7, 7)), **options)
 
 
-def spatial_reduction_acmix() -> nn.Module:
+def spatial_reduction_acmix(**options) -> nn.Module:
     pvt = pytest.importorskip('mmdet.models.backbones.pvt')
     attention = pvt.SpatialReductionAttention(16, 4, sr_ratio=2)
-    return acmix_mm.layers.SpatialReductionACmix(attention)
+    return acmix_mm.layers.SpatialReductionACmix(attention, **options)
 
 
+MIXED = {
+    'ACmix': partial(ACmix, 16, 16),
+    'PatchACmix': partial(PatchACmix, 16, 16, 4, 3),
+    'WindowACmix': window_acmix,
+    'SpatialReductionACmix': spatial_reduction_acmix,
+}
+# Of the convolution path; random kernels are learned ones with other values.
+OPTIONS = {
+    'tensor shifts': {'shift': 'tensor'},
+    'fixed kernels': {'shift': 'fixed'},
+    'one kernel group': {'kernel_groups': 1},
+}
 LAYERS = {
-    'ACmix': lambda: ACmix(16, 16),
+    **MIXED,
+    **{
+        f'{name}, {form}': partial(make, **options)
+        for name, make in MIXED.items()
+        for form, options in OPTIONS.items()
+    },
     'ACmix of 8 heads': lambda: ACmix(16, 16, num_heads=8, stride=2),
     'ACmix, attention only': lambda: ACmix(16, 16, mix='attention'),
     'ACmix, convolution only': lambda: ACmix(16, 16, mix='conv', bias=True),
     'PatchAttention': lambda: PatchAttention(16, 16, 4, 3),
-    'PatchACmix': lambda: PatchACmix(16, 16, 4, 3),
     'XVolution': lambda: XVolution(16, 16),
     'XVolution, local attention': lambda: XVolution(16, 16, stride=2, attention='local'),
-    'WindowACmix': window_acmix,
-    'SpatialReductionACmix': spatial_reduction_acmix,
     'DepthwiseBlock': lambda: DepthwiseBlock(32),
     'DepthwiseBlock, homogeneous': lambda: DepthwiseBlock(32, dynamic='homogeneous'),
     'DepthwiseBlock, inhomogeneous': lambda: DepthwiseBlock(32, dynamic='inhomogeneous'),
@@ -42,14 +58,15 @@ every_layer = pytest.mark.parametrize('name', LAYERS)
 
 def arguments(name: str, layer: nn.Module, batch: int = 2, **options) -> tuple:
     """Of the layer's forward; the first needs gradients."""
-    channels = 32 if name.startswith('Depthwise') else 16
+    kind = name.split(',')[0]
+    channels = 32 if kind == 'DepthwiseBlock' else 16
     shapes = {
         'WindowACmix': (batch, *SIZE, channels),
         'SpatialReductionACmix': (batch, SIZE[0] * SIZE[1], channels),
     }
-    shape = shapes.get(name, (batch, channels, *SIZE))
+    shape = shapes.get(kind, (batch, channels, *SIZE))
     x = torch.randn(shape, requires_grad=True, **options)
-    return (x, SIZE) if name == 'SpatialReductionACmix' else (x,)
+    return (x, SIZE) if kind == 'SpatialReductionACmix' else (x,)
 
 
 @every_layer
@@ -115,7 +132,7 @@ def test_backward_under_another_autocast(name, forward_in_autocast):
     assert all(g.dtype == torch.float32 for g in results[1])
 
 
-@pytest.mark.parametrize('name', [n for n in LAYERS if n != 'SpatialReductionACmix'])  # no tokens
+@pytest.mark.parametrize('name', [n for n in LAYERS if 'SpatialReduction' not in n])  # no tokens
 def test_channels_last_changes_nothing(name):
     layer = LAYERS[name]().double()
     x, *rest = arguments(name, layer, dtype=torch.float64)

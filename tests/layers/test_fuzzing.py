@@ -12,13 +12,22 @@ from torch import Tensor, nn
 
 import acmix_mm
 from acmix_mm.layers import ACmix, DepthwiseBlock, PatchACmix, PatchAttention, XVolution
-from acmix_mm.layers.mixed_operator import MIX_MODES
+from acmix_mm.layers.mixed_operator import MIX_MODES, SHIFTS
 from acmix_mm.ops import available_backends
 
 few, odd, steps = st.integers(1, 3), st.sampled_from([1, 3, 5]), st.sampled_from([1, 1, 2, 3, 50])
 sides = st.sampled_from([1, 2, 3, 5, 8, 17])
 mixes = st.sampled_from(MIX_MODES)
 backends = st.sampled_from([None, *(b for b in available_backends() if b != 'triton')])
+
+
+def draw_shift(data, outputs: int) -> dict:
+    """Options of the convolution path, for so many outputs of a head position."""
+    divisors = [n for n in range(1, outputs + 1) if outputs % n == 0]
+    shift = data.draw(st.sampled_from(SHIFTS))
+    constant = shift in ('fixed', 'tensor')
+    groups = data.draw(st.sampled_from([None] if constant else [None, *divisors]))
+    return {'shift': shift, 'kernel_groups': groups}
 
 
 def draw_acmix(data):
@@ -28,6 +37,7 @@ def draw_acmix(data):
         groups * data.draw(few), out, data.draw(odd), data.draw(steps), dilation=data.draw(steps),
         groups=groups, bias=data.draw(st.booleans()), num_heads=heads,
         attn_kernel_size=data.draw(odd), mix=data.draw(mixes), backend=data.draw(backends),
+        **draw_shift(data, heads),
     )  # fmt: skip
     return layer, layer.in_channels
 
@@ -52,8 +62,9 @@ def draw_patch_attention(data):
 def draw_patch_acmix(data):
     inputs, qk = data.draw(few), 2 * data.draw(few)
     layer = PatchACmix(
-        inputs, 4 * qk, qk, data.draw(odd), data.draw(odd), data.draw(mixes), data.draw(backends)
-    )
+        inputs, 4 * qk, qk, data.draw(odd), data.draw(odd), data.draw(mixes), data.draw(backends),
+        **draw_shift(data, 4),
+    )  # fmt: skip
     return layer, inputs
 
 
@@ -68,7 +79,8 @@ def draw_window_acmix(data):
     heads = data.draw(few)
     attention = swin.WindowMSA(heads * data.draw(few), heads, (data.draw(few), data.draw(few)))
     backend, mix = data.draw(backends), data.draw(mixes)
-    layer = acmix_mm.layers.WindowACmix(attention, data.draw(odd), mix=mix, backend=backend)
+    options = {'mix': mix, 'backend': backend, **draw_shift(data, heads)}
+    layer = acmix_mm.layers.WindowACmix(attention, data.draw(odd), **options)
     return layer, layer.embed_dims
 
 
@@ -78,7 +90,8 @@ def draw_spatial_reduction_acmix(data):
     ratio = data.draw(st.sampled_from([1, 2]))
     attention = pvt.SpatialReductionAttention(heads * data.draw(few), heads, sr_ratio=ratio)
     backend, mix = data.draw(backends), data.draw(mixes)
-    layer = acmix_mm.layers.SpatialReductionACmix(attention, data.draw(odd), mix, backend)
+    options = {'mix': mix, 'backend': backend, **draw_shift(data, heads)}
+    layer = acmix_mm.layers.SpatialReductionACmix(attention, data.draw(odd), **options)
     return layer, layer.embed_dims
 
 
@@ -225,7 +238,11 @@ def test_wrong_arguments_are_named(layer):
         for value in [*WRONG, *([2] if 'kernel_size' in name else [])]:
             with pytest.raises((ValueError, TypeError), match=rf'\b{name}\b'):
                 pytest.fail(f'{name}={value}: {layer(**{**fitting, **others, name: value})}')
-    for name in ('mix', 'backend', 'attention', 'dynamic', 'padding'):
+    if 'kernel_groups' in inspect.signature(layer).parameters:
+        for value in (*(w for w in WRONG if w is not None), 3):
+            with pytest.raises(ValueError, match=r'\bkernel_groups\b'):
+                layer(**fitting, kernel_groups=value)
+    for name in ('mix', 'shift', 'backend', 'attention', 'dynamic', 'padding'):
         if name in inspect.signature(layer).parameters:
             with pytest.raises(ValueError, match=rf'\b{name}\b'):
                 layer(**{**fitting, name: 'none'})

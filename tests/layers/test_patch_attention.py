@@ -89,9 +89,11 @@ def test_repr():
     assert repr(module).startswith(
         'PatchAttention(\n  64, 32, qk_channels=8, kernel_size=5, backend=None\n'
     )
-    module = PatchACmix(64, 32, 8, 5, backend='torch', mix='sum')
+    options = {'mix': 'sum', 'shift': 'random', 'kernel_groups': 2}
+    module = PatchACmix(64, 32, 8, 5, backend='torch', **options)
     settings = (
-        "64, 32, qk_channels=8, attn_kernel_size=5, kernel_size=3, mix='sum', backend='torch'"
+        "64, 32, qk_channels=8, attn_kernel_size=5, kernel_size=3, mix='sum', shift='random', "
+        "kernel_groups=2, backend='torch'"
     )
     assert f'PatchACmix(\n  {settings}, deployed=False\n' in repr(module)
     module.switch_to_deploy()

@@ -95,8 +95,8 @@ def test_equals_the_formulas(num_heads, arguments, masked, unshift):
 
 
 def test_both_ways_of_convolution_are_tested():
-    assert build(num_heads=3)._folds
-    assert not build(num_heads=6)._folds
+    assert build(num_heads=3).folds
+    assert not build(num_heads=6).folds
 
 
 @pytest.mark.parametrize('qk_scale', [None, 0.3])

@@ -1,6 +1,7 @@
 """PyTorch's counter on our operators: closed forms, other backends, and naive computations."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -211,29 +212,54 @@ def test_attention_of_pytorch_on_the_cpu():
     assert got == (2 * product, 7 * product)
 
 
-def window_acmix(backend: str) -> nn.Module:
+def window_acmix(backend: str, **options) -> nn.Module:
     swin = pytest.importorskip('mmdet.models.backbones.swin')
     plain = swin.WindowMSA(embed_dims=8, num_heads=2, window_size=(2, 3))
     plain.init_weights()
-    return WindowACmix(plain, backend=backend)
+    return WindowACmix(plain, backend=backend, **options)
 
 
-def spatial_reduction_acmix(backend: str) -> nn.Module:
+def spatial_reduction_acmix(backend: str, **options) -> nn.Module:
     pvt = pytest.importorskip('mmdet.models.backbones.pvt')
     plain = pvt.SpatialReductionAttention(embed_dims=8, num_heads=2, sr_ratio=2)
-    layer = SpatialReductionACmix(plain, backend=backend)
+    layer = SpatialReductionACmix(plain, backend=backend, **options)
     forward = layer.forward
     layer.forward = lambda x: forward(x, (4, 6))
     return layer
 
 
-LAYERS = {
-    'ACmix': (lambda b: ACmix(8, 8, num_heads=2, attn_kernel_size=3, backend=b), (8, 4, 6)),
-    'ACmix, many heads': (lambda b: ACmix(8, 8, num_heads=8, stride=2, backend=b), (8, 4, 6)),
-    'PatchAttention': (lambda b: PatchAttention(32, 8, 2, 3, b), (32, 4, 6)),
-    'PatchACmix': (lambda b: PatchACmix(32, 8, 2, 3, backend=b), (32, 4, 6)),
+def acmix(backend: str, **options) -> nn.Module:
+    return ACmix(8, 8, num_heads=2, attn_kernel_size=3, backend=backend, **options)
+
+
+def acmix_of_many_heads(backend: str, **options) -> nn.Module:
+    return ACmix(8, 8, num_heads=8, stride=2, backend=backend, **options)
+
+
+def patch_acmix(backend: str, **options) -> nn.Module:
+    return PatchACmix(32, 8, 2, 3, backend=backend, **options)
+
+
+MIXED = {
+    'ACmix': (acmix, (8, 4, 6)),
+    'ACmix, many heads': (acmix_of_many_heads, (8, 4, 6)),
+    'PatchACmix': (patch_acmix, (32, 4, 6)),
     'WindowACmix': (window_acmix, (4, 6, 8)),
     'SpatialReductionACmix': (spatial_reduction_acmix, (24, 8)),
+}
+OPTIONS = {
+    'tensor shifts': {'shift': 'tensor'},
+    'fixed kernels': {'shift': 'fixed'},
+    'one kernel group': {'kernel_groups': 1},
+}
+LAYERS = {
+    **MIXED,
+    **{
+        f'{name}, {form}': (partial(make, **options), shape)
+        for name, (make, shape) in MIXED.items()
+        for form, options in OPTIONS.items()
+    },
+    'PatchAttention': (lambda b: PatchAttention(32, 8, 2, 3, b), (32, 4, 6)),
     'XVolution': (
         lambda b: XVolution(8, 8, attention='local', num_heads=2, attn_kernel_size=3, backend=b),
         (8, 4, 6),
@@ -255,6 +281,39 @@ def test_backends_count_the_same(name):
         counts[backend] = counter.get_total_flops()
     assert counts['torch'] > 0
     assert set(counts.values()) == {counts['torch']}, counts
+
+
+@pytest.mark.parametrize('backend', [b for b in BACKENDS if b != 'triton'])
+@pytest.mark.parametrize(
+    ('heads', 'options', 'convolution'),
+    [
+        # Multiplications of an output pixel for each head position, at 3 x 3 and stride 1. Few
+        # heads: fc is in the kernels, of which the operator of both paths has one an output.
+        (2, {}, 9 * 6 * 2),
+        (2, {'shift': 'fixed'}, 9 * 6 * 2),
+        (2, {'kernel_groups': 1}, 9 * 6 * 2),
+        (2, {'kernel_groups': 1, 'mix': 'conv'}, 9 * 6),
+        # Eight heads: fc, then as many kernels as there are; one of them is folded.
+        (8, {}, 9 * 24 + 81 * 8),
+        (8, {'kernel_groups': 4}, 9 * 24 + 81 * 4),
+        (8, {'kernel_groups': 1}, 9 * 24),
+        (8, {'shift': 'fixed'}, 9 * 24),
+        # Sums of tensors are not counted, as no additions are.
+        (2, {'shift': 'tensor'}, 9 * 6),
+        (8, {'shift': 'tensor'}, 9 * 24),
+    ],
+)
+def test_forms_of_the_convolution_path(backend, heads, options, convolution):
+    channels, pixels = 16, B * H * W
+    dim = channels // heads
+    layer = ACmix(8, channels, num_heads=heads, attn_kernel_size=5, backend=backend, **options)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randn(B, 8, H, W))
+    attention = 2 * 25 * channels if layer.with_attention else 0
+    expected = 3 * 8 * channels * pixels + attention * pixels + convolution * dim * pixels
+    kernels = dim * layer.kernel_groups
+    folding = 81 * 3 * heads * kernels if layer.folds else 0  # of weights
+    assert counter.get_total_flops() == 2 * (expected + folding)
 
 
 @needs_native

@@ -32,6 +32,11 @@ R26 = str(ROOT / 'configs/acmix_resnet/retinanet_acmix-r26_fpn_8xb2-1x_coco.py')
             8,
         ),
         (
+            'shift --shapes 1x4x8x12x14',
+            {'path, tensor shifts', 'path, learned kernels, folded', 'layer, deployed'},
+            26,
+        ),
+        (
             f'backbone --shapes 1x3x64x64 --models r50 {R26} --modes train --dtypes bfloat16',
             {'r50', Path(R26).stem},
             2,
@@ -103,6 +108,20 @@ def test_deployed_form(monkeypatch):
     candidate.build(*candidate.arguments, candidate.case)()
     assert len(set(deployed)) == 8
     assert not deployed[0].training
+
+
+def test_forms_of_the_shift():
+    """The path and the layer by turns, deployed in evaluation only."""
+    arguments = 'shift --shapes 2x3x8x12x14 --backends auto torch'
+    comparisons = list(benchmark.suite_shift(benchmark.parse_args(arguments.split())))
+    shapes = [{candidate.case.shape for candidate in candidates} for candidates in comparisons]
+    assert shapes == [{(2, 3, 8, 12, 14)}, {(2, 24, 12, 14)}] * 2
+    modes = [candidates[0].case.mode for candidates in comparisons]
+    assert modes == ['forward', 'forward', 'train', 'train']
+    assert [len(candidates) for candidates in comparisons] == [14, 14, 12, 12]
+    names = [c.name for c in comparisons[0]]
+    assert names[:2] == ['path, tensor shifts', 'path, tensor shifts (torch)']
+    assert names[-1] == 'path, deployed (torch)'
 
 
 def test_unfold_forms(monkeypatch):

@@ -4,6 +4,8 @@ Suites (each has its own --help):
   operator   the ACmix layer, as trained and deployed, its unfold formulation, nn.Conv2d 3x3
   attention  neighbourhood attention alone, by backend, at the four stages of ResNet-50; its unfold
              formulation; on CUDA also torch's FlexAttention
+  shift      the convolution path and the ACmix layer by how they shift maps: tensor shifts, grouped
+             convolution with fixed and with learned kernels, folded with fc, deployed
   backbone   whole backbones, by name or from config files: ResNet-ACmix, MMDetection's ResNet-50,
              Swin-T and PVT-S, SAN and others
   detector   whole detectors from config files: a training step, an inference
@@ -32,6 +34,7 @@ reported, the others go on, and the exit status is 1.
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -57,9 +60,12 @@ from acmix_mm.analysis.networks import (
 )
 from acmix_mm.analysis.operators import (
     KERNEL_SIZE,
+    SHIFT_FORMS,
     attention_cost,
     build_attention,
+    build_convolution_path,
     build_operator,
+    build_shift_layer,
     operator_cost,
 )
 from acmix_mm.analysis.report import plot, report, report_fps, report_scaling, shape_name
@@ -97,6 +103,13 @@ ATTENTION_SHAPES = (
     (1, 4, 64, 50, 76),
     (1, 4, 128, 25, 38),
 )
+SHIFT_SHAPES = (  # of ResNet-50's first stage and of Swin-T's four, at 800x1216
+    (1, 4, 16, 200, 304),
+    (1, 3, 32, 200, 304),
+    (1, 6, 32, 100, 152),
+    (1, 12, 32, 50, 76),
+    (1, 24, 32, 25, 38),
+)
 BACKBONE_SHAPES = ((1, 3, 800, 1216), (8, 3, 224, 224))
 SCALING_SHAPES = (  # each of about twice the pixels of the one before
     (224, 224),
@@ -118,6 +131,7 @@ examples:
   benchmark.py operator
   benchmark.py operator --backends auto torch native --shapes 1x64x100x152 --json operator.json
   benchmark.py attention --peak-tflops 0.2 --peak-gbs 25 --plot attention.png
+  benchmark.py shift --shapes 1x4x16x200x304 --modes forward --plot shift.png
   benchmark.py backbone --models r50 acmix-r50 swin-t pvt-s --shapes 1x3x800x1216
   benchmark.py detector --configs configs/acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py
   benchmark.py fps --shapes 800x1216 --configs configs/swin/retinanet_swin-t_fpn_8xb2-1x_coco.py \\
@@ -165,6 +179,22 @@ def suite_attention(args: argparse.Namespace) -> Iterator[list[Candidate]]:
         yield [
             Candidate(name, build_attention, (form, backend), case, cost)
             for name, form, backend in forms
+        ]
+
+
+def suite_shift(args: argparse.Namespace) -> Iterator[list[Candidate]]:
+    for case in cases(args, args.shapes):
+        batch, heads, dim, *size = case.shape
+        layer_case = dataclasses.replace(case, shape=(batch, heads * dim, *size))
+        forms = [*SHIFT_FORMS, *([] if case.train else ['deployed'])]
+        named = [(form, n, backend) for form in forms for n, backend in backend_forms(form, args)]
+        yield [
+            Candidate(f'path, {name}', build_convolution_path, (form, backend), case)
+            for form, name, backend in named
+        ]
+        yield [
+            Candidate(f'layer, {name}', build_shift_layer, (form, heads, backend), layer_case)
+            for form, name, backend in named
         ]
 
 
@@ -263,6 +293,7 @@ def suite_gpu(args: argparse.Namespace) -> Iterator[list[Candidate]]:
 SUITES = {
     'operator': suite_operator,
     'attention': suite_attention,
+    'shift': suite_shift,
     'backbone': suite_backbone,
     'detector': suite_detector,
     'fps': suite_fps,
@@ -409,6 +440,18 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_shapes(suite, 'BxNxdxHxW', ATTENTION_SHAPES, KERNEL_SIZE)
     add_peaks(suite, '')
+    suite = add(
+        'shift',
+        'The convolution path alone, of projected maps (d channels for each of N heads), and the\n'
+        'layer ACmix of N heads on N d channels, by how they shift maps:\n'
+        '  tensor shifts     after fc, maps are padded, sliced and added\n'
+        '  fixed kernels     the same by a grouped convolution, one kernel for each head position\n'
+        '  one kernel group  as many kernels, learned\n'
+        '  learned kernels   N kernels for each head position, as published\n'
+        '  ..., folded       fc is multiplied into the kernels\n'
+        '  deployed          learned kernels for inference, folded where that saves operations',
+    )
+    add_shapes(suite, 'BxNxdxHxW', SHIFT_SHAPES, KERNEL_SIZE)
     suite = add(
         'backbone',
         'Whole backbones. Training: the loss is the sum of the means of the outputs; nothing is\n'
