@@ -102,7 +102,8 @@ class ACmix(MixedOperator):
         self.num_heads = num_heads
         self.attn_kernel_size = attn_kernel_size
         # Both paths as one operator, where folded kernels for each output pay.
-        self._fuses = self.mix not in ('attention', 'conv') and folding_pays(
+        both = self.with_attention and self.with_convolution
+        self._fuses = both and folding_pays(
             3 * num_heads, out_channels, self.head_dim, self.kernel_size[0], self.stride[0]
         )
         for name in ('conv1', 'conv2', 'conv3'):  # projections to query, key and value

@@ -56,9 +56,9 @@ class MixedOperator(Deployable):
             is one for each output where kernels are learned, and 1 where they are constant, as
             more would all be the same. Default: None.
 
-    Constant shift kernels are a buffer, ``shift_kernel``; ``dep_conv`` is not there then. State
-    dicts with one of the two do not load into an operator with the other, not strictly either:
-    kernels would be left out, or keep other values, in silence.
+    Where kernels are constant, a buffer ``shift_kernel`` takes the place of ``dep_conv``. A state
+    dict with one of the two is refused by an operator with the other, also where loading is not
+    strict and would leave kernels out in silence.
 
     Attributes:
         kernel_groups (int): As the argument, resolved.
@@ -143,6 +143,7 @@ class MixedOperator(Deployable):
 
     @property
     def learns_kernels(self) -> bool:
+        """Whether the convolution path's kernels are parameters, else they are constant."""
         return self.shift in ('learned', 'random')
 
     @property

@@ -134,6 +134,15 @@ def test_onnx(trained, tmp_path, capsys):
     [
         pytest.param('acmix-san10', {'depth': 10}, None, marks=pytest.mark.slow),
         ('acmix-swin-t', {'depths': [1, 1, 1, 1]}, (50, 70)),
+        *(
+            pytest.param(
+                'acmix-swin-t',
+                {'depths': [1, 1, 1, 1], **more},
+                (50, 70),
+                marks=pytest.mark.slow,
+            )
+            for more in ({'shift': 'tensor'}, {'shift': 'fixed'}, {'kernel_groups': 1})
+        ),
         pytest.param(
             'dwnet-t',
             {'arch.depths': [1, 1, 1, 1], 'dynamic': 'inhomogeneous'},
