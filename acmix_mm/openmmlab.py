@@ -31,6 +31,7 @@ BACKBONES = (
     'XVolutionResNet',
 )
 TRAINING_HOOKS = (
+    'PathBiasHook',
     'PreemptionHook',
     'ReproducibilityHook',
     'SafeCheckpointHook',
