@@ -1,5 +1,6 @@
 """Images of one's own as the test pipeline of a config gives them to its model."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,11 +77,14 @@ class Frame:
             )
         across, down = self.to_input(x + 0.5, y + 0.5)
         if not (0 <= across < self.visible[1] and 0 <= down < self.visible[0]):
-            left, top = self.to_image(0, 0)
-            right, bottom = self.to_image(*self.visible[::-1])
+            # Pixels whose centres are in it.
+            (left, top), (right, bottom) = (
+                (math.ceil(edge - 0.5) for edge in self.to_image(*corner))
+                for corner in ((0, 0), self.visible[::-1])
+            )
             raise ValueError(
                 f'point {x},{y} must be in what the test pipeline leaves of the image, x from '
-                f'{left:.0f} to {right:.0f} and y from {top:.0f} to {bottom:.0f}'
+                f'{left} to {right - 1} and y from {top} to {bottom - 1}'
             )
         row, col = int(down * size[0] / self.input[0]), int(across * size[1] / self.input[1])
         return min(row, size[0] - 1), min(col, size[1] - 1)
