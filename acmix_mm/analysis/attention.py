@@ -132,6 +132,7 @@ class Attention(ABC):
         """
         channels = self.operator.head_dim * self.groups
         bytes_each = channels * self.grid[0] * self.grid[1] * 8
+        queries = queries.to(next(self.operator.parameters()).device)
         chunks = queries.split(max(1, CHUNK_BYTES // bytes_each))
         return torch.cat([self._weights(chunk) for chunk in chunks])
 
@@ -149,7 +150,7 @@ class Attention(ABC):
         keys = self.keys(queries) // self.key_size
         inside = (keys < keys.new_tensor([rows, cols])).all(-1)
         index = (keys[..., 0] * cols + keys[..., 1]) * inside
-        weights = self.weights(queries) * inside[:, None]
+        weights = self.weights(queries).to(keys.device) * inside[:, None]
         out = weights.new_zeros(*weights.shape[:2], rows * cols)
         out.scatter_add_(2, index[:, None].expand_as(weights), weights)
         return out.unflatten(2, (rows, cols))

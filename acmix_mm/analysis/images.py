@@ -30,6 +30,25 @@ def check_image(image: Path) -> None:
             raise ValueError('is no picture') from None
 
 
+def check_readable(file: Path) -> None:
+    """Raises a ValueError that names the image unless it can be read."""
+    try:
+        check_image(file)
+    except Exception as error:  # of PIL, of many kinds
+        why = ' '.join(str(getattr(error, 'strerror', None) or error).split())
+        raise ValueError(f'image {file} cannot be read: {why}') from None
+
+
+def read_rgb(file: Path) -> np.ndarray:
+    """The image of a file, (H, W, 3), in the orientation that pipelines give it.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    check_readable(file)
+    return mmcv.imread(file, channel_order='rgb')
+
+
 @dataclass(frozen=True)
 class Frame:
     """Where an image lies in the input of a network.
@@ -124,11 +143,7 @@ class ImageLoader:
             ValueError: If the image cannot be read, if the model sees it in several pieces, or if
                 the pipeline does more to positions than to scale, to crop centrally and to pad.
         """
-        try:
-            check_image(file)
-        except Exception as error:  # of PIL, of many kinds
-            why = ' '.join(str(getattr(error, 'strerror', None) or error).split())
-            raise ValueError(f'image {file} cannot be read: {why}') from None
+        check_readable(file)
         if (getattr(self.model, 'test_cfg', None) or {}).get('mode') == 'slide':
             raise ValueError(
                 "model.test_cfg.mode must be 'whole', as the positions of sliding windows are not "
@@ -180,8 +195,3 @@ def _followed_by(frame: Frame, name: str, size: tuple[int, int]) -> Frame:
         'test pipeline must only scale, crop centrally or pad images, for their positions to be '
         f'known; {name} changes {before} to {size}'
     )
-
-
-def rgb(file: Path) -> np.ndarray:
-    """The image of a file, (H, W, 3), as pipelines orient it."""
-    return mmcv.imread(file, channel_order='rgb')

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from browser import content, open_page
 from mixed_operators import CASES, acmix, patch, reduced, window
 from torch import nn
 
@@ -341,8 +342,8 @@ def page_of(tmp_path):
 @pytest.mark.parametrize('make', [acmix, patch, reduced, window])
 def test_weights_in_the_page(page_of, make):
     attention = attention_of(make())
-    _, content = page_of(attention)
-    (layer,) = content['layers']
+    _, data = page_of(attention)
+    (layer,) = data['layers']
     shape = (*attention.query_size, attention.groups, math.prod(attention.grid))
     dtype = np.int8 if attention.signed else np.uint8
     steps = np.frombuffer(base64.b64decode(layer['weights']), dtype).reshape(shape)
@@ -353,13 +354,45 @@ def test_weights_in_the_page(page_of, make):
     assert (
         content['extent'] == '1 of the 3 mixed operators with attention (--layers chooses others).'
     )
-    assert content['point'] == [2, 3]
+    assert data['point'] == [2, 3]
 
 
 def test_the_page_needs_nothing_else(page_of):
-    text, content = page_of(attention_of(acmix()), title='</script><b>&amp; bold')
-    assert content['title'] == '</script><b>&amp; bold'
+    text, data = page_of(attention_of(acmix()), title='</script><b>&amp; bold')
+    assert data['title'] == '</script><b>&amp; bold'
     assert text.count('</script>') == 2  # those of the template
-    assert content['image'].startswith('data:image/png;base64,')
+    assert data['image'].startswith('data:image/png;base64,')
     for outside in ('http://', 'https://', '//cdn', 'src="', '@import', 'url('):
         assert outside not in text
+
+
+EVERYTHING = """
+const all = [];
+const [layer] = data.layers;
+for (let row = 0; row < layer.queries[0]; row++) {
+  for (let col = 0; col < layer.queries[1]; col++) {
+    const {keys, own} = keysOf(layer, row, col);
+    const weights = weightsOf(layer, row, col).map((w) => Array.from(w));
+    all.push([keys.map((k) => [k.row, k.col, k.beyond]), own, weights]);
+  }
+}
+report(all);
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', CASES)
+def test_every_position_in_a_browser(page_of, tmp_path, name):
+    """Keys, which of them are beyond the border, and weights, as the page's own functions say."""
+    attention = attention_of(CASES[name]())
+    page_of(attention)
+    found = json.loads(content(open_page(tmp_path / 'page.html', script=EVERYTHING), 'report'))
+    queries = all_queries(attention)
+    weights, own = attention.weights(queries), attention.own(queries).tolist()
+    keys, beyond = attention.keys(queries).tolist(), attention.beyond(queries).tolist()
+    for i, (found_keys, found_own, found_weights) in enumerate(found):
+        assert found_keys == [[*k, b] for k, b in zip(keys[i], beyond[i], strict=True)]
+        assert found_own == own[i]
+        limit = weights[i].abs().max().item() / 200
+        np.testing.assert_allclose(found_weights, weights[i], rtol=0, atol=limit)
+    assert len(found) == len(queries)

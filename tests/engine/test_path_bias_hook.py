@@ -3,12 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from mmengine.dist import get_rank
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, VISBACKENDS
+from mmengine.visualization.vis_backend import BaseVisBackend
 from processes import run_two_processes
 from small_runs import Each, Kill, kill, make_runner
 
@@ -155,6 +157,29 @@ def test_refused(tmp_path):
     model.layers.requires_grad_()
     with pytest.raises(ValueError, match=r'layers\.0 is deployed'):
         runner_of(tmp_path, model=model).train()
+
+
+@VISBACKENDS.register_module(force=True)
+class Memory(BaseVisBackend):
+    """What any backend is given."""
+
+    given: ClassVar[list] = []
+
+    experiment = add_image = add_scalar = _init_env = None
+
+    def add_scalars(self, scalar_dict, step=0, file_path=None, **kwargs):
+        self.given.append((step, scalar_dict))
+
+
+def test_every_backend_is_given_numbers(tmp_path):
+    """TensorBoard's takes numbers alone, and the step apart from them."""
+    backends = [{'type': 'Memory'}, {'type': 'LocalVisBackend'}]
+    visualizer = {'type': 'Visualizer', 'vis_backends': backends}
+    Memory.given.clear()
+    runner_of(tmp_path, visualizer=visualizer).train()
+    given = [(step, line) for step, line in Memory.given if 'path_bias_rate1/layers.0' in line]
+    assert [{**line, 'step': step} for step, line in given] == records(tmp_path)
+    assert all(type(value) is float for _, line in given for value in line.values())
 
 
 def test_tensorboard(tmp_path):

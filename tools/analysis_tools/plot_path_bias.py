@@ -34,6 +34,7 @@ from acmix_mm.analysis.path_bias import (
 from acmix_mm.analysis.report import align
 from acmix_mm.command_line import (
     Parser,
+    add_cfg_options,
     build_model,
     check_folder,
     keep_freed_memory,
@@ -69,6 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--energy', nargs='+', metavar=('CONFIG', 'IMAGE'),
         help='config of the checkpoints, and images',
     )  # fmt: skip
+    add_cfg_options(parser)
     parser.add_argument('--out', type=Path, required=True, metavar='FILE.png', help='the picture')
     args = parser.parse_args(argv)
     args.labels = args.labels or [path.resolve().name for path in args.paths]
@@ -101,7 +103,7 @@ def read_groups(args: argparse.Namespace) -> dict[str, list[list[PathRates]]]:
 def measure_energies(args: argparse.Namespace) -> dict[str, list[list[PathEnergy]]]:
     """Energies of the runs by label, on the images."""
     config, *images = args.energy
-    cfg = load_config(config)
+    cfg = load_config(config, args.cfg_options)
     keep_freed_memory()
     energies: dict[str, list[list[PathEnergy]]] = {}
     with tqdm(total=len(args.paths) * len(images), desc='energy', unit='image') as bar:

@@ -18,9 +18,11 @@ of the network's input. Files of an earlier run with the same names are replaced
 import argparse
 import contextlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -34,7 +36,7 @@ from acmix_mm.analysis.attention import (
 )
 from acmix_mm.analysis.attention_figures import plot_attention, plot_paths, plot_shift_kernels
 from acmix_mm.analysis.attention_page import write_page
-from acmix_mm.analysis.images import ImageLoader, rgb
+from acmix_mm.analysis.images import Frame, ImageLoader, read_rgb
 from acmix_mm.command_line import (
     Parser,
     add_config_arguments,
@@ -48,7 +50,7 @@ from acmix_mm.command_line import (
     program,
 )
 
-PAGE = 'attention.html'
+PAGE, PATHS, KERNELS = 'attention.html', 'paths.png', 'shift_kernels.png'
 EXAMPLES = """
 example:
   visualize_attention.py IMAGE.jpg CONFIG CHECKPOINT --points 60,40 20,70 --out-dir attention
@@ -104,10 +106,27 @@ def progress(steps: int) -> Iterator:
         yield begin
 
 
+def read_image(args: argparse.Namespace) -> np.ndarray:
+    """The image; exits with a message if it would be overwritten, or the points are not in it."""
+    image = read_rgb(args.image)
+    height, width = image.shape[:2]
+    for point in args.points:
+        Frame((height, width), (height, width), (height, width)).cell(*point, (height, width))
+    names = (PAGE, PATHS, KERNELS, *map(picture_of, args.points))
+    if args.image.resolve() in [(args.out_dir / name).resolve() for name in names]:
+        sys.exit(f'error: --out-dir {args.out_dir}: {args.image} would be overwritten')
+    return image
+
+
+def picture_of(point: tuple[int, int]) -> str:
+    return f'attention_x{point[0]}_y{point[1]}.png'
+
+
 @program
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_folder(nearest_existing(args.out_dir))
+    image = read_image(args)
     cfg = load_config(args.config, args.cfg_options)
     checkpoint = load_checkpoint(args.checkpoint)
     keep_freed_memory()
@@ -124,18 +143,16 @@ def main(argv: list[str] | None = None) -> None:
         begin('run the model')
         everything = attentions_of(model, lambda: model.test_step(data))
         attentions = choose(everything, args)
-        image = rgb(args.image)
         args.out_dir.mkdir(parents=True, exist_ok=True)
         for point in args.points:
             begin(f'weights of {point[0]},{point[1]}')
-            file = args.out_dir / f'attention_x{point[0]}_y{point[1]}.png'
-            plot_attention(attentions, image, frame, point, file)
+            plot_attention(attentions, image, frame, point, args.out_dir / picture_of(point))
         begin('paths')
-        figures = [draw_paths(attentions, image, frame, args.out_dir / 'paths.png')]
+        figures = [draw_paths(attentions, image, frame, args.out_dir / PATHS)]
         kernels = {a.name: k for a in attentions for k in [shift_kernels(a.operator)] if k}
         begin('kernels')
         if kernels:
-            figures.append(draw_kernels(kernels, args.out_dir / 'shift_kernels.png'))
+            figures.append(draw_kernels(kernels, args.out_dir / KERNELS))
         begin('page')
         title = f'Attention of {Path(args.config).stem} on {args.image.name}'
         page = args.out_dir / PAGE
