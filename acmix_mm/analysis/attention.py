@@ -420,6 +420,9 @@ def attentions_of(
         raise ValueError(f'run must call {missing[0]}, and does not')
     if not calls:
         raise ValueError('run must call the model, none of its mixed operators was called')
+    for name, call in calls.items():
+        if not call.arguments['x'].isfinite().all():
+            raise ValueError(f'run must have finite values, the input of {name} has others')
     return [
         next(KINDS[kind] for kind in type(operators[name]).__mro__ if kind in KINDS)(
             name, operators[name], calls[name]
@@ -509,7 +512,9 @@ class ShiftKernels:
         change (Tensor): Root mean square over outputs of learned less initial, (k * k, k, k).
         relative_change (float): Norm of learned less initial, divided by that of initial.
         folded (Tensor): Root mean square over outputs of the kernels with ``fc`` and rate2 in them,
-            for each map that they take, (maps, k, k).
+            for each map that they take, (rows, columns, k, k).
+        row_names (tuple[str, ...]): What the rows of those maps are: query, key and value.
+        column_names (tuple[str, ...]): What the columns are: heads.
     """
 
     initial: Tensor
@@ -517,6 +522,8 @@ class ShiftKernels:
     change: Tensor
     relative_change: float
     folded: Tensor
+    row_names: tuple[str, ...]
+    column_names: tuple[str, ...]
 
 
 @torch.no_grad()
@@ -534,7 +541,12 @@ def shift_kernels(operator: MixedOperator) -> ShiftKernels | None:
     change = (kernel - initial).square().mean(0).sqrt()
     folded = operator.mixing_weights().folded().kernel.square().mean(0).sqrt()
     relative = (change.norm() / initial.norm()).item()
-    return ShiftKernels(initial, kernel.mean(0), change, relative, folded)
+    if isinstance(operator, PatchACmix):
+        names = (('',), ('q', 'k', *(f'v{i + 1}' for i in range(len(folded) - 2))))
+    else:
+        names = (('q', 'k', 'v'), tuple(str(i + 1) for i in range(len(folded) // 3)))
+    folded = folded.unflatten(0, tuple(map(len, names)))
+    return ShiftKernels(initial, kernel.mean(0), change, relative, folded, *names)
 
 
 def default_names(attentions: Sequence[Attention]) -> list[str]:

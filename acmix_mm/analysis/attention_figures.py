@@ -1,13 +1,14 @@
 """Pictures of attention weights, of what each path adds, and of shift kernels."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.figure
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
@@ -46,10 +47,9 @@ def show_image(axis: Axes, image: np.ndarray) -> None:
     axis.set_ylim(image.shape[0] - 0.5, -0.5)
 
 
-def _bar(figure, shown: AxesImage, axis: Axes, label: str = '') -> None:
+def _bar(figure: Figure, shown: AxesImage, axis: Axes) -> None:
     bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.03)
     bar.ax.tick_params(labelsize=7)
-    bar.set_label(label, fontsize=8)
 
 
 def plot_attention(
@@ -69,40 +69,42 @@ def plot_attention(
         file (str | Path): The picture, whose suffix decides on the format.
     """
     columns = 2 + min(MOST_GROUPS, max(a.groups for a in attentions))
-    figure = matplotlib.figure.Figure(
-        figsize=(1.9 * columns + 1, 2.15 * len(attentions) + 0.7), layout='constrained'
+    figure = Figure(
+        figsize=(1.9 * columns + 1.2, 2.15 * len(attentions) + 0.5), layout='constrained'
     )
     figure.suptitle(
         f'Attention weights of pixel x = {point[0]}, y = {point[1]} (cross, white frames): how '
-        'much it takes from where. Strokes: beyond the border',
+        'much it takes from where.\nStrokes: beyond the border, where maps are reflected or padded',
         fontsize=11,
     )
-    grid = figure.subplots(len(attentions), columns, squeeze=False)
+    widths = [1.0] * columns + [0.06]  # the last one is of the scales
+    grid = figure.subplots(len(attentions), columns + 1, squeeze=False, width_ratios=widths)
     names = short_names([a.name for a in attentions])
     for axes, attention, name in zip(grid, attentions, names, strict=True):
         row, col = frame.cell(*point, attention.query_size)
         query = torch.tensor([[row, col]])
         weights = attention.weights(query)[0].numpy(force=True)
         _overlay(axes[0], attention, image, frame, point, query)
-        axes[0].set_ylabel(f'{name}\n{attention.kind}', fontsize=7)
+        axes[0].set_ylabel('\n'.join([name, *textwrap.wrap(attention.kind, 34)]), fontsize=7)
         mean = weights.mean(0)
-        groups = [('mean', mean), *((str(i + 1), w) for i, w in enumerate(weights))]
-        colours, norm = scale_of(np.concatenate([w for _, w in groups[:columns]]), attention.signed)
+        group = attention.group_name
+        shown_groups = [(f'{group} {i + 1}', w) for i, w in enumerate(weights)][: columns - 2]
+        if attention.groups > 1:
+            shown_groups.insert(0, (f'mean of {attention.groups} {group}s', mean))
+        colours, norm = scale_of(np.stack([w for _, w in shown_groups]), attention.signed)
         own, beyond = attention.own(query)[0].item(), attention.beyond(query)[0].tolist()
-        for axis, (title, values) in zip(axes[1:], groups, strict=False):
+        for axis, (title, values) in zip(axes[1:], shown_groups, strict=False):
             cells = values.reshape(attention.grid)
             shown = axis.imshow(cells, colours, norm=norm, interpolation='nearest')
-            if title == 'mean':
-                title = f'mean of {attention.groups} {attention.group_name}s'
-            else:
-                title = f'{attention.group_name} {title}'
             axis.set_title(title, fontsize=8)
             axis.set(xticks=[], yticks=[])
             _mark_keys(axis, attention, own, beyond)
-        for axis in axes[len(groups) + 1 :]:
+        for axis in axes[len(shown_groups) + 1 : columns]:
             axis.set_axis_off()
         label = 'weight' if attention.signed else 'weight (sum: 1)'
-        _bar(figure, shown, axes[min(columns, len(groups) + 1) - 1], label)
+        bar = figure.colorbar(shown, cax=axes[-1])
+        bar.ax.tick_params(labelsize=7)
+        bar.set_label(label, fontsize=8)
     write_figure(file, figure, dpi=DPI)
 
 
@@ -114,7 +116,8 @@ def _mark_keys(axis: Axes, attention: Attention, own: int, beyond: Sequence[bool
             x, y = key % cols, key // cols
             axis.plot([x - 0.4, x + 0.4], [y + 0.4, y - 0.4], color='0.5', linewidth=0.6)
     corner = (own % cols - 0.5, own // cols - 0.5)
-    axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor='white', linewidth=1.4))
+    for colour, width in (('black', 3), ('white', 1.4)):
+        axis.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour, linewidth=width))
 
 
 def _overlay(
@@ -164,7 +167,7 @@ def plot_paths(
         file (str | Path): The picture, whose suffix decides on the format.
     """
     aspect = image.shape[0] / image.shape[1]
-    figure = matplotlib.figure.Figure(
+    figure = Figure(
         figsize=(12.5, (2.3 * aspect + 0.25) * len(attentions) + 0.8), layout='constrained'
     )
     figure.suptitle(
@@ -221,9 +224,7 @@ def plot_shift_kernels(kernels: Mapping[str, ShiftKernels], file: str | Path) ->
         kernels (Mapping[str, ShiftKernels]): By names of layers.
         file (str | Path): The picture, whose suffix decides on the format.
     """
-    figure = matplotlib.figure.Figure(
-        figsize=(12.5, 2.75 * len(kernels) + 0.6), layout='constrained'
-    )
+    figure = Figure(figsize=(12.5, 2.75 * len(kernels) + 0.6), layout='constrained')
     figure.suptitle(
         'Shift kernels of the convolution path, one for each kernel position, in the order of the '
         'positions',
@@ -233,14 +234,15 @@ def plot_shift_kernels(kernels: Mapping[str, ShiftKernels], file: str | Path) ->
     names = short_names(list(kernels))
     for axes, name, kernel in zip(grid, names, kernels.values(), strict=True):
         side = kernel.initial.size(-1)
-        maps = len(kernel.folded)
-        columns = maps // 3 if maps % 3 == 0 else maps
         largest = max(1.0, kernel.mean.abs().max().item())
         pictures = (
             ('at the start: shifts', kernel.initial, side, EITHER_SIGN, largest),
             ('learned: mean over outputs', kernel.mean, side, EITHER_SIGN, largest),
             ('change: RMS over outputs', kernel.change, side, POSITIVE, None),
-            ('learned, with fc: RMS over outputs', kernel.folded, columns, POSITIVE, None),
+            (
+                'learned, with fc: RMS over outputs', kernel.folded.flatten(0, 1),
+                len(kernel.column_names), POSITIVE, None,
+            ),
         )  # fmt: skip
         for axis, (title, values, count, colours, limit) in zip(axes, pictures, strict=True):
             cells = mosaic(values.numpy(force=True), count)
@@ -254,15 +256,12 @@ def plot_shift_kernels(kernels: Mapping[str, ShiftKernels], file: str | Path) ->
             axis.set_frame_on(False)
             axis.set_title(title, fontsize=9)
             _bar(figure, shown, axis)
-        _label_maps(axes[3], maps, side)
+        names_of_maps = (
+            (axes[3].set_yticks, kernel.row_names),
+            (axes[3].set_xticks, kernel.column_names),
+        )
+        for set_ticks, labels in names_of_maps:
+            set_ticks([i * (side + 1) + (side - 1) / 2 for i in range(len(labels))], labels)
+        axes[3].tick_params(length=0, labelsize=8)
         axes[0].set_ylabel(f'{name}\nchanged by {kernel.relative_change:.0%}', fontsize=9)
     write_figure(file, figure, dpi=DPI)
-
-
-def _label_maps(axis: Axes, maps: int, side: int) -> None:
-    """Which map a folded kernel takes: rows of query, key and value, a column for each head."""
-    if maps % 3:
-        return
-    axis.set_yticks([i * (side + 1) + (side - 1) / 2 for i in range(3)], ['q', 'k', 'v'])
-    axis.tick_params(length=0, labelsize=9)
-    axis.set_xlabel('heads', fontsize=8)

@@ -89,10 +89,11 @@ def _layer(attention: Attention, step: int) -> dict:
     ]
     steps, scales = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     rows, cols = attention.query_size
+    plural = 's' if attention.groups > 1 else ''
     return {
         'name': attention.name,
         'kind': attention.kind,
-        'text': f'{rows} x {cols}, {attention.groups} {attention.group_name}s',
+        'text': f'{rows} x {cols}, {attention.groups} {attention.group_name}{plural}',
         'groupName': attention.group_name,
         'groups': attention.groups,
         'signed': attention.signed,

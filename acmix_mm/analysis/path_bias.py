@@ -248,14 +248,22 @@ SPREADS = ('range', 'std')
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names of modules without the parts, at both ends, that all of them share."""
+    """Names of modules without the words, at both ends, that all of them share.
+
+    Numbers stay, and the word before them: of ``a.stages.0.attn``, ``a.stages.1.attn``, 'stages.0'
+    and 'stages.1' are left.
+    """
     parts = [name.split('.') for name in names]
     start = end = 0
     if len(names) > 1:
         least = min(map(len, parts)) - 1
         while start < least and len({p[start] for p in parts}) == 1:
             start += 1
+        if start and any(p[start].isdecimal() for p in parts):
+            start -= 1
         while end < least - start and len({p[-1 - end] for p in parts}) == 1:
+            if parts[0][-1 - end].isdecimal():
+                break
             end += 1
     return ['.'.join(p[start : len(p) - end]) for p in parts]
 

@@ -208,6 +208,8 @@ def test_refused():
         attentions_of(model, run, ['unused'])
     with pytest.raises(ValueError, match='none of its mixed operators was called'):
         attentions_of(model, lambda: None)
+    with pytest.raises(ValueError, match='must have finite values, the input of first has others'):
+        attentions_of(model, lambda: model(x * math.nan))
     with pytest.raises(ValueError, match='must be in evaluation mode'):
         attentions_of(model.train(), run)
     with pytest.raises(ValueError, match="have operators with an attention path, all have mix='co"):
@@ -248,7 +250,15 @@ def test_learned_shift_kernels():
     assert kernels.relative_change == pytest.approx(relative)
     fc = operator.fc['weight'].detach().flatten(1) * 0.5  # rate2
     folded = torch.einsum('oipq,im->ompq', learned, fc)
-    torch.testing.assert_close(kernels.folded, folded.pow(2).mean(0).sqrt())
+    torch.testing.assert_close(kernels.folded.flatten(0, 1), folded.pow(2).mean(0).sqrt())
+    assert (kernels.row_names, kernels.column_names) == (('q', 'k', 'v'), ('1', '2'))
+
+
+def test_maps_of_patchwise_attention():
+    """Query, key and four groups of values."""
+    kernels = shift_kernels(patch().operator)
+    assert kernels.folded.shape == (1, 6, 3, 3)
+    assert kernels.column_names == ('q', 'k', 'v1', 'v2', 'v3', 'v4')
 
 
 def test_operators_without_learned_kernels():

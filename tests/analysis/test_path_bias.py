@@ -243,8 +243,10 @@ def test_bad_checkpoints(tmp_path):
     ('names', 'short'),
     [
         (['backbone.layer1.0.conv2', 'backbone.layer2.3.conv2'], ['layer1.0', 'layer2.3']),
+        (['x.blocks.0.1.attn', 'x.blocks.1.1.attn'], ['blocks.0.1', 'blocks.1.1']),
         (['a.b', 'a.b.c'], ['b', 'b.c']),
         (['only.one'], ['only.one']),
+        (['0', '1'], ['0', '1']),
         (['a', 'b'], ['a', 'b']),
         (['', 'inner'], ['', 'inner']),
     ],
