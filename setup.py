@@ -75,7 +75,7 @@ setup(
     license='Apache-2.0',
     **native_kernels(),
     packages=find_packages(include=['acmix_mm', 'acmix_mm.*']),
-    package_data={'acmix_mm': ['py.typed']},
+    package_data={'acmix_mm': ['py.typed', 'analysis/*.html']},
     python_requires='>=3.10',
     # All that acmix_mm.ops and acmix_mm.layers need; backbones and programs need one of the first
     # two extras.

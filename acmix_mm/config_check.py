@@ -17,7 +17,6 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -451,9 +450,8 @@ def _find(name: object, registries: tuple[Registry, ...], scope: str | None) -> 
         with registry.switch_scope_and_registry(scope) as scoped:
             found = scoped.get(name)
         if found is not None:
-            if found.__module__ == 'acmix_mm.openmmlab':  # stands for a backbone until this import
-                import_module('acmix_mm.backbones')
-                return _find(name, (registry,), scope)
+            if found.__module__ == 'acmix_mm.openmmlab':
+                return found.stands_for()
             return found
     return None
 

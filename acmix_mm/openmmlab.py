@@ -31,6 +31,7 @@ BACKBONES = (
     'XVolutionResNet',
 )
 TRAINING_HOOKS = (
+    'PathBiasHook',
     'PreemptionHook',
     'ReproducibilityHook',
     'SafeCheckpointHook',
@@ -129,12 +130,16 @@ def find_packages_by_module() -> None:
 
 
 def _imported(module: str, name: str) -> Callable:
-    """Builds what a module has under a name, and imports it only then."""
+    """Builds what a module has under a name, and imports it only then, or by ``stands_for()``."""
+
+    def stands_for() -> Callable:
+        return getattr(importlib.import_module(module), name)
 
     def build(*args, **kwargs):
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+        return stands_for()(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = name
+    build.stands_for = stands_for
     return build
 
 

@@ -37,10 +37,10 @@ from mmengine.config import Config
 from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.infer import BaseInferencer
 from mmengine.structures import BaseDataElement
-from PIL import Image, UnidentifiedImageError
 from torch import nn
 from tqdm import tqdm
 
+from acmix_mm.analysis.images import check_image
 from acmix_mm.command_line import (
     IMAGE_SUFFIXES,
     Parser,
@@ -97,23 +97,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 # Images.
-
-
-def check_image(image: Path) -> None:
-    """Raises an error that says why, unless an image can be read to its end.
-
-    OpenCV, by which pipelines read, takes what there is of one that ends early.
-    """
-    if not image.is_file():
-        raise ValueError('is a folder' if image.is_dir() else 'is no file, or a link to none')
-    if not image.stat().st_size:
-        raise ValueError('the file is empty')
-    try:
-        with Image.open(image) as picture:
-            picture.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError):  # OpenCV may still read it
-        if mmcv.imread(image) is None:
-            raise ValueError('is no picture') from None
 
 
 def reason(error: Exception) -> str:

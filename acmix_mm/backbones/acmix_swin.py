@@ -35,7 +35,7 @@ class ShiftWindowACmix(BaseModule):
         height, width = hw_shape
         x = query.unflatten(1, hw_shape)
         x = F.pad(x, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
-        shift = self.shift_size if min(hw_shape) > self.window_size else 0
+        shift = self.shift_of(hw_shape)
         mask = None
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
@@ -46,6 +46,10 @@ class ShiftWindowACmix(BaseModule):
         else:
             x = self.w_msa(x, mask, unshift=shift)
         return self.drop(x[:, :height, :width].flatten(1, 2))
+
+    def shift_of(self, hw_shape: tuple[int, int]) -> int:
+        """By how many pixels a map of that size is rolled to the left and upwards."""
+        return self.shift_size if min(hw_shape) > self.window_size else 0
 
 
 def shift_mask(height: int, width: int, window_size: int, shift: int, like: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Registered hooks for training that loses no work, and goes on from where it was.
 
 Each works in anyone's config, with ``custom_imports = dict(imports=['acmix_mm'])``;
-:func:`protect` puts all of them into a config, as tools/train.py does.
+:func:`protect` puts all of them into a config, as tools/train.py does. :class:`PathBiasHook` has
+nothing to do with that: it records how operators weigh their two paths.
 """
 
 from .checkpoint_hook import SafeCheckpointHook, WholeFileBackend
 from .cpu_amp import CPUAmpOptimWrapper, use_bfloat16
 from .non_finite_loss_hook import StopAtNonFiniteLossHook
+from .path_bias_hook import PathBiasHook
 from .preemption_hook import PreemptionHook
 from .protection import protect
 from .reproducibility_hook import ReproducibilityHook
@@ -14,6 +16,7 @@ from .work_dir import newest_checkpoint, set_aside
 
 __all__ = [
     'CPUAmpOptimWrapper',
+    'PathBiasHook',
     'PreemptionHook',
     'ReproducibilityHook',
     'SafeCheckpointHook',

@@ -107,6 +107,26 @@ def project(
     return F.conv2d(x, weight, bias) if norm is None else norm_relu_conv(x, norm, weight, bias)
 
 
+def patchwise_weights(
+    conv_w: nn.Sequential,
+    query: Tensor,
+    key: Tensor,
+    kernel_size: int,
+    backend: str | None = None,
+    then: Callable[..., Tensor] | None = None,
+    *args,
+) -> Tensor:
+    """Weights of the neighbourhoods from query and key by the network ``conv_w``.
+
+    (B, G * k * k, H, W) for G groups of channels; or what ``then`` makes of them and ``args``.
+    """
+    patch_norm, _, mix, norm, _, expand = conv_w
+    weights = patch_weights(query, key, mix.weight, patch_norm, kernel_size, backend=backend)
+    if mix.bias is not None:  # of a norm that has been folded into it
+        weights = weights + mix.bias.to(weights.dtype).view(-1, 1, 1)
+    return norm_relu_conv(weights, norm, expand.weight, expand.bias, then, *args)
+
+
 def attend(
     conv_w: nn.Sequential,
     query: Tensor,
@@ -115,20 +135,16 @@ def attend(
     kernel_size: int,
     backend: str | None = None,
 ) -> Tensor:
-    """Weights from query and key by the network ``conv_w``, and the sum of values by them.
+    """The sum of values by :func:`patchwise_weights`.
 
     Value may have more than one dimension of channels, (B, ..., H, W); they count as one.
     """
-    patch_norm, _, mix, norm, _, expand = conv_w
-    weights = patch_weights(query, key, mix.weight, patch_norm, kernel_size, backend=backend)
-    if mix.bias is not None:  # of a norm that has been folded into it
-        weights = weights + mix.bias.to(weights.dtype).view(-1, 1, 1)
 
     def aggregate(weights: Tensor, value: Tensor) -> Tensor:
         weights = weights.unflatten(1, (-1, kernel_size**2)).to(value.dtype)
         return local_aggregation(value.flatten(1, -3), weights, kernel_size)
 
-    return norm_relu_conv(weights, norm, expand.weight, expand.bias, aggregate, value)
+    return patchwise_weights(conv_w, query, key, kernel_size, backend, aggregate, value)
 
 
 class PatchACmix(MixedOperator):

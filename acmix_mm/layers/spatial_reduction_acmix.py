@@ -86,15 +86,7 @@ class SpatialReductionACmix(ProjectedMixedOperator):
         attention = None
         if self.with_attention:
             tokens = maps.flatten(4).permute(2, 0, 3, 4, 1)  # (3, B, N, H * W, d)
-            if reduced:
-                rest = slice(self.embed_dims, None)
-                keys = F.linear(
-                    self._reduce(image), weight[rest], None if bias is None else bias[rest]
-                )
-                keys = keys.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-                query, key, value = tokens[0], *keys
-            else:
-                query, key, value = tokens
+            query, key, value = (tokens[0], *self.reduced(image)) if reduced else tokens
             dropout = self.attn.dropout if self.training else 0.0
             attention = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
             attention = attention.transpose(1, 2).reshape(image.shape)
@@ -104,6 +96,10 @@ class SpatialReductionACmix(ProjectedMixedOperator):
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, sr_ratio={self.sr_ratio}'
 
-    def _reduce(self, image: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, tokens, C)."""
-        return self.norm(self.sr(image.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))
+    def reduced(self, image: Tensor) -> Tensor:
+        """Keys and values of the reduced map, (B, H, W, C) -> (2, B, N, tokens, d)."""
+        tokens = self.norm(self.sr(image.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2))
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
+        rest = slice(self.embed_dims, None)
+        keys = F.linear(tokens, weight[rest], None if bias is None else bias[rest])
+        return keys.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)

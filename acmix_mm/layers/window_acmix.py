@@ -97,7 +97,7 @@ class WindowACmix(ProjectedMixedOperator):
         rows, cols = self.window_size
         grid = (height // rows, width // cols)
         windows = maps.unflatten(5, (grid[1], cols)).unflatten(4, (grid[0], rows))
-        bias = self._position_bias().to(maps.dtype)
+        bias = self.position_bias().to(maps.dtype)
         if mask is None:
             outer, inner = batch * grid[0] * grid[1], heads
         else:
@@ -124,7 +124,7 @@ class WindowACmix(ProjectedMixedOperator):
         out = out.reshape(batch, *grid, heads, rows, cols, head_dim)
         return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, self.embed_dims)
 
-    def _position_bias(self) -> Tensor:
-        """(N, Wh * Ww, Wh * Ww)."""
+    def position_bias(self) -> Tensor:
+        """What is added to the logits within a window, (N, Wh * Ww, Wh * Ww)."""
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         return bias.unflatten(0, self.relative_position_index.shape).permute(2, 0, 1)

@@ -5,6 +5,7 @@ import train
 from refusals import refusal
 
 from acmix_mm.command_line import load_config
+from acmix_mm.openmmlab import TRAINING_HOOKS
 
 DETECTOR = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 CASCADE = 'configs/acmix_swin/cascade-mask-rcnn_acmix-swin-t_fpn_8xb2-3x_coco.py'
@@ -24,6 +25,11 @@ FILES = {
         'did you mean optim_wrapper?',
     ),
     'hook': (DETECTOR, 'default_hook = dict()', 'did you mean default_hooks?'),
+    'argument of a hook of ours': (
+        DETECTOR,
+        "custom_hooks = [dict(type='PathBiasHook', intervall=5)]",
+        'custom_hooks.0.intervall: PathBiasHook has no argument intervall; did you mean interval?',
+    ),
     'argument of a backbone': (
         DETECTOR,
         'model = dict(backbone=dict(depht=38))',
@@ -372,3 +378,11 @@ def test_bases(case, tmp_path, campaign):
     assert '\n' not in end.value.code
     assert {path.name for path in tmp_path.iterdir()} - found <= {'__pycache__'}
     campaign('bad configs', case)
+
+
+def test_our_hooks_are_no_fault(pytestconfig, tmp_path):
+    """By their names, for which something stands until they are built."""
+    hooks = [{'type': name} for name in TRAINING_HOOKS]
+    file = tmp_path / 'config.py'
+    file.write_text(f"_base_ = '{pytestconfig.rootpath / DETECTOR}'\ncustom_hooks = {hooks}\n")
+    assert load_config(str(file)).custom_hooks == hooks
