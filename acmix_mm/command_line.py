@@ -21,6 +21,7 @@ from mmengine.config import Config, DictAction
 from mmengine.dist import broadcast_object_list, get_rank, init_dist, is_distributed
 from mmengine.logging import MMLogger
 from mmengine.utils.dl_utils import set_multi_processing
+from torch import distributed
 
 from .checkpoints import make_checkpoints_loadable, read_checkpoint
 from .config_check import checked_config, reason
@@ -107,8 +108,19 @@ def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | N
             if traced:
                 raise
             raise SystemExit(f'error: {in_one_line(error)}{log_traceback(error)}') from error
+        finally:
+            leave_processes()
 
     return run
+
+
+def leave_processes() -> None:
+    """Leave the group over gloo, if there is one, before the interpreter ends.
+
+    Otherwise a thread of gloo may outlive the group, and the process ends by SIGABRT.
+    """
+    if is_distributed() and distributed.get_backend() == 'gloo':
+        distributed.destroy_process_group()
 
 
 def is_stdout_closed() -> bool:

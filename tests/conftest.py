@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 if not torch.cuda.is_available():
     # Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
@@ -103,6 +102,8 @@ COLOURS = {
 @pytest.fixture(scope='session')
 def image_folders(tmp_path_factory) -> Path:
     """Images in ImageNet's layout: six classes, each of one colour with noise."""
+    from PIL import Image  # the operators' tests do without it
+
     root = tmp_path_factory.mktemp('imagenet')
     rng = np.random.default_rng(0)
     for split, count in (('train', 8), ('val', 3)):
