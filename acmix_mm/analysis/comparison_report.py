@@ -30,6 +30,7 @@ COSTS = {
     'train': (1e-3, 'time of training, ms an image'),
 }
 DEFAULT_COSTS = ('flops', 'parameters', 'forward')
+TOOL = 'tools/analysis_tools/compare.py'
 
 
 # Statistics.
@@ -270,7 +271,7 @@ def json_text(comparison: Comparison, command: Sequence[str] | None = None) -> s
         for system in comparison.systems
     ]
     content = {
-        'command': command and [relative(argument) for argument in command],
+        'command': None if command is None else f'{TOOL} {_shown(command)}',
         'date': str(datetime.date.today()),
         'device': device_name(comparison.device),
         'threads': comparison.threads,
@@ -289,22 +290,19 @@ def markdown(
     command: Sequence[str] | None = None,
 ) -> str:
     """The tables, with what their figures are and where they come from."""
-    recipe = with_results(comparison)[0].recipe
-    train_cfg = recipe.cfg.train_cfg
-    budget = ', '.join(f'{k} {v}' for k, v in train_cfg.items() if k.startswith('max_'))
-    budget += f', batch_size {recipe.cfg.train_dataloader.batch_size}'
+    budget = _budget(comparison.finished(with_results(comparison)[0])[0])
     images = {s.costs['image'] for s in comparison.systems if s.costs}
+    seeds = ', '.join(map(str, comparison.seeds))
+    axes = ' and '.join(COSTS[name][1] for name in costs)
     parts = ['# Comparison']
     if command is not None:
-        arguments = ' '.join(shlex.quote(relative(argument)) for argument in command)
-        parts.append(f'```bash\npython tools/analysis_tools/compare.py {arguments}\n```')
+        parts.append(f'```bash\npython {TOOL} {_shown(command)}\n```')
     parts += [
         _markdown_table(table(comparison), comparison, out),
-        f'![{comparison.metrics[0]} against {", ".join(costs)}]({out.name}.png)',
+        f'![{comparison.metrics[0]} against {axes}]({out.name}.png)',
         f"""\
 * Accuracy: mean ± 95 % confidence interval (Student's t, of the spread over seeds), and each run,
-  with seeds {', '.join(map(str, comparison.seeds))}. On the validation data, after training with
-  {budget}.
+  with seeds {seeds}. On the validation data, after training with {budget}.
 * Difference: to {comparison.systems[0].label}, by runs of the same seed: mean ± 95 % confidence
   interval.
 * FLOPs: multiplications of convolutions, matrix products, attention and aggregation in the
@@ -316,17 +314,22 @@ def markdown(
     ]
     search = comparison.systems[0].search
     if search:
-        epochs = search[0].recipe.cfg.train_cfg.get('max_epochs')
         parts += [
             '## Search of learning rates',
             _markdown_table(search_table(comparison), comparison, out),
             f"""\
-{comparison.metrics[0]} after {f'{epochs} epochs' if epochs else 'training'} with seed
-{search[0].seed}, which is none of the comparison's, at factors of each config's own rate; the best
-is taken for all seeds, and of equal ones that next to the config's own. Diverged: training stopped
-at a loss that was not finite. At the edge: the best rate may lie outside of those searched.""",
+{comparison.metrics[0]} with seed {search[0].seed}, after training with {_budget(search[0])}, at
+factors of each config's own rate. The best is taken for all seeds, and of equal ones that next to
+the config's own. Diverged: training stopped at a loss that was not finite. At the edge: the best
+rate may lie outside of those searched.""",
         ]
     return '\n\n'.join(parts) + '\n'
+
+
+def _budget(run: Run) -> str:
+    cfg = run.recipe.cfg
+    limits = [f'{key} {value}' for key, value in cfg.train_cfg.items() if key.startswith('max_')]
+    return f'{", ".join(limits)}, batch_size {cfg.train_dataloader.batch_size}'
 
 
 def _markdown_table(lines: list[list[str]], comparison: Comparison, out: Path) -> str:
@@ -343,6 +346,10 @@ def _markdown_table(lines: list[list[str]], comparison: Comparison, out: Path) -
 def _machine(comparison: Comparison) -> str:
     device = device_name(comparison.device)
     return f'{device}, {comparison.threads} CPU threads, torch {torch.__version__}'
+
+
+def _shown(command: Sequence[str]) -> str:
+    return shlex.join(relative(argument) for argument in command)
 
 
 def relative(argument: str) -> str:
@@ -368,7 +375,7 @@ def plot(comparison: Comparison, file: Path, costs: Sequence[str] = DEFAULT_COST
             axis.errorbar(
                 x, found.mean, found.margin, linestyle='', capsize=3, label=system.label, **style
             )
-            axis.plot([x] * len(values), values, '.', color=style['color'], alpha=0.4)
+            axis.plot([x] * len(values), values, '.', color=style['color'], mfc='w', zorder=3)
         axis.set_xlim(0, 1.1 * max((x for x in places if x > 0), default=1))
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)

@@ -160,7 +160,7 @@ class TestReports:
         for system, values in zip(results.systems, [(0.4, 0.3), ('infinite', 'nan')], strict=True):
             for factor, value in zip((0.5, 2.0), values, strict=True):
                 cfg = Config({
-                    'train_cfg': {'max_epochs': 1},
+                    'train_cfg': {'max_epochs': 1}, 'train_dataloader': {'batch_size': 8},
                     'optim_wrapper': {'optimizer': {'lr': 0.01 * factor}},
                 })  # fmt: skip
                 recipe = Recipe(system.label, system.file, cfg, tmp_path, factor)
@@ -178,7 +178,7 @@ class TestReports:
         ]
         assert '0.01 (edge)' in lines[-1]
         text = markdown(results, tmp_path / 'x')
-        assert 'm after 1 epochs with seed\n1000' in text
+        assert 'm with seed 1000, after training with max_epochs 1, batch_size 8, at' in text
         assert '| 0.005: diverged | 0.02: diverged | none |' in text
         rows = list(csv.DictReader(csv_text(results).splitlines()))
         assert [(r['model'], r['purpose'], r['learning_rate'], r['seed'], r['outcome'], r['m'])
