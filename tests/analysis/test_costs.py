@@ -374,7 +374,7 @@ def resnet50() -> NetworkCosts:
 
 
 def test_shares_of_resnet50(resnet50):
-    """The paper's 99 % and 83 % of Table 1 are means over the 16 3x3 convolutions."""
+    """The paper's 99 % and 83 % of Table 1: means over the 16 3x3 convolutions, or by FLOPs."""
     channels = [64] * 3 + [128] * 4 + [256] * 6 + [512] * 3
     convolution = [share(9 * c * c, 9 * c) for c in channels]
     attention = [share(3 * c * c, 2 * 49 * c) for c in channels]
@@ -394,7 +394,7 @@ def test_shares_of_resnet50(resnet50):
 
 
 def test_stride_projects_the_map_before_it(resnet50):
-    """So that Stage I is 4 of 16 times as much in three blocks, as much as the paper has in 25."""
+    """So that Stage I is four times as much in three of 16 blocks."""
     alone, at_output = (
         resnet50.stages(form) for form in ('self_attention', 'self_attention_at_output')
     )

@@ -18,8 +18,8 @@ beside them.
 Stage I's share is given for the FLOPs of all operators together and as the mean of each operator's
 share. With a stride, the projections are those of the map before it, and the paper's formulas have
 one size for both stages: "both stages at the size of the output" is self-attention by these. For
-ResNet-50 the paper prints 99 % for convolution and 83 % for self-attention. These are the means
-over its 16 3x3 convolutions at one size for both stages, 99.3 % and 83.2 %; of all FLOPs together
+ResNet-50 the paper prints 99 % for convolution and 83 % for self-attention. They arise as means
+over the 16 3x3 convolutions with one size for both stages, 99.3 % and 83.2 %; of all FLOPs together
 it is 99.3 % and 82.0 %.
 """
 
