@@ -221,7 +221,7 @@ class ACmixAttention(Neighbourhood):
         x = call.arguments['x']
         weight, bias, slopes = operator.projection_weights().values()
         maps = F.conv2d(x, weight, bias)[0].unflatten(0, (operator.head_dim, 3, -1))
-        self.query, key, self.value = maps.permute(1, 2, 0, 3, 4)  # (N, d, H, W) each
+        self.query, key, _ = maps.permute(1, 2, 0, 3, 4)  # (N, d, H, W) each
         self.key = key - position_encoding(slopes, key[None])
         self.groups = operator.num_heads
         self.size = tuple(x.shape[-2:])
@@ -236,7 +236,7 @@ class ACmixAttention(Neighbourhood):
         return (logits * self.operator.head_dim**-0.5).softmax(-1)
 
 
-class PatchAttention(Neighbourhood):
+class PatchwiseAttention(Neighbourhood):
     """Of :class:`~acmix_mm.layers.PatchACmix`: weights of either sign, by a small network."""
 
     signed = True
@@ -315,9 +315,9 @@ class ReducedAttention(Attention):
 class WindowAttention(Attention):
     """Of :class:`~acmix_mm.layers.WindowACmix`: the window in which the query is.
 
-    Windows are cut from a map that may have been padded and rolled. Positions are those of the map
-    as it was before; a window at the border then has positions from both sides of the map, which
-    the mask keeps apart.
+    Windows are cut from a map that may have been padded and rolled. Where the block around the
+    operator does that, as in ACmixSwinTransformer, positions are those of the map as it was before:
+    a window may have positions from both sides of the map, which the mask keeps apart.
     """
 
     @torch.no_grad()
@@ -325,7 +325,7 @@ class WindowAttention(Attention):
         super().__init__(name, operator, call)
         x, self.mask = call.arguments['x'], call.arguments.get('mask')
         maps = operator.project(x, operator.qkv.weight, operator.qkv.bias)[0]
-        self.query, self.key, self.value = maps.permute(1, 2, 3, 4, 0)  # (N, H, W, d) each
+        self.query, self.key, _ = maps.permute(1, 2, 3, 4, 0)  # (N, H, W, d) each
         self.bias = operator.position_bias()
         self.padded = tuple(x.shape[1:3])
         self.size = call.size or self.padded
@@ -383,7 +383,7 @@ class WindowAttention(Attention):
 
 KINDS: dict[type[MixedOperator], type[Attention]] = {
     ACmix: ACmixAttention,
-    PatchACmix: PatchAttention,
+    PatchACmix: PatchwiseAttention,
     SpatialReductionACmix: ReducedAttention,
     WindowACmix: WindowAttention,
 }
@@ -481,7 +481,7 @@ def _calls_of(
                 calls[name] = Call(arguments, *around.get(operator, ()))
 
         handles.append(operator.register_forward_pre_hook(keep, with_kwargs=True))
-    for module in model.modules():
+    for module in model.modules():  # blocks of ACmixSwinTransformer
         if hasattr(module, 'shift_of') and getattr(module, 'w_msa', None) in operators.values():
 
             def keep_shift(module, args, kwargs) -> None:

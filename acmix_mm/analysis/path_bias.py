@@ -328,12 +328,15 @@ def plot_path_bias(
         axis.set_title(title, fontsize=11)
         _label_depth(axis, names)
         axis.grid(alpha=0.3)
+    top = max(axis.get_ylim()[1] for axis in axes[:2])
     for axis in axes[:2]:
-        axis.set_ylim(bottom=0)
-    _mark(axes[2], 0, 'attention', 'convolution')
+        axis.set_ylim(0, top)
+    reach = 1.15 * max(0.1, *map(abs, axes[2].get_ylim()))
+    axes[2].set_ylim(-reach, reach)
+    _mark(axes[2], 0, 'attention has more weight', 'convolution has more weight')
     if energies:
         axes[3].set_ylim(0, 1)
-        _mark(axes[3], 0.5, 'attention', 'convolution')
+        _mark(axes[3], 0.5, 'attention adds more', 'convolution adds more')
     axes[0].legend(fontsize=9)
     write_figure(file, figure, dpi=110)
 
@@ -368,13 +371,11 @@ def _label_depth(axis: Axes, names: Mapping[str, list[str]]) -> None:
 
 
 def _mark(axis: Axes, level: float, above: str, below: str) -> None:
-    """A line where the paths are equal, and which is stronger on its two sides."""
-    low, high = axis.get_ylim()
-    axis.set_ylim(min(low, level - 0.1), max(high, level + 0.1))
+    """A line where the paths are equal, and what its two sides mean."""
     axis.axhline(level, color='0.4', linewidth=1, linestyle='--', zorder=1)
     style = {'transform': axis.transAxes, 'fontsize': 8, 'color': '0.35', 'ha': 'right'}
-    axis.text(0.98, 0.98, f'{above} is stronger', va='top', **style)
-    axis.text(0.98, 0.02, f'{below} is stronger', va='bottom', **style)
+    axis.text(0.98, 0.98, above, va='top', **style)
+    axis.text(0.98, 0.02, below, va='bottom', **style)
 
 
 def table_of(

@@ -16,10 +16,10 @@ of the network's input. Files of an earlier run with the same names are replaced
 """
 
 import argparse
-import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from acmix_mm.analysis.attention import (
     Attention,
+    ShiftKernels,
     attending_operators,
     attentions_of,
     check_names,
@@ -94,18 +95,6 @@ def choose(attentions: list[Attention], args: argparse.Namespace) -> list[Attent
     return [attention for attention in attentions if attention.name in names]
 
 
-@contextlib.contextmanager
-def progress(steps: int) -> Iterator:
-    """A bar, and a function that says what comes next."""
-    with tqdm(total=steps, unit='step', leave=False) as bar:
-
-        def begin(what: str) -> None:
-            bar.set_description(what)
-            bar.update()
-
-        yield begin
-
-
 def read_image(args: argparse.Namespace) -> np.ndarray:
     """The image; exits with a message if it would be overwritten, or the points are not in it."""
     image = read_rgb(args.image)
@@ -131,42 +120,48 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     keep_freed_memory()
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    with progress(5 + len(args.points)) as begin:
-        begin('build the model')
-        model = build_model(cfg, checkpoint, args).to(device)
-        operators = attending_operators(model)
-        if args.layers not in (None, ['all']):
-            check_names(args.layers, operators)
-        data, frame = ImageLoader(cfg, model).load(args.image)
-        for point in args.points:
-            frame.cell(*point, frame.input)
-        begin('run the model')
-        everything = attentions_of(model, lambda: model.test_step(data))
-        attentions = choose(everything, args)
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        for point in args.points:
-            begin(f'weights of {point[0]},{point[1]}')
-            plot_attention(attentions, image, frame, point, args.out_dir / picture_of(point))
-        begin('paths')
-        figures = [draw_paths(attentions, image, frame, args.out_dir / PATHS)]
-        kernels = {a.name: k for a in attentions for k in [shift_kernels(a.operator)] if k}
-        begin('kernels')
-        if kernels:
-            figures.append(draw_kernels(kernels, args.out_dir / KERNELS))
-        begin('page')
+    model = build_model(cfg, checkpoint, args).to(device)
+    if args.layers not in (None, ['all']):
+        check_names(args.layers, attending_operators(model))
+    data, frame = ImageLoader(cfg, model).load(args.image)
+    for point in args.points:
+        frame.cell(*point, frame.input)
+    everything = attentions_of(model, lambda: model.test_step(data))
+    attentions = choose(everything, args)
+    args.out_dir.mkdir(parents=True, exist_ok=True)
+    drawing = (attentions, image, frame)
+    figures: list[tuple[str, str, Path]] = []
+
+    def draw_point(point: tuple[int, int]) -> None:
+        plot_attention(*drawing, point, args.out_dir / picture_of(point))
+
+    def draw_page() -> None:
         title = f'Attention of {Path(args.config).stem} on {args.image.name}'
         page = args.out_dir / PAGE
-        of_layers = len(everything)
-        write_page(attentions, image, frame, args.points[0], title, of_layers, figures, page)
+        write_page(*drawing, args.points[0], title, len(everything), figures, page)
+
+    steps = {picture_of(point): partial(draw_point, point) for point in args.points}
+    steps[PATHS] = lambda: figures.append(draw_paths(*drawing, args.out_dir / PATHS))
+    kernels = {a.name: k for a in attentions for k in [shift_kernels(a.operator)] if k}
+    if kernels:
+        steps[KERNELS] = lambda: figures.append(draw_kernels(kernels, args.out_dir / KERNELS))
+    steps[PAGE] = draw_page
+    with tqdm(steps.items(), unit='file') as bar:
+        for name, write in bar:
+            bar.set_description(name)
+            write()
     print(f'layers:   {", ".join(a.name for a in attentions)}')
     left = [a.name for a in everything if a not in attentions]
     if left:
         print(f'          not shown: {", ".join(left)} (--layers all shows all)')
     print(f'pictures: {args.out_dir}')
+    page = args.out_dir / PAGE
     print(f'page:     {page} ({page.stat().st_size / 2**20:.1f} MiB)')
 
 
-def draw_paths(attentions, image, frame, file: Path) -> tuple[str, str, Path]:
+def draw_paths(
+    attentions: Sequence[Attention], image: np.ndarray, frame: Frame, file: Path
+) -> tuple[str, str, Path]:
     """The figure, with what the page says of it."""
     plot_paths(attentions, image, frame, file)
     return (
@@ -179,7 +174,7 @@ def draw_paths(attentions, image, frame, file: Path) -> tuple[str, str, Path]:
     )
 
 
-def draw_kernels(kernels, file: Path) -> tuple[str, str, Path]:
+def draw_kernels(kernels: Mapping[str, ShiftKernels], file: Path) -> tuple[str, str, Path]:
     """The figure, with what the page says of it."""
     plot_shift_kernels(kernels, file)
     return (
