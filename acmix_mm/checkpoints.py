@@ -31,7 +31,7 @@ class BadCheckpoint(ValueError):
     """A file that cannot serve as a checkpoint; the message is one line and names it."""
 
 
-class CheckpointNotFound(BadCheckpoint):
+class CheckpointNotFound(BadCheckpoint, FileNotFoundError):
     """A checkpoint that is not there, or cannot be fetched."""
 
 

@@ -444,3 +444,9 @@ def test_a_server_that_says_nothing(tmp_path, monkeypatch):
         url = f'http://127.0.0.1:{silent.getsockname()[1]}/x.pth'
         assert 'cannot be fetched (timed out)' in refusal(url)
     assert socket.getdefaulttimeout() is None
+
+
+def test_missing_file_is_what_others_expect(tmp_path):
+    """Whoever looks for mmengine's exception finds ours."""
+    with pytest.raises(FileNotFoundError, match=r'none\.pth does not exist'):
+        read_checkpoint(str(tmp_path / 'none.pth'))

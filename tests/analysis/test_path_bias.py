@@ -115,6 +115,22 @@ def test_energies_are_mean_squares_of_the_formulas(name):
     assert energy.attention_share == pytest.approx(squares[0] / (squares[0] + squares[1]))
 
 
+@pytest.mark.parametrize('heads', [2, 8])
+@pytest.mark.parametrize('shift', [{'shift': 'tensor'}, {'shift': 'fixed'}, {'kernel_groups': 1}])
+def test_terms_of_all_forms_of_the_shift(shift, heads):
+    """Each term is the output where the other path has a rate of zero."""
+    operator = ACmix(3, 8, num_heads=heads, **shift).double().eval()
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
+    terms = path_terms(operator, x)
+    for term, other in zip(terms, (operator.rate2, operator.rate1), strict=True):
+        rate = other.detach().clone()
+        nn.init.zeros_(other)
+        torch.testing.assert_close(term, operator(x))
+        assert term.abs().max() > 0
+        with torch.no_grad():
+            other.copy_(rate)
+
+
 def test_energies_of_several_runs_are_their_mean():
     """Of maps of different sizes, every position counts the same."""
     model = nn.Sequential(ACmix(3, 8), ACmix(8, 8, mix='attention')).double().eval()
