@@ -99,7 +99,7 @@ import companion
 
 
 def test_without_openmmlab(tmp_path):
-    """A backbone says what it needs; for the layers, see test_torch_alone.py."""
+    """A backbone says what it needs; for the layers, see test_installed.py."""
     without(tmp_path, 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain')
     result = run('import acmix_mm; acmix_mm.backbones', tmp_path)
     assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""Operators and layers need PyTorch alone; OpenMMLab is for configs and backbones."""
+"""What an installed package has: operators and layers need PyTorch alone, analyses no sources."""
 
 import importlib.metadata
 import os
@@ -84,6 +84,58 @@ def expose(names: set[str], site_packages: Path) -> None:
                 link.symlink_to(distribution.locate_file(top))
 
 
+def copy_of_the_project(to: Path) -> Path:
+    """Without what git ignores, and git's own."""
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        top = {'build', 'checkpoints', 'data', 'work_dirs'} if Path(folder) == ROOT else set()
+        generated = {n for n in names if n == '__pycache__' or n.endswith(('.so', '.egg-info'))}
+        return top | generated | {n for n in names if n.startswith('.') and n != '.mim'}
+
+    return shutil.copytree(ROOT, to, ignore=left_out)
+
+
+ANALYSE = """
+import sys
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+import acmix_mm
+
+assert acmix_mm.__file__.startswith(sys.argv[1])
+from acmix_mm.analysis import network_costs
+from acmix_mm.analysis.attention import attentions_of
+from acmix_mm.analysis.attention_page import write_page
+from acmix_mm.analysis.comparison import compare
+from acmix_mm.analysis.measuring import measure
+from acmix_mm.analysis.path_bias import path_energy, path_rates
+from acmix_mm.layers import ACmix
+
+model = torch.nn.Sequential(ACmix(3, 8), torch.nn.ReLU(), ACmix(8, 8, stride=2)).eval()
+images = torch.randn(1, 3, 20, 16)
+assert network_costs(model, (20, 16)).whole.parameters == sum(p.numel() for p in model.parameters())
+assert [rates.name for rates in path_rates(model)] == ['0', '2']
+assert all(0 < e.attention_share < 1 for e in path_energy(model, lambda: model(images)))
+first, _ = attentions_of(model, lambda: model(images))
+weights = first.weights(torch.tensor([[3, 4]])).sum(-1)
+assert torch.allclose(weights, torch.ones(1, 4))
+"""
+
+
+@pytest.mark.slow
+def test_analyses_of_a_wheel(tmp_path):
+    """For a model of one's own, without the source tree; the page's template is in the wheel."""
+    project = copy_of_the_project(tmp_path / 'project')
+    build = ('pip', 'wheel', '--no-deps', '--no-build-isolation', '--wheel-dir', tmp_path, project)
+    run(sys.executable, '-m', *build, CXX='false', CC='false')  # kernels take a minute
+    (wheel,) = tmp_path.glob('*.whl')
+    installed = tmp_path / 'installed'
+    run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--target', installed, wheel)
+    run(sys.executable, '-c', ANALYSE, str(installed), cwd=tmp_path)
+    assert (installed / 'acmix_mm' / 'analysis' / 'attention_page.html').is_file()
+
+
 @pytest.mark.slow
 def test_installs_and_passes_beside_torch_alone(tmp_path):
     """In an environment with PyTorch, NumPy, pytest and Hypothesis."""
@@ -97,13 +149,7 @@ def test_installs_and_passes_beside_torch_alone(tmp_path):
     present = set(run(python, '-c', code, cwd=tmp_path).split())
     assert not present & {*OPENMMLAB, 'acmix_mm', 'cv2', 'skimage'}
 
-    def left_out(folder: str, names: list[str]) -> set[str]:
-        """What git ignores, and git's own."""
-        top = {'build', 'checkpoints', 'data', 'work_dirs'} if Path(folder) == ROOT else set()
-        generated = {n for n in names if n == '__pycache__' or n.endswith(('.so', '.egg-info'))}
-        return top | generated | {n for n in names if n.startswith('.') and n != '.mim'}
-
-    project = shutil.copytree(ROOT, tmp_path / 'project', ignore=left_out)
+    project = copy_of_the_project(tmp_path / 'project')
     run(python, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', project)
     shutil.rmtree(project / 'acmix_mm')  # the tests are to see the installed one
     run(python, '-c', TRAIN_A_STEP, cwd=project)
