@@ -506,7 +506,7 @@ class ShiftKernels:
     """The kernels with which an operator's convolution path shifts and sums.
 
     Args:
-        initial (Tensor): The shift kernel with which training starts, (k * k, k, k), see
+        initial (Tensor): The shift kernel with which training starts by default, (k * k, k, k), see
             :func:`~acmix_mm.layers.mixing_weights.shift_kernel`.
         mean (Tensor): Of the learned kernels, over outputs, (k * k, k, k).
         change (Tensor): Root mean square over outputs of learned less initial, (k * k, k, k).

@@ -218,7 +218,7 @@ def mosaic(kernels: np.ndarray, columns: int) -> np.ndarray:
 
 
 def plot_shift_kernels(kernels: Mapping[str, ShiftKernels], file: str | Path) -> None:
-    """Learned shift kernels beside those with which training starts: a row for each layer.
+    """Learned shift kernels beside those with which training starts by default: a row for each layer.
 
     Args:
         kernels (Mapping[str, ShiftKernels]): By names of layers.
@@ -236,7 +236,7 @@ def plot_shift_kernels(kernels: Mapping[str, ShiftKernels], file: str | Path) ->
         side = kernel.initial.size(-1)
         largest = max(1.0, kernel.mean.abs().max().item())
         pictures = (
-            ('at the start: shifts', kernel.initial, side, EITHER_SIGN, largest),
+            ('shifts (the default start)', kernel.initial, side, EITHER_SIGN, largest),
             ('learned: mean over outputs', kernel.mean, side, EITHER_SIGN, largest),
             ('change: RMS over outputs', kernel.change, side, POSITIVE, None),
             (
