@@ -1,6 +1,7 @@
 """What the programs in tools/ share: errors, config with overrides, processes, checkpoints."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -108,19 +109,40 @@ def program(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | N
             if traced:
                 raise
             raise SystemExit(f'error: {in_one_line(error)}{log_traceback(error)}') from error
-        finally:
-            leave_processes()
 
-    return run
+    @functools.wraps(main)
+    def run_to_the_end(argv: list[str] | None = None) -> None:
+        code = None
+        try:
+            run(argv)
+        except SystemExit as error:
+            code = error.code
+            if not is_over_gloo():
+                raise
+        if is_over_gloo():
+            end_process(code)
+
+    return run_to_the_end
 
 
-def leave_processes() -> None:
-    """Leave the group over gloo, if there is one, before the interpreter ends.
+def is_over_gloo() -> bool:
+    """Whether this is one of several processes that exchange over gloo."""
+    return is_distributed() and distributed.get_backend() == 'gloo'
 
-    Otherwise a thread of gloo may outlive the group, and the process ends by SIGABRT.
+
+def end_process(code: str | int | None) -> NoReturn:
+    """End as ``sys.exit(code)`` does, but without the destructors of libraries.
+
+    Once in many runs, a thread of gloo outlives its group there, and the process would end by
+    SIGABRT.
     """
-    if is_distributed() and distributed.get_backend() == 'gloo':
-        distributed.destroy_process_group()
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code or 0)
 
 
 def is_stdout_closed() -> bool:

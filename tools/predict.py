@@ -21,6 +21,7 @@ stay otherwise: the JSON says which are of the last run. Images are never overwr
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -387,6 +388,21 @@ def predict(predictor: Detector, images: list[Path], args: argparse.Namespace) -
             yield from results
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Context at whose end a signal is heeded that comes within it."""
+    came = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: came.append(True)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def write(entries: dict[str, dict], images: list[Path], file: Path) -> None:
     """Write the JSON with the entries, by names of images, that there are."""
     rows = [entries[image.name] for image in images if image.name in entries]
@@ -414,9 +430,10 @@ def main(argv: list[str] | None = None) -> None:
     with claim(args.out_dir):
         try:
             for result in predict(predictor, images, args):
-                for name, content in result.files.items():
-                    write_whole(args.out_dir / name, content)
-                entries[result.entry['image']] = result.entry
+                with uninterrupted():  # an image has its outputs and its entry, or none of them
+                    for name, content in result.files.items():
+                        write_whole(args.out_dir / name, content)
+                    entries[result.entry['image']] = result.entry
         finally:  # what is done is not lost
             write(entries, images, file)
     failed = [name for name, entry in entries.items() if 'error' in entry]
