@@ -389,18 +389,26 @@ def predict(predictor: Detector, images: list[Path], args: argparse.Namespace) -
 
 
 @contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Context at whose end a signal is heeded that comes within it."""
-    came = []
+def noted_signals() -> Iterator[list[int]]:
+    """Context with the signals that ask for an end, to be heeded where nothing is half done.
+
+    An exception that a signal raises anywhere may also get lost, as in a callback of a library. A
+    second signal raises one nevertheless.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: came.append(True)) for number in numbers}
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield
+        yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if came:
-        raise KeyboardInterrupt
 
 
 def write(entries: dict[str, dict], images: list[Path], file: Path) -> None:
@@ -427,13 +435,14 @@ def main(argv: list[str] | None = None) -> None:
         (args.out_dir / folder).mkdir(parents=True, exist_ok=True)
     file = args.out_dir / JSON_FILE
     entries: dict[str, dict] = {}
-    with claim(args.out_dir):
+    with claim(args.out_dir), noted_signals() as came:
         try:
             for result in predict(predictor, images, args):
-                with uninterrupted():  # an image has its outputs and its entry, or none of them
-                    for name, content in result.files.items():
-                        write_whole(args.out_dir / name, content)
-                    entries[result.entry['image']] = result.entry
+                for name, content in result.files.items():
+                    write_whole(args.out_dir / name, content)
+                entries[result.entry['image']] = result.entry
+                if came:
+                    raise KeyboardInterrupt
         finally:  # what is done is not lost
             write(entries, images, file)
     failed = [name for name, entry in entries.items() if 'error' in entry]
