@@ -169,7 +169,9 @@ def test_checkpoints_of_the_other_form_are_refused(name, tmp_path):
 
 
 @pytest.mark.slow
-@every_form
+@pytest.mark.parametrize(
+    'name', [*SMALL, 'ACmixResNet, tensor shifts', 'ACmixSwinTransformer, one kernel group']
+)
 def test_inductor_trains(name, monkeypatch):
     """On a channels-last image, with the gradients of the model as it is."""
     monkeypatch.setattr(backbones.SAN, 'arch_settings', {10: (1, 1, 0, 0, 0)})
