@@ -218,7 +218,7 @@ def mosaic(kernels: np.ndarray, columns: int) -> np.ndarray:
 
 
 def plot_shift_kernels(kernels: Mapping[str, ShiftKernels], file: str | Path) -> None:
-    """Learned shift kernels beside those with which training starts by default, a row a layer.
+    """Learned shift kernels beside the shifts where training starts by default, a row a layer.
 
     Args:
         kernels (Mapping[str, ShiftKernels]): By names of layers.

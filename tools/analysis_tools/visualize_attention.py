@@ -5,8 +5,8 @@ Written to --out-dir:
                        for each layer, a column for each head
   paths.png            what each path adds to a layer's output at every position, and the attention
                        path's share
-  shift_kernels.png    learned shift kernels of the convolution path beside those at the start of
-                       training (not where they are not learned)
+  shift_kernels.png    learned shift kernels of the convolution path beside the shifts where
+                       training starts by default (not where kernels are not learned)
   attention.html       one page, without anything else, to explore the weights of all positions by
                        layer and head; it has paths.png and shift_kernels.png in it
 
@@ -179,8 +179,8 @@ def draw_kernels(kernels: Mapping[str, ShiftKernels], file: Path) -> tuple[str, 
     plot_shift_kernels(kernels, file)
     return (
         'Shift kernels',
-        'The convolution path shifts maps by convolutions whose kernels are learned. At the start '
-        'of training each is 1 at the position from which it shifts. Beside that: the learned '
+        'The convolution path shifts maps by convolutions whose kernels are learned. By default '
+        'training starts with a 1 at the position from which each shifts. Beside that: the learned '
         'kernels, what has changed, and the kernels with the layer fc in them, which take the maps '
         'of query, key and value of each head.',
         file,
