@@ -1,6 +1,7 @@
-"""What is computed about models: costs, time and memory, comparison runs.
+"""What is computed about models: costs by stage, time and memory, comparisons, bias, attention.
 
-Needs mmengine, and mmdet for its detectors; not imported by ``import acmix_mm``.
+Costs and measurements of modules need PyTorch alone, the rest mmengine, and mmdet for its
+detectors. Not imported by ``import acmix_mm``.
 """
 
 from .costs import Cost, NetworkCosts, OperatorCosts, Stages, count_flops, network_costs

@@ -20,7 +20,7 @@ from ..layers.patch_attention import patchwise_weights, project
 from ..layers.path_rates import check_not_deployed, mixed_operators
 from ..ops._reflection import reflect
 from ..ops.fused_acmix import position_encoding
-from .path_bias import path_terms
+from .path_bias import path_terms, run_hooked
 
 CHUNK_BYTES = 2**26  # of neighbourhoods unfolded into memory
 
@@ -489,12 +489,7 @@ def _calls_of(
                 around[module.w_msa] = (module.shift_of(hw_shape), tuple(hw_shape))
 
             handles.append(module.register_forward_pre_hook(keep_shift, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(run, handles)
     return calls
 
 

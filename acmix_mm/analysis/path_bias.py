@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..checkpoints import read_checkpoint, state_dict_of
 from ..engine import newest_checkpoint
@@ -197,6 +198,21 @@ def path_terms(operator: MixedOperator, *args, **kwargs) -> tuple[Tensor, Tensor
     return term(**nothing), term(scale=weights.kernel.new_zeros(1))
 
 
+def run_hooked(run: Callable[[], object], handles: Iterable[RemovableHandle]) -> None:
+    """Call a function without gradients, and remove hooks that were set for it, whatever happens.
+
+    Args:
+        run (Callable[[], object]): Calls a model.
+        handles (Iterable[RemovableHandle]): What registering the hooks has returned.
+    """
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def path_energy(model: nn.Module, run: Callable[[], object]) -> list[PathEnergy]:
     """How much each path of the mixed operators contributes to their outputs on given images.
 
@@ -226,12 +242,7 @@ def path_energy(model: nn.Module, run: Callable[[], object]) -> list[PathEnergy]
             total += torch.stack([*squares, squares[0].new_tensor(output.numel())])
 
         handles.append(operator.register_forward_hook(add, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(run, handles)
     if not any(total[3] for total in sums.values()):
         raise ValueError('run must call the model, none of its mixed operators was called')
     return [PathEnergy(name, *(t[:3] / t[3]).tolist()) for name, t in sums.items()]

@@ -7,25 +7,20 @@ from acmix_mm.analysis.baselines import FlexAttention, UnfoldACmix, UnfoldPatchA
 from acmix_mm.layers import ACmix, PatchACmix
 from acmix_mm.ops import local_attention
 
+UNFOLDED = {
+    'ACmix': (ACmix, UnfoldACmix, (16, 16), {}),
+    'ACmix, stride': (ACmix, UnfoldACmix, (16, 16), {'stride': 2}),
+    'PatchACmix': (PatchACmix, UnfoldPatchACmix, (64, 16, 4), {}),
+}
 
-@pytest.mark.parametrize('stride', [1, 2])
-def test_unfold_formulation_is_the_same_operator(stride):
+
+@pytest.mark.parametrize('name', UNFOLDED)
+def test_unfold_formulation_is_the_same_operator(name):
     """The benchmark compares equals: same outputs and gradients from the same weights."""
-    ours, unfold = (cls(16, 16, stride=stride).double() for cls in (ACmix, UnfoldACmix))
-    unfold.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 16, 10, 12, dtype=torch.float64)
-    torch.testing.assert_close(unfold(x), ours(x))
-    for module in (ours, unfold):
-        module(x).square().sum().backward()
-    for a, b in zip(ours.parameters(), unfold.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-def test_unfold_formulation_of_patch_attention_is_the_same_operator():
-    """Outputs and gradients, from the same weights, with the statistics of the batch."""
-    ours, unfolded = (cls(64, 16, 4).double() for cls in (PatchACmix, UnfoldPatchACmix))
+    *classes, arguments, options = UNFOLDED[name]
+    ours, unfolded = (kind(*arguments, **options).double() for kind in classes)
     unfolded.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 64, 10, 12, dtype=torch.float64)
+    x = torch.randn(2, arguments[0], 10, 12, dtype=torch.float64)
     torch.testing.assert_close(unfolded(x), ours(x))
     for module in (ours, unfolded):
         module(x).square().sum().backward()
