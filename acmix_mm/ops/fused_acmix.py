@@ -6,8 +6,9 @@ paths meet in one map without concatenations, and training saves the input inste
 value, which are projected anew in the backward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
 from .backends import native_backend, triton_backend
 from .group_conv import group_conv
 from .local_attention import local_attention
+
+# Of projected maps at a time, on the CPU: a share of its last-level cache.
+STRIP_BYTES = 8 << 20
 
 
 def fused_acmix(
@@ -156,9 +160,103 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     return F.conv2d(x, weight, bias).unflatten(1, (-1, 3, num_heads))
 
 
-def _split(maps: Tensor, stride: int) -> tuple[Tensor, Tensor, Tensor]:
+class _Strip(NamedTuple):
+    """Images of a batch and rows of their maps that are worked off together.
+
+    Output rows ``begin`` to ``end``, and the input rows ``first`` to ``last`` that they see, with
+    some more up to multiples of the stride. Strips before it have seen rows up to ``fresh``, those
+    after it see rows from ``done`` on.
+    """
+
+    images: slice
+    begin: int
+    end: int
+    first: int
+    last: int
+    fresh: int
+    done: int
+
+
+def _strips(x: Tensor, channels: int, reach: int, stride: int) -> list[_Strip]:
+    """Cut the work so that projected maps, of so many channels, stay in the processor's caches.
+
+    Into some images each, or some rows of one. A row of the output sees ``reach`` rows of the input
+    above and below.
+    """
+    batch, _, height, width = x.shape
+    rows = STRIP_BYTES // max(channels * width * x.element_size(), 1)
+    outputs = (height - 1) // stride + 1
+    if rows >= height or height <= 6 * reach:
+        images = max(rows // height, 1)
+        return [
+            _Strip(slice(i, i + images), 0, outputs, 0, height, 0, height)
+            for i in range(0, batch, images)
+        ]
+    parts = -(-outputs // (max(rows - 2 * reach, 4 * reach) // stride + 1))
+    edges = [outputs * i // parts for i in range(parts + 1)]
+    firsts = [max(edge * stride - reach, 0) // stride * stride for edge in edges[:-1]]
+    lasts = [min(((edge - 1) * stride + reach) // stride * stride + stride, height)
+             for edge in edges[1:]]  # fmt: skip
+    rows_of_strips = list(
+        zip(edges, edges[1:], firsts, lasts, [0, *lasts], [*firsts[1:], height], strict=False)
+    )
+    return [_Strip(slice(i, i + 1), *rows) for i in range(batch) for rows in rows_of_strips]
+
+
+def _projected_strips(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel: Tensor,
+    num_heads: int,
+    attn_kernel_size: int,
+    stride: int,
+    dilation: int,
+    sum_dtype: torch.dtype | None = None,
+) -> Iterator[tuple[_Strip, Tensor, Tensor | None]]:
+    """Strips, their projected maps (B, d, 3, N, h, W), and room for gradients of the same shape.
+
+    The latter where ``sum_dtype`` is given: up to row ``fresh``, they are what the strips before
+    have summed up. All is overwritten when the next strip is asked for.
+    """
+    reach = max(attn_kernel_size, kernel.size(-1)) // 2 * dilation
+    strips = _strips(x, weight.size(0), reach, stride)
+    size = (weight.size(0), max((s.last - s.first for s in strips), default=0), x.size(3))
+    whole = size[1] == x.size(2)
+    buffer = None if whole else x.new_empty(size)
+    sums = None if whole or sum_dtype is None else torch.empty(size, dtype=sum_dtype)
+    for strip in strips:
+        part = x[strip.images, :, strip.first : strip.last]
+        if whole:
+            maps = _project(part, weight, bias, num_heads)
+            yield (
+                strip,
+                maps,
+                None if sum_dtype is None else torch.empty_like(maps, dtype=sum_dtype),
+            )
+            continue
+        maps = buffer[:, : part.size(2)]
+        torch.addmm(bias[:, None], weight.flatten(1), part[0].flatten(1), out=maps.flatten(1))
+        room = None if sums is None else _as_heads(sums[:, : part.size(2)], num_heads)
+        yield strip, _as_heads(maps, num_heads), room
+        if sums is not None:
+            kept = strip.last - strip.done
+            sums[:, :kept] = sums[:, part.size(2) - kept : part.size(2)]
+
+
+def _as_heads(maps: Tensor, num_heads: int) -> Tensor:
+    return maps.unflatten(0, (-1, 3, num_heads))[None]
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _split(maps: Tensor, stride: int, strip: _Strip | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """(B, d, 3, N, H, W) -> query, key and value (B, N, d, H, W), query subsampled."""
     query, key, value = maps.permute(2, 0, 3, 1, 4, 5)
+    if strip is not None:
+        query = query[..., strip.begin * stride - strip.first : strip.end * stride - strip.first, :]
     return query[..., ::stride, ::stride], key, value
 
 
@@ -203,21 +301,32 @@ def _forward(
     stride: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor]:
+    geometry = (num_heads, attn_kernel_size, stride, dilation)
+    size = strided_size(x, stride)
+    out = x.new_empty((x.size(0), kernel.size(0), *size))
+    lse = x.new_empty((x.size(0), num_heads, *size), dtype=_sum_dtype(x))
+    factor = scale.expand(out.size(1)).view(num_heads, -1)
     with torch.autocast('cpu', enabled=False):
-        maps = _project(x, weight, bias, num_heads)
-    out = native_backend.group_conv(
-        maps.flatten(1, 3), kernel, kernel_bias, stride, dilation, maps.size(1)
-    )
-    lse = native_backend.local_attention_add_(
-        _heads(out, num_heads),
-        *_split(maps, stride),
-        slopes,
-        scale.expand(out.size(1)).view(num_heads, -1),
-        attn_kernel_size,
-        stride,
-        dilation,
-        maps.size(1) ** -0.5,
-    )
+        for strip, maps, _ in _projected_strips(x, weight, bias, kernel, *geometry):
+            out_rows = out[strip.images, :, strip.begin : strip.end]
+            torch.ops.acmix_mm.group_conv_native_rows_(
+                out_rows, maps.flatten(1, 3), kernel, kernel_bias, stride, dilation, maps.size(1),
+                x.size(2), strip.begin, strip.first,
+            )  # fmt: skip
+            native_backend.local_attention_add_(
+                _heads(out_rows, num_heads),
+                lse[strip.images, :, strip.begin : strip.end],
+                *_split(maps, stride, strip),
+                slopes,
+                factor,
+                attn_kernel_size,
+                stride,
+                dilation,
+                maps.size(1) ** -0.5,
+                x.size(2),
+                strip.begin,
+                strip.first,
+            )
     return out, lse
 
 
@@ -251,72 +360,117 @@ def _backward(
     needed: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of x, weight, bias, slopes, kernel and scale that are ``needed``."""
-    of_x, of_weight, of_bias, of_slopes, of_kernel, of_scale = needed
-    of_maps = of_x or of_weight or of_bias
+    *of_projection, of_slopes, of_kernel, of_scale = needed
     one_scale = scale.numel() == 1
-    sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    gradients: list[Tensor | None] = [None] * 6
+    sum_dtype = _sum_dtype(x)
     grad = grad.contiguous()
+    scaled = grad if one_scale else grad * scale.to(grad.dtype).view(-1, 1, 1)
+    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    grad_weight, grad_bias, grad_slopes, grad_kernel, grad_scale = sums = [
+        torch.zeros(t.shape, dtype=torch.promote_types(sum_dtype, t.dtype))
+        for t in (weight, bias, slopes, kernel, scale)
+    ]
+    geometry = (num_heads, attn_kernel_size, stride, dilation)
     with torch.autocast('cpu', enabled=False):
-        maps = _project(x, weight, bias, num_heads)
-    head_dim = maps.size(1)
-    attention = (attn_kernel_size, stride, dilation, head_dim**-0.5)
-    query, key, value = _split(maps, stride)
-    if of_kernel:
-        gradients[4] = torch.ops.acmix_mm.group_conv_native_grad_weight(
-            grad, maps.flatten(1, 3), kernel.size(-1), stride, dilation, head_dim
-        )
-    if of_maps or of_slopes or (of_scale and one_scale):
-        if of_maps:
-            grad_maps = torch.ops.acmix_mm.group_conv_native_grad_input(
-                grad, kernel, *x.shape[2:], stride, dilation, head_dim
-            ).view(maps.shape)
-        else:
-            grad_maps = torch.zeros_like(maps, memory_format=torch.contiguous_format)
-        targets = _split(grad_maps, stride)
-        # The kernel adds to rows of adjacent columns, and sums keys and values in sum_dtype.
-        direct = (stride == 1, x.dtype == sum_dtype, x.dtype == sum_dtype)
-        dtypes = (x.dtype, sum_dtype, sum_dtype)
-        sums = [
-            t if d else torch.zeros(t.shape, dtype=dtype)
-            for t, d, dtype in zip(targets, direct, dtypes, strict=True)
-        ]
-        scaled = grad if one_scale else grad * scale.to(grad.dtype).view(-1, 1, 1)
-        gradients[3], gradients[5] = native_backend.local_attention_backward_add_(
-            *sums,
-            _heads(scaled, num_heads),
-            query,
-            key,
-            value,
-            slopes,
-            scale.item() if one_scale else 1.0,
-            lse,
-            *attention,
-        )
-        for target, total, d in zip(targets, sums, direct, strict=True):
-            if not d:
-                target.add_(total)
-    if of_maps:
-        gradients[:3] = torch.ops.aten.convolution_backward(
-            grad_maps.flatten(1, 3), x, weight, [weight.size(0)], [1, 1], [0, 0], [1, 1], False,
-            [0, 0], 1, [of_x, of_weight, of_bias],
-        )  # fmt: skip
-    if of_scale and not one_scale:
-        # Rare (a deployed layer that is trained on): take the attention's result once more.
-        result = torch.zeros_like(grad)
-        ones = torch.ones_like(scale).view(num_heads, -1)
-        native_backend.local_attention_add_(
-            _heads(result, num_heads), query, key, value, slopes, ones, *attention
-        )
-        gradients[5] = (result.to(sum_dtype) * grad.to(sum_dtype)).sum((0, 2, 3))
+        for strip, maps, grad_maps in _projected_strips(
+            x, weight, bias, kernel, *geometry, sum_dtype
+        ):
+            head_dim, rows = maps.size(1), slice(strip.begin, strip.end)
+            where = (x.size(2), strip.begin, strip.first)
+            parts = _split(maps, stride, strip)
+            attention = (attn_kernel_size, stride, dilation, head_dim**-0.5, *where)
+            lse_rows = lse[strip.images, :, rows]
+            if of_kernel:
+                grad_kernel += torch.ops.acmix_mm.group_conv_native_grad_weight_rows(
+                    grad[strip.images, :, rows], maps.flatten(1, 3), kernel.size(-1), stride,
+                    dilation, head_dim, *where,
+                )  # fmt: skip
+            if any(of_projection) or of_slopes or (of_scale and one_scale):
+                fresh = grad_maps[..., strip.fresh - strip.first :, :].flatten(1, 3)
+                if any(of_projection):
+                    target = (
+                        fresh if x.dtype == sum_dtype else torch.empty_like(fresh, dtype=x.dtype)
+                    )
+                    torch.ops.acmix_mm.group_conv_native_grad_input_rows_(
+                        target, grad[strip.images], kernel, stride, dilation, head_dim, x.size(2),
+                        strip.fresh,
+                    )  # fmt: skip
+                    if target is not fresh:
+                        fresh.copy_(target)
+                else:
+                    fresh.zero_()
+                grad_query, *targets = _split(grad_maps, stride, strip)
+                # The kernel adds to rows of adjacent columns, queries in the dtype of the maps.
+                direct = stride == 1 and x.dtype == sum_dtype
+                target = grad_query if direct else torch.zeros(parts[0].shape, dtype=x.dtype)
+                of_slope, of_factor = native_backend.local_attention_backward_add_(
+                    target,
+                    *targets,
+                    _heads(scaled[strip.images, :, rows], num_heads),
+                    *parts,
+                    slopes,
+                    scale.item() if one_scale else 1.0,
+                    lse_rows,
+                    *attention,
+                )
+                if not direct:
+                    grad_query += target
+                grad_slopes += of_slope
+                if one_scale:
+                    grad_scale += of_factor
+            if any(of_projection):
+                done = grad_maps[..., : strip.done - strip.first, :].to(x.dtype)
+                inputs = (done.flatten(1, 3), x[strip.images, :, strip.first : strip.done], weight)
+                grad_rows = grad_x[strip.images, :, strip.first : strip.done]
+                _add_projection_gradients(*inputs, of_projection, grad_rows, grad_weight, grad_bias)
+            if of_scale and not one_scale:
+                # Rare (a deployed layer that is trained on): take the attention's result once more.
+                result = torch.zeros_like(grad[strip.images, :, rows])
+                ones = torch.ones_like(scale).view(num_heads, -1)
+                native_backend.local_attention_add_(
+                    _heads(result, num_heads), torch.empty_like(lse_rows), *parts, slopes, ones,
+                    *attention,
+                )  # fmt: skip
+                products = result.to(sum_dtype) * grad[strip.images, :, rows].to(sum_dtype)
+                grad_scale += products.sum((0, 2, 3))
     inputs = (x, weight, bias, slopes, kernel, scale)
-    # Contiguous, as the fake kernel says: of a channels-last x PyTorch's convolution gives
-    # channels-last gradients.
     return [
-        gradient.to(tensor.dtype).contiguous()
-        for gradient, tensor, need in zip(gradients, inputs, needed, strict=True)
+        gradient.to(tensor.dtype)
+        for gradient, tensor, need in zip([grad_x, *sums], inputs, needed, strict=True)
         if need
     ]
+
+
+def _add_projection_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needed: Sequence[bool],
+    grad_x: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+) -> None:
+    """Gradients of :func:`_project` by that of its result, (B, C, h, W); to sums they are added."""
+    of_x, of_weight, of_bias = needed
+    if grad.is_contiguous():
+        gradients = torch.ops.aten.convolution_backward(
+            grad, x, weight, [weight.size(0)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
+        )
+        for total, gradient, need in zip(
+            (grad_weight, grad_bias), gradients[1:], needed[1:], strict=True
+        ):
+            if need:
+                total += gradient
+        if of_x:
+            grad_x.copy_(gradients[0])
+        return
+    grad, x, grad_x = (tensor[0].flatten(1) for tensor in (grad, x, grad_x))
+    if of_x:
+        torch.mm(weight.flatten(1).T, grad, out=grad_x)
+    if of_weight:
+        grad_weight += torch.mm(grad, x.T).view(weight.shape)
+    if of_bias:
+        grad_bias += grad.sum(1, dtype=grad_bias.dtype)
 
 
 @_backward.register_fake

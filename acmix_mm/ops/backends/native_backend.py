@@ -185,6 +185,7 @@ def local_attention(
 
 def local_attention_add_(
     output: Tensor,
+    lse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -194,15 +195,20 @@ def local_attention_add_(
     stride: int,
     dilation: int,
     scale: float,
-) -> Tensor:
-    """Add ``factor`` (N, d) times attention to ``output``; return a log-sum-exp a query and head.
+    height: int,
+    first_query: int = 0,
+    first_key: int = 0,
+) -> None:
+    """Add ``factor`` (N, d) times attention to ``output``; ``lse`` gets a log-sum-exp a query.
 
     Keys are taken less ``slopes`` (d, 2) times their position (x, y), linspace(-1, 1) over width
-    and height. Not differentiable by itself.
+    and height. Tensors may hold some rows of a map of ``height`` rows: output, lse (B, N, h, w) and
+    query those of the queries from ``first_query`` on, key and value the rows from ``first_key``
+    on, among which must be all that the queries see. Not differentiable by itself.
     """
-    geometry = (kernel_size, stride, dilation, scale)
-    return torch.ops.acmix_mm.local_attention_native_forward_add_(
-        output, query, key, value, slopes, factor, *geometry
+    geometry = (kernel_size, stride, dilation, scale, height, first_query, first_key)
+    torch.ops.acmix_mm.local_attention_native_forward_add_(
+        output, lse, query, key, value, slopes, factor, *geometry
     )
 
 
@@ -221,13 +227,17 @@ def local_attention_backward_add_(
     stride: int,
     dilation: int,
     scale: float,
+    height: int,
+    first_query: int = 0,
+    first_key: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`local_attention_add_` with one factor for all channels.
 
     Adds to the first three, of which key's and value's are float32 for half precision, and returns
-    the gradients of ``slopes`` (d, 2) and ``factor`` (1,) in float64.
+    the gradients of ``slopes`` (d, 2) and ``factor`` (1,) in float64: of rows, what these queries
+    contribute.
     """
-    geometry = (kernel_size, stride, dilation, scale)
+    geometry = (kernel_size, stride, dilation, scale, height, first_query, first_key)
     return torch.ops.acmix_mm.local_attention_native_backward_add_(
         grad_query, grad_key, grad_value, grad, query, key, value, slopes, factor, lse, *geometry
     )

@@ -48,7 +48,8 @@ Kernels<S, T> kernels() {
   }
 }
 
-// Checks sizes and geometry; the tensors themselves are checked against the shape by check_tensor.
+// Checks sizes and geometry; the tensors themselves are checked against the shape by check_map and
+// check_weight.
 ConvShape conv_shape(int64_t batch, int64_t channels, int64_t height, int64_t width,
                      at::IntArrayRef weight, int64_t stride, int64_t dilation, int64_t groups) {
   TORCH_CHECK(stride > 0 && dilation > 0 && groups > 0,
@@ -63,20 +64,56 @@ ConvShape conv_shape(int64_t batch, int64_t channels, int64_t height, int64_t wi
                   weight[3] <= kMaxKernel && weight[0] > 0 && weight[0] % groups == 0,
               "weight must have an odd kernel of side ", kMaxKernel,
               " at most and some multiple of ", groups, " output channels, got shape ", weight);
-  return {batch,  groups, channels / groups, weight[0] / groups, height,
-          width,  weight[3], stride,         dilation};
+  TORCH_CHECK(height <= kMaxElements, "height must be at most ", kMaxElements, ", got ", height);
+  return {batch,  groups,    channels / groups, weight[0] / groups, height,
+          width,  weight[3], stride,            dilation,           0,
+          (height - 1) / stride + 1};
 }
 
 ConvShape conv_shape(const at::Tensor& input, at::IntArrayRef weight, int64_t stride,
-                     int64_t dilation, int64_t groups) {
+                     int64_t dilation, int64_t groups, int64_t height) {
   TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions, got shape ", input.sizes());
-  return conv_shape(input.size(0), input.size(1), input.size(2), input.size(3), weight, stride,
-                    dilation, groups);
+  return conv_shape(input.size(0), input.size(1), height, input.size(3), weight, stride, dilation,
+                    groups);
 }
 
-void check_input(const at::Tensor& input, const ConvShape& shape, at::ScalarType dtype) {
-  check_same(input, "input",
-             {shape.batch, shape.groups * shape.inputs, shape.height, shape.width}, dtype);
+// A tensor with rows of a map of `height` rows, from `first` on.
+void check_map(const at::Tensor& map, const char* name, int64_t batch, int64_t channels,
+               int64_t height, int64_t width, int64_t first, at::ScalarType dtype) {
+  TORCH_CHECK(map.dim() == 4, name, " must have 4 dimensions, got shape ", map.sizes());
+  check_same(map, name, {batch, channels, map.size(2), width}, dtype);
+  TORCH_CHECK(first >= 0 && first <= height - map.size(2), name, " must have rows of ", height,
+              ", got ", map.size(2), " from row ", first, " on");
+}
+
+void check_input(const at::Tensor& input, const char* name, const ConvShape& shape, int64_t first,
+                 at::ScalarType dtype) {
+  check_map(input, name, shape.batch, shape.groups * shape.inputs, shape.height, shape.width, first,
+            dtype);
+}
+
+void check_output(const at::Tensor& output, const char* name, const ConvShape& shape,
+                  int64_t first, at::ScalarType dtype) {
+  check_map(output, name, shape.batch, shape.groups * shape.outputs,
+            (shape.height - 1) / shape.stride + 1, (shape.width - 1) / shape.stride + 1, first,
+            dtype);
+}
+
+// Raises unless `name`, with `rows` rows from `first` on, has those of [begin, end) that are in the
+// map.
+void check_rows(const char* name, int64_t first, int64_t rows, int64_t begin, int64_t end,
+                int64_t height) {
+  begin = std::max<int64_t>(begin, 0);
+  end = std::min(end, height);
+  TORCH_CHECK(begin >= end || (first <= begin && end <= first + rows), name, " must have rows ",
+              begin, " to ", end - 1, ", got ", rows, " from row ", first, " on");
+}
+
+// Those of the input that output rows [begin, end) see.
+void check_seen(const at::Tensor& input, const ConvShape& shape, int64_t first) {
+  const int64_t reach = shape.kernel / 2 * std::min(shape.dilation, shape.height);
+  check_rows("input", first, input.size(2), shape.begin * shape.stride - reach,
+             (shape.end - 1) * shape.stride + reach + 1, shape.height);
 }
 
 void check_weight(const at::Tensor& weight, const ConvShape& shape, at::ScalarType dtype) {
@@ -87,6 +124,10 @@ void check_weight(const at::Tensor& weight, const ConvShape& shape, at::ScalarTy
 std::vector<int64_t> output_sizes(const ConvShape& shape) {
   return {shape.batch, shape.groups * shape.outputs, (shape.height - 1) / shape.stride + 1,
           (shape.width - 1) / shape.stride + 1};
+}
+
+void check_columns(const at::Tensor& target, const char* name) {
+  TORCH_CHECK(target.stride(3) == 1 || target.size(3) == 1, name, " must have adjacent columns");
 }
 
 template <typename S, typename T>
@@ -101,13 +142,13 @@ void run_convolve(const ConvShape& shape, bool transposed, const ConvArgs& args)
 }
 
 template <typename S, typename T>
-void run_differentiate_weight(const ConvShape& shape, const at::Tensor& grad,
-                              const at::Tensor& input, const at::Tensor& grad_weight) {
+void run_differentiate_weight(const ConvShape& shape, const Map& grad, const Map& input,
+                              const at::Tensor& grad_weight) {
   const auto kernel = kernels<S, T>();
   const WeightPlan plan(shape, kernel.lanes, 64 / sizeof(T));
   const int64_t numbers = grad_weight.numel();
   const ScratchMemory partials(plan.parts * numbers * sizeof(double));
-  const WeightArgs args{as_map(grad), as_map(input), partials.arena().take<double>(0)};
+  const WeightArgs args{grad, input, partials.arena().take<double>(0)};
   const int64_t bytes = kernel.weight_scratch_bytes(plan);
   const int64_t tasks = plan.parts * plan.groups * num_pieces(plan.outputs);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -124,26 +165,31 @@ void run_differentiate_weight(const ConvShape& shape, const at::Tensor& grad,
   }
 }
 
-at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
+void forward_rows_(const at::Tensor& output, const at::Tensor& input, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias, int64_t stride, int64_t dilation,
-                   int64_t groups) {
-  const ConvShape shape = conv_shape(input, weight.sizes(), stride, dilation, groups);
+                   int64_t groups, int64_t height, int64_t first_output, int64_t first_input) {
+  ConvShape shape = conv_shape(input, weight.sizes(), stride, dilation, groups, height);
   const auto dtype = input.scalar_type();
-  check_input(input, shape, dtype);
+  check_input(input, "input", shape, first_input, dtype);
   check_weight(weight, shape, dtype);
+  check_output(output, "output", shape, first_output, dtype);
+  check_columns(output, "output");
+  shape.begin = first_output;
+  shape.end = first_output + output.size(2);
+  check_seen(input, shape, first_input);
   Map bias_map{};
   if (bias.has_value()) {
     check_same(*bias, "bias", {weight.size(0)}, dtype);
     bias_map = as_map(*bias);
   }
-  at::Tensor output = at::empty(output_sizes(shape), input.options());
-  if (shape.batch == 0) {
-    return output;
+  if (output.numel() == 0) {
+    return;
   }
-  const ConvArgs args{as_map(input),
+  const ConvArgs args{as_map(input, 2, first_input),
                       as_map(weight),
                       bias_map,
-                      output.mutable_data_ptr(),
+                      row_zero(output.mutable_data_ptr(), output, 2, first_output),
+                      {output.stride(0), output.stride(1), output.stride(2)},
                       shape.outputs * weight.stride(0),
                       weight.stride(0),
                       weight.stride(1)};
@@ -151,38 +197,103 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
     using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     run_convolve<scalar_t, compute_t>(shape, false, args);
   });
+}
+
+at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
+                   const std::optional<at::Tensor>& bias, int64_t stride, int64_t dilation,
+                   int64_t groups) {
+  TORCH_CHECK(input.dim() == 4, "input must have 4 dimensions, got shape ", input.sizes());
+  const ConvShape shape =
+      conv_shape(input, weight.sizes(), stride, dilation, groups, input.size(2));
+  check_input(input, "input", shape, 0, input.scalar_type());
+  at::Tensor output = at::empty(output_sizes(shape), input.options());
+  forward_rows_(output, input, weight, bias, stride, dilation, groups, input.size(2), 0, 0);
   return output;
 }
 
-at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& weight, int64_t height,
-                      int64_t width, int64_t stride, int64_t dilation, int64_t groups) {
+// As conv_shape, of what the gradient of the input takes.
+ConvShape grad_shape(const at::Tensor& grad, const at::Tensor& weight, int64_t height,
+                     int64_t width, int64_t stride, int64_t dilation, int64_t groups) {
   TORCH_CHECK(grad.dim() == 4 && weight.dim() == 4,
               "grad and weight must have 4 dimensions, got shapes ", grad.sizes(), " and ",
               weight.sizes());
-  const auto dtype = grad.scalar_type();
-  check_same(weight, "weight", weight.sizes(), dtype);
+  check_same(weight, "weight", weight.sizes(), grad.scalar_type());
   TORCH_CHECK(weight.numel() > 0, "weight must not be empty, got shape ", weight.sizes());
   TORCH_CHECK(groups <= weight.size(0), "groups must be at most the output channels, ",
               weight.size(0), ", got ", groups);
   const ConvShape shape = conv_shape(grad.size(0), groups * weight.size(1), height, width,
                                      weight.sizes(), stride, dilation, groups);
-  check_weight(weight, shape, dtype);
-  check_same(grad, "grad", output_sizes(shape), dtype);
-  at::Tensor out =
-      at::empty({shape.batch, groups * shape.inputs, height, width}, grad.options());
-  if (shape.batch == 0) {
-    return out;
+  check_weight(weight, shape, grad.scalar_type());
+  check_same(grad, "grad", output_sizes(shape), grad.scalar_type());
+  return shape;
+}
+
+void grad_input_rows_(const at::Tensor& grad_input, const at::Tensor& grad,
+                      const at::Tensor& weight, int64_t stride, int64_t dilation, int64_t groups,
+                      int64_t height, int64_t first_input) {
+  TORCH_CHECK(grad_input.dim() == 4, "grad_input must have 4 dimensions, got shape ",
+              grad_input.sizes());
+  ConvShape shape =
+      grad_shape(grad, weight, height, grad_input.size(3), stride, dilation, groups);
+  const auto dtype = grad.scalar_type();
+  check_input(grad_input, "grad_input", shape, first_input, dtype);
+  check_columns(grad_input, "grad_input");
+  const int64_t step = std::min(stride, height);
+  const int64_t end = first_input + grad_input.size(2);
+  TORCH_CHECK(first_input % step == 0 && (end % step == 0 || end == height),
+              "grad_input must begin and end at multiples of stride, got rows ", first_input,
+              " to ", end);
+  shape.begin = first_input / step;
+  shape.end = (end + step - 1) / step;
+  if (grad_input.numel() == 0) {
+    return;
   }
   const ConvArgs args{as_map(grad),
                       as_map(weight),
                       {},
-                      out.mutable_data_ptr(),
+                      row_zero(grad_input.mutable_data_ptr(), grad_input, 2, first_input),
+                      {grad_input.stride(0), grad_input.stride(1), grad_input.stride(2)},
                       shape.outputs * weight.stride(0),
                       weight.stride(1),
                       weight.stride(0)};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
     using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     run_convolve<scalar_t, compute_t>(shape, true, args);
+  });
+}
+
+at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& weight, int64_t height,
+                      int64_t width, int64_t stride, int64_t dilation, int64_t groups) {
+  const ConvShape shape = grad_shape(grad, weight, height, width, stride, dilation, groups);
+  at::Tensor out =
+      at::empty({shape.batch, groups * shape.inputs, height, width}, grad.options());
+  grad_input_rows_(out, grad, weight, stride, dilation, groups, height, 0);
+  return out;
+}
+
+at::Tensor grad_weight_rows(const at::Tensor& grad, const at::Tensor& input, int64_t kernel_size,
+                            int64_t stride, int64_t dilation, int64_t groups, int64_t height,
+                            int64_t first_output, int64_t first_input) {
+  TORCH_CHECK(grad.dim() == 4 && input.dim() == 4,
+              "grad and input must have 4 dimensions, got shapes ", grad.sizes(), " and ",
+              input.sizes());
+  TORCH_CHECK(groups > 0, "groups must be positive, got ", groups);
+  const std::vector<int64_t> sizes{grad.size(1), input.size(1) / groups, kernel_size, kernel_size};
+  ConvShape shape = conv_shape(input, sizes, stride, dilation, groups, height);
+  const auto dtype = input.scalar_type();
+  check_input(input, "input", shape, first_input, dtype);
+  check_output(grad, "grad", shape, first_output, dtype);
+  shape.begin = first_output;
+  shape.end = first_output + grad.size(2);
+  check_seen(input, shape, first_input);
+  if (grad.numel() == 0) {
+    return at::zeros(sizes, input.options());
+  }
+  at::Tensor out = at::empty(sizes, input.options());
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
+    using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    run_differentiate_weight<scalar_t, compute_t>(shape, as_map(grad, 2, first_output),
+                                                  as_map(input, 2, first_input), out);
   });
   return out;
 }
@@ -192,21 +303,10 @@ at::Tensor grad_weight(const at::Tensor& grad, const at::Tensor& input, int64_t 
   TORCH_CHECK(grad.dim() == 4 && input.dim() == 4,
               "grad and input must have 4 dimensions, got shapes ", grad.sizes(), " and ",
               input.sizes());
-  TORCH_CHECK(groups > 0, "groups must be positive, got ", groups);
-  const std::vector<int64_t> sizes{grad.size(1), input.size(1) / groups, kernel_size, kernel_size};
-  const ConvShape shape = conv_shape(input, sizes, stride, dilation, groups);
-  const auto dtype = input.scalar_type();
-  check_input(input, shape, dtype);
-  check_same(grad, "grad", output_sizes(shape), dtype);
-  if (shape.batch == 0) {
-    return at::zeros(sizes, input.options());
-  }
-  at::Tensor out = at::empty(sizes, input.options());
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
-    using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    run_differentiate_weight<scalar_t, compute_t>(shape, grad, input, out);
-  });
-  return out;
+  const int64_t height = input.size(2);
+  TORCH_CHECK(stride > 0 && grad.size(2) == (height + stride - 1) / stride, "grad must have the ",
+              "rows of the output of input with ", height, ", got ", grad.size(2));
+  return grad_weight_rows(grad, input, kernel_size, stride, dilation, groups, height, 0, 0);
 }
 
 }  // namespace
@@ -221,12 +321,28 @@ TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
   m.def(
       "group_conv_native_grad_weight(Tensor grad, Tensor input, int kernel_size, int stride, "
       "int dilation, int groups) -> Tensor");
+  // As parts of a larger operator, of some rows of a map of `height` rows: tensors of the size of
+  // the output have them from `first_output` on, those of the size of the input from `first_input`
+  // on; grad has all where rows of the input are differentiated.
+  m.def(
+      "group_conv_native_rows_(Tensor(a!) output, Tensor input, Tensor weight, Tensor? bias, "
+      "int stride, int dilation, int groups, int height, int first_output, int first_input) "
+      "-> ()");
+  m.def(
+      "group_conv_native_grad_input_rows_(Tensor(a!) grad_input, Tensor grad, Tensor weight, "
+      "int stride, int dilation, int groups, int height, int first_input) -> ()");
+  m.def(
+      "group_conv_native_grad_weight_rows(Tensor grad, Tensor input, int kernel_size, int stride, "
+      "int dilation, int groups, int height, int first_output, int first_input) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(acmix_mm, CPU, m) {
   m.impl("group_conv_native", &forward);
   m.impl("group_conv_native_grad_input", &grad_input);
   m.impl("group_conv_native_grad_weight", &grad_weight);
+  m.impl("group_conv_native_rows_", &forward_rows_);
+  m.impl("group_conv_native_grad_input_rows_", &grad_input_rows_);
+  m.impl("group_conv_native_grad_weight_rows", &grad_weight_rows);
 }
 
 }  // namespace acmix_mm

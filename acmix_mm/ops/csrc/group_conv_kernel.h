@@ -257,8 +257,8 @@ INLINE void conv_tile_of(int64_t width, Args... args) {
 // first of these channels.
 template <typename S, typename T, int C>
 void conv_block(const ConvPlan& plan, const ConvPlan::Phase& phase, int64_t begin, int64_t count,
-                const T* weight, const T* bias, S* to, const ConvScratch<T>& scratch,
-                Ahead* ahead) {
+                const T* weight, const T* bias, S* to, const int64_t* strides,
+                const ConvScratch<T>& scratch, Ahead* ahead) {
   constexpr int lanes = Simd<T>::lanes;
   const Gather& rows = plan.layout.rows;
   const Gather& cols = plan.layout.cols;
@@ -277,11 +277,11 @@ void conv_block(const ConvPlan& plan, const ConvPlan::Phase& phase, int64_t begi
     for (int64_t done = 0; done < width * lanes && row < count;) {
       const int64_t piece = std::min(width * lanes - done, pitch - col);
       const int64_t numbers = std::min(piece, valid - col);
-      S* target = to + ((begin + row) * rows.phases + phase.row) * cols.target +
+      S* target = to + ((begin + row) * rows.phases + phase.row) * strides[2] +
                   col * cols.phases + phase.col;
       if (numbers > 0) {
         for (int c = 0; c < C; ++c) {
-          copy(target + c * rows.target * cols.target, cols.phases,
+          copy(target + c * strides[1], cols.phases,
                scratch.tile + c * width * lanes + done, 1, numbers);
         }
       }
@@ -311,12 +311,13 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
               Arena arena) {
   const ConvScratch<T> scratch = ConvScratch<T>::lay_out(arena, plan);
   const Gather& rows = plan.layout.rows;
-  const int64_t plane_size = rows.target * plan.layout.cols.target;
   const int64_t taps = plan.kernel * plan.kernel;
   int64_t packed_group = -1;
   const auto group_of = [&](int64_t task) { return task / (plan.blocks * plan.batch); };
   const auto sample_of = [&](int64_t task) { return task / plan.blocks % plan.batch; };
-  const auto row_of = [&](int64_t task) { return task % plan.blocks * plan.block_rows; };
+  const auto row_of = [&](int64_t task) {
+    return plan.begin + task % plan.blocks * plan.block_rows;
+  };
   // Register tiles times taps of a block, about.
   const int64_t steps = std::max<int64_t>(
       1, plan.block_rows * plan.layout.pitch * taps * num_pieces(plan.targets) /
@@ -324,9 +325,8 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
   for (int64_t task = begin; task < end; ++task) {
     const int64_t group = group_of(task);
     const int64_t sample = sample_of(task);
-    const int64_t plane = sample * plan.groups + group;
     const int64_t first = row_of(task);
-    const int64_t last = std::min(first + plan.block_rows, rows.positions);
+    const int64_t last = std::min(first + plan.block_rows, plan.end);
     if (group != packed_group) {
       pack_weight<S, T>(plan, args, group, scratch);
       packed_group = group;
@@ -347,10 +347,12 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
       }
       for (int64_t p = 0; p < num_pieces(plan.targets); ++p) {
         const Piece piece = piece_of(plan.targets, p);
-        S* to = static_cast<S*>(args.target) + (plane * plan.targets + piece.begin) * plane_size;
+        S* to = static_cast<S*>(args.target) + sample * args.target_strides[0] +
+                (group * plan.targets + piece.begin) * args.target_strides[1];
         conv_block_of<S, T>(piece.end - piece.begin, plan, phase, first, count,
                             scratch.weight + piece.begin * taps * plan.sources,
-                            scratch.bias + piece.begin, to, scratch, &ahead);
+                            scratch.bias + piece.begin, to, args.target_strides, scratch,
+                            &ahead);
       }
     }
   }
@@ -508,8 +510,8 @@ void differentiate_weight(const WeightPlan& plan, const WeightArgs& args, int64_
     for (int64_t unit = part * units / plan.parts; unit < (part + 1) * units / plan.parts;
          ++unit) {
       const int64_t sample = unit / plan.blocks;
-      const int64_t first = unit % plan.blocks * plan.block_rows;
-      const int64_t count = std::min(plan.block_rows, plan.input.rows.positions - first);
+      const int64_t first = plan.begin + unit % plan.blocks * plan.block_rows;
+      const int64_t count = std::min(plan.block_rows, plan.end - first);
       pack<S, T>(plan.input, args.input, sample, group * plan.inputs, plan.inputs, first, count,
                  scratch.input);
       pack<S, T>(plan.grad, args.grad, sample, channel, piece.end - piece.begin, first, count,
@@ -518,7 +520,8 @@ void differentiate_weight(const WeightPlan& plan, const WeightArgs& args, int64_
       if (unit + 1 < (part + 1) * units / plan.parts) {
         ahead = Ahead::of<S>(plan.input, args.input, (unit + 1) / plan.blocks,
                              group * plan.inputs, plan.inputs,
-                             (unit + 1) % plan.blocks * plan.block_rows, plan.block_rows, steps);
+                             plan.begin + (unit + 1) % plan.blocks * plan.block_rows,
+                             plan.block_rows, steps);
       }
       const int64_t length = round_up(count * plan.input.pitch, lanes);
       for (int64_t z = 0; z < length; z += kChunk * lanes) {

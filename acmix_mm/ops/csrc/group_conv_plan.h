@@ -121,23 +121,24 @@ struct Layout {
 
 // Rows of a block: as many as a second-level cache holds comfortably, but enough blocks for many
 // threads. The division does not depend on the number of threads, lest sums do.
-inline int64_t choose_block_rows(const Gather& rows, const Gather& cols, int64_t planes,
-                                 int64_t channels, int64_t size) {
+inline int64_t choose_block_rows(int64_t positions, const Gather& rows, const Gather& cols,
+                                 int64_t planes, int64_t channels, int64_t size) {
   constexpr int64_t kCache = 128 << 10;
   const int64_t slots = rows.slots() * cols.slots();
   const int64_t row_bytes = channels * slots * (cols.positions + cols.reach()) * size;
   const int64_t halo = rows.before + rows.after;
   const int64_t least = std::max<int64_t>(4, 2 * halo);
   const int64_t pieces = (kTasks + planes - 1) / planes;
-  int64_t count = std::max(least, (rows.positions + pieces - 1) / pieces);
+  int64_t count = std::max(least, (positions + pieces - 1) / pieces);
   count = std::min(count, std::max(halo + 1, kCache / row_bytes - halo));
-  const int64_t blocks = (rows.positions + count - 1) / count;
-  return (rows.positions + blocks - 1) / blocks;
+  const int64_t blocks = (positions + count - 1) / count;
+  return (positions + blocks - 1) / blocks;
 }
 
 struct ConvShape {
   int64_t batch, groups, inputs, outputs;  // channels of one group
   int64_t height, width, kernel, stride, dilation;
+  int64_t begin, end;  // what of the rows' positions is computed, see Gather
 };
 
 // Convolution of `sources` channels to `targets` channels in every group: the convolution itself,
@@ -149,7 +150,7 @@ struct ConvPlan {
     std::vector<int64_t> offsets, indices;
   };
 
-  int64_t batch, groups, sources, targets, kernel, block_rows, blocks, tasks;
+  int64_t batch, groups, sources, targets, kernel, begin, end, block_rows, blocks, tasks;
   Layout layout;
   std::vector<Phase> phases;
 
@@ -166,9 +167,11 @@ struct ConvPlan {
         sources(transposed ? shape.outputs : shape.inputs),
         targets(transposed ? shape.inputs : shape.outputs),
         kernel(shape.kernel),
-        block_rows(choose_block_rows(rows, cols, batch * groups,
+        begin(shape.begin),
+        end(shape.end),
+        block_rows(choose_block_rows(end - begin, rows, cols, batch * groups,
                                      std::max(sources, targets), 64 / line)),
-        blocks((rows.positions + block_rows - 1) / block_rows),
+        blocks((end - begin + block_rows - 1) / block_rows),
         tasks(batch * groups * blocks),
         layout(rows, cols, cols.positions + cols.reach(), block_rows, lanes, line) {
     for (int64_t row = 0; row < rows.phases; ++row) {
@@ -188,7 +191,7 @@ struct ConvPlan {
 
 // Gradient of the weight: products of output gradients with inputs, summed over the pixels.
 struct WeightPlan {
-  int64_t batch, groups, inputs, outputs, kernel, block_rows, blocks;
+  int64_t batch, groups, inputs, outputs, kernel, begin, end, block_rows, blocks;
   int64_t parts;  // the pixels of a group are divided among so many tasks
   Layout input, grad;
   std::vector<int64_t> offsets, indices;  // by input channel and tap: in `input`, in the weight
@@ -206,8 +209,10 @@ struct WeightPlan {
         inputs(shape.inputs),
         outputs(shape.outputs),
         kernel(shape.kernel),
-        block_rows(choose_block_rows(rows, cols, batch * groups, inputs, 64 / line)),
-        blocks((rows.positions + block_rows - 1) / block_rows),
+        begin(shape.begin),
+        end(shape.end),
+        block_rows(choose_block_rows(end - begin, rows, cols, batch * groups, inputs, 64 / line)),
+        blocks((end - begin + block_rows - 1) / block_rows),
         input(rows, cols, cols.positions + cols.reach(), block_rows, lanes, line),
         grad(Gather(rows.positions, 1, 1, 1, false), Gather(cols.positions, 1, 1, 1, false),
              input.pitch, block_rows, lanes, line) {
@@ -228,7 +233,8 @@ struct WeightPlan {
 
 struct ConvArgs {
   Map source, weight, bias;  // bias.data may be null
-  void* target;
+  void* target;              // has adjacent columns
+  int64_t target_strides[3];
   // Strides of the weight by group, target channel and source channel.
   int64_t by_group, by_target, by_source;
 };

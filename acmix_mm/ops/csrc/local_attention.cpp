@@ -48,15 +48,15 @@ Kernels<S, T> kernels() {
   }
 }
 
-// lse has no channels.
-Map lse_as_map(const at::Tensor& lse) {
-  return {lse.const_data_ptr(), {lse.stride(0), lse.stride(1), 0, lse.stride(2), lse.stride(3)}};
-}
-
-Target as_target(const at::Tensor& tensor, bool add) {
-  Target target{tensor.mutable_data_ptr(), {}, add};
+Target as_target(const at::Tensor& tensor, int64_t first_row, bool add) {
+  Target target{row_zero(tensor.mutable_data_ptr(), tensor, 3, first_row), {}, add};
   std::copy_n(tensor.strides().begin(), tensor.dim(), target.strides);
   return target;
+}
+
+// As if it had channels.
+at::Tensor with_channels(const at::Tensor& lse, int64_t dim) {
+  return lse.unsqueeze(2).expand({-1, -1, dim, -1, -1});
 }
 
 const void* data_or_null(const at::Tensor& tensor) {
@@ -67,8 +67,14 @@ struct Axes {
   Axis rows, cols;
 };
 
+// Tensors may hold some rows of a map: the whole one's height, and the first rows that query and
+// key have.
+struct Strip {
+  int64_t height, query, key;
+};
+
 Axes check_inputs(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                  int64_t kernel_size, int64_t stride, int64_t dilation) {
+                  const Strip& strip, int64_t kernel_size, int64_t stride, int64_t dilation) {
   TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1 && kernel_size <= kMaxKernel,
               "kernel_size must be odd, positive and at most ", kMaxKernel, ", got ", kernel_size);
   TORCH_CHECK(stride > 0 && dilation > 0, "stride and dilation must be positive, got ", stride,
@@ -78,11 +84,19 @@ Axes check_inputs(const at::Tensor& query, const at::Tensor& key, const at::Tens
     TORCH_CHECK(key.size(dim) > 0, "key must have N, d, H, W >= 1, got shape ", key.sizes());
   }
   check_same(key, "key", key.sizes(), query.scalar_type());
-  const Axes axes{Axis(key.size(3), kernel_size, stride, dilation),
+  TORCH_CHECK(strip.key >= 0 && strip.height <= kMaxElements &&
+                  strip.key <= strip.height - key.size(3),
+              "key must have rows of a map of ", strip.height, ", got ", key.size(3),
+              " from row ", strip.key, " on");
+  const Axes axes{Axis(strip.height, kernel_size, stride, dilation),
                   Axis(key.size(4), kernel_size, stride, dilation)};
   check_same(value, "value", key.sizes(), query.scalar_type());
+  TORCH_CHECK(query.dim() == 5, "query must have 5 dimensions, got shape ", query.sizes());
+  TORCH_CHECK(strip.query >= 0 && strip.query <= axes.rows.queries - query.size(3),
+              "query must have rows of ", axes.rows.queries, ", got ", query.size(3),
+              " from row ", strip.query, " on");
   check_same(query, "query",
-             {key.size(0), key.size(1), key.size(2), axes.rows.queries, axes.cols.queries},
+             {key.size(0), key.size(1), key.size(2), query.size(3), axes.cols.queries},
              query.scalar_type());
   return axes;
 }
@@ -91,21 +105,32 @@ Axes check_inputs(const at::Tensor& query, const at::Tensor& key, const at::Tens
 struct Attention {
   at::Tensor query, key, value;
   at::Tensor slopes;  // (d, 2), contiguous and of the compute type, or undefined
+  Strip strip;
   Axes axes;
   double scale;
 
   Attention(const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_,
-            const std::optional<at::Tensor>& slopes_, int64_t kernel_size, int64_t stride,
-            int64_t dilation, double scale_)
+            const std::optional<at::Tensor>& slopes_, const Strip& strip_, int64_t kernel_size,
+            int64_t stride, int64_t dilation, double scale_)
       : query(query_),
         key(key_),
         value(value_),
-        axes(check_inputs(query_, key_, value_, kernel_size, stride, dilation)),
+        strip(strip_),
+        axes(check_inputs(query_, key_, value_, strip_, kernel_size, stride, dilation)),
         scale(scale_) {
     if (slopes_.has_value()) {
       check_same(*slopes_, "slopes", {key.size(2), 2}, slopes_->scalar_type());
       slopes = slopes_->to(compute_type(query.scalar_type())).contiguous();
     }
+  }
+
+  // Of whole maps.
+  Attention(const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_,
+            int64_t kernel_size, int64_t stride, int64_t dilation, double scale_)
+      : Attention(query_, key_, value_, std::nullopt, {key_.dim() == 5 ? key_.size(3) : 0, 0, 0},
+                  kernel_size, stride, dilation, scale_) {
+    TORCH_CHECK(query.size(3) == axes.rows.queries, "query must have ", axes.rows.queries,
+                " rows, got ", query.size(3));
   }
 
   at::ScalarType dtype() const { return query.scalar_type(); }
@@ -118,8 +143,20 @@ struct Attention {
 
   template <typename T>
   Plan plan(int64_t lanes) const {
-    return Plan(query.size(0) * query.size(1), query.size(1), query.size(2), scale, axes.rows,
-                axes.cols, lanes, 64 / sizeof(T));
+    const Plan plan(query.size(0) * query.size(1), query.size(1), query.size(2), scale, axes.rows,
+                    axes.cols, strip.query, strip.query + query.size(3), lanes, 64 / sizeof(T));
+    if (key.size(3) < strip.height) {
+      for (const Group& group : plan.groups) {
+        const int64_t first = group.first * plan.rows.step;
+        const int64_t rows = plan.rows.kernel + (group.count - 1) * plan.rows.step;
+        for (int64_t row = first; row < first + rows; ++row) {
+          const int64_t y = plan.rows.key(group.phase, row);
+          TORCH_CHECK(strip.key <= y && y < strip.key + key.size(3), "key must have row ", y,
+                      ", got ", key.size(3), " rows from row ", strip.key, " on");
+        }
+      }
+    }
+    return plan;
   }
 };
 
@@ -128,13 +165,15 @@ void run_forward(const Attention& attention, const at::Tensor& factor, const Tar
                  const at::Tensor& lse) {
   const auto kernel = kernels<S, T>();
   const Plan plan = attention.plan<T>(kernel.lanes);
-  const ForwardArgs args{as_map(attention.query),
-                         as_map(attention.key),
-                         as_map(attention.value),
+  const Strip& strip = attention.strip;
+  const ForwardArgs args{as_map(attention.query, 3, strip.query),
+                         as_map(attention.key, 3, strip.key),
+                         as_map(attention.value, 3, strip.key),
                          data_or_null(attention.slopes),
                          data_or_null(factor),
                          output,
-                         lse.mutable_data_ptr()};
+                         as_target(with_channels(lse, attention.query.size(2)), strip.query,
+                                   false)};
   const int64_t bytes = kernel.scratch_bytes(plan, false);
   const int64_t groups = static_cast<int64_t>(plan.groups.size());
   at::parallel_for(0, plan.planes * groups, 1, [&](int64_t begin, int64_t end) {
@@ -143,28 +182,26 @@ void run_forward(const Attention& attention, const at::Tensor& factor, const Tar
   });
 }
 
-// Returns one log-sum-exp a query and head; the result goes to output, times factor.
-at::Tensor run_forward(const Attention& attention, const at::Tensor& factor,
-                       const at::Tensor& output, bool add) {
-  at::Tensor lse = at::empty(attention.lse_shape(),
-                             attention.query.options().dtype(attention.sum_dtype()));
+// The result goes to output, times factor, and one log-sum-exp a query and head to lse.
+void run_forward(const Attention& attention, const at::Tensor& factor, const at::Tensor& output,
+                 bool add, const at::Tensor& lse) {
   if (output.numel() > 0) {
     AT_DISPATCH_FLOATING_TYPES_AND2(
         at::kHalf, at::kBFloat16, attention.dtype(), "local_attention", [&] {
           using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-          run_forward<scalar_t, compute_t>(attention, factor, as_target(output, add), lse);
+          run_forward<scalar_t, compute_t>(
+              attention, factor, as_target(output, attention.strip.query, add), lse);
         });
   }
-  return lse;
 }
 
-// Into how many row blocks the backward pass cuts a plane: as few as keep all threads busy, since
+// Into how many row blocks the backward pass cuts the rows of a plane: as few as keep all threads busy, since
 // queries near a cut are computed twice.
-int64_t row_blocks(const Plan& plan) {
+int64_t row_blocks(const Plan& plan, int64_t rows) {
   const int64_t threads = at::get_num_threads();
   const int64_t even = threads / std::gcd(plan.planes, threads);
   const int64_t enough = 2 * ((threads + plan.planes - 1) / plan.planes);
-  return plan.planes >= 4 * threads ? 1 : std::min({even, enough, plan.rows.size});
+  return plan.planes >= 4 * threads ? 1 : std::min({even, enough, rows});
 }
 
 // What the backward pass adds to or writes.
@@ -180,32 +217,33 @@ void run_backward(const Attention& attention, const at::Tensor& grad, const at::
                   double factor, const Gradients& gradients) {
   const auto kernel = kernels<S, T>();
   const Plan plan = attention.plan<T>(kernel.lanes);
-  const int64_t blocks = row_blocks(plan);
+  const int64_t blocks = row_blocks(plan, attention.key.size(3));
   const int64_t tasks = plan.planes * blocks;
   const bool with_slopes = attention.slopes.defined();
   // Sums of each task, added up in one order whichever thread had it.
   std::vector<double> slope_sums(with_slopes ? tasks * plan.dim * 2 : 0);
   std::vector<double> factor_sums(tasks);
-  const BackwardArgs args{as_map(grad),
-                          as_map(attention.query),
-                          as_map(attention.key),
-                          as_map(attention.value),
-                          lse_as_map(lse),
+  const Strip& strip = attention.strip;
+  const BackwardArgs args{as_map(grad, 3, strip.query),
+                          as_map(attention.query, 3, strip.query),
+                          as_map(attention.key, 3, strip.key),
+                          as_map(attention.value, 3, strip.key),
+                          as_map(with_channels(lse, plan.dim), 3, strip.query),
                           data_or_null(attention.slopes),
                           factor,
-                          as_target(gradients.query, gradients.add_to_query),
-                          as_target(gradients.key, true),
-                          as_target(gradients.value, true),
+                          as_target(gradients.query, strip.query, gradients.add_to_query),
+                          as_target(gradients.key, strip.key, true),
+                          as_target(gradients.value, strip.key, true),
                           with_slopes ? slope_sums.data() : nullptr,
                           factor_sums.data()};
   const int64_t bytes = kernel.scratch_bytes(plan, true);
-  const int64_t height = plan.rows.size;
+  const int64_t rows = attention.key.size(3);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     const ScratchMemory scratch(bytes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task % blocks;
-      kernel.backward(plan, args, task / blocks, task, block * height / blocks,
-                      (block + 1) * height / blocks, scratch.arena());
+      kernel.backward(plan, args, task / blocks, task, strip.key + block * rows / blocks,
+                      strip.key + (block + 1) * rows / blocks, scratch.arena());
     }
   });
   double* slopes = gradients.slopes.mutable_data_ptr<double>();
@@ -239,9 +277,11 @@ Gradients make_gradients(const Attention& attention, const at::Tensor& query,
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& query, const at::Tensor& key,
                                            const at::Tensor& value, int64_t kernel_size,
                                            int64_t stride, int64_t dilation, double scale) {
-  const Attention attention(query, key, value, std::nullopt, kernel_size, stride, dilation, scale);
+  const Attention attention(query, key, value, kernel_size, stride, dilation, scale);
   at::Tensor output = at::empty(query.sizes(), query.options());
-  at::Tensor lse = run_forward(attention, at::Tensor(), output, false);
+  at::Tensor lse =
+      at::empty(attention.lse_shape(), query.options().dtype(attention.sum_dtype()));
+  run_forward(attention, at::Tensor(), output, false, lse);
   return {output, lse};
 }
 
@@ -249,7 +289,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& lse, int64_t kernel_size, int64_t stride,
     int64_t dilation, double scale) {
-  const Attention attention(query, key, value, std::nullopt, kernel_size, stride, dilation, scale);
+  const Attention attention(query, key, value, kernel_size, stride, dilation, scale);
   // Sums over many queries: half precision would lose most of them.
   const auto sums = key.options().dtype(attention.sum_dtype());
   const Gradients gradients =
@@ -260,31 +300,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
   return {gradients.query, gradients.key.to(dtype), gradients.value.to(dtype)};
 }
 
-void check_target(const at::Tensor& target, const char* name, const at::Tensor& like,
+void check_target(const at::Tensor& target, const char* name, at::IntArrayRef shape,
                   at::ScalarType dtype) {
-  check_same(target, name, like.sizes(), dtype);
-  TORCH_CHECK(target.stride(4) == 1 || target.size(4) == 1, name, " must have adjacent columns");
+  check_same(target, name, shape, dtype);
+  TORCH_CHECK(target.stride(-1) == 1 || target.size(-1) == 1, name, " must have adjacent columns");
 }
 
-at::Tensor forward_add_(const at::Tensor& output, const at::Tensor& query, const at::Tensor& key,
-                        const at::Tensor& value, const at::Tensor& slopes,
-                        const at::Tensor& factor, int64_t kernel_size, int64_t stride,
-                        int64_t dilation, double scale) {
-  const Attention attention(query, key, value, slopes, kernel_size, stride, dilation, scale);
-  check_target(output, "output", query, query.scalar_type());
+void forward_add_(const at::Tensor& output, const at::Tensor& lse, const at::Tensor& query,
+                  const at::Tensor& key, const at::Tensor& value, const at::Tensor& slopes,
+                  const at::Tensor& factor, int64_t kernel_size, int64_t stride, int64_t dilation,
+                  double scale, int64_t height, int64_t first_query, int64_t first_key) {
+  const Attention attention(query, key, value, slopes, {height, first_query, first_key},
+                            kernel_size, stride, dilation, scale);
+  check_target(output, "output", query.sizes(), query.scalar_type());
+  check_target(lse, "lse", attention.lse_shape(), attention.sum_dtype());
   check_same(factor, "factor", {query.size(1), query.size(2)}, factor.scalar_type());
-  return run_forward(attention, factor.to(attention.sum_dtype()).contiguous(), output, true);
+  run_forward(attention, factor.to(attention.sum_dtype()).contiguous(), output, true, lse);
 }
 
 std::tuple<at::Tensor, at::Tensor> backward_add_(
     const at::Tensor& grad_query, const at::Tensor& grad_key, const at::Tensor& grad_value,
     const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
     const at::Tensor& value, const at::Tensor& slopes, double factor, const at::Tensor& lse,
-    int64_t kernel_size, int64_t stride, int64_t dilation, double scale) {
-  const Attention attention(query, key, value, slopes, kernel_size, stride, dilation, scale);
-  check_target(grad_query, "grad_query", query, query.scalar_type());
-  check_target(grad_key, "grad_key", key, attention.sum_dtype());
-  check_target(grad_value, "grad_value", key, attention.sum_dtype());
+    int64_t kernel_size, int64_t stride, int64_t dilation, double scale, int64_t height,
+    int64_t first_query, int64_t first_key) {
+  const Attention attention(query, key, value, slopes, {height, first_query, first_key},
+                            kernel_size, stride, dilation, scale);
+  check_target(grad_query, "grad_query", query.sizes(), query.scalar_type());
+  check_target(grad_key, "grad_key", key.sizes(), attention.sum_dtype());
+  check_target(grad_value, "grad_value", key.sizes(), attention.sum_dtype());
   const Gradients gradients = make_gradients(attention, grad_query, grad_key, grad_value, true);
   run_backward(attention, grad, lse, factor, gradients);
   return {gradients.slopes, gradients.factor};
@@ -302,16 +346,17 @@ TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
       "-> (Tensor, Tensor, Tensor)");
   // As parts of a larger operator: keys less slopes . (x, y) of their position, results times
   // factor (by head and channel, or one for all) and added to what is there. Backward also returns
-  // the gradients of slopes and factor, in float64.
+  // the gradients of slopes and factor, in float64. Tensors may be some rows of a map of `height`
+  // rows: those of queries from `first_query` on, those of keys from `first_key` on.
   m.def(
-      "local_attention_native_forward_add_(Tensor(a!) output, Tensor query, Tensor key, "
-      "Tensor value, Tensor slopes, Tensor factor, int kernel_size, int stride, int dilation, "
-      "float scale) -> Tensor");
+      "local_attention_native_forward_add_(Tensor(a!) output, Tensor(b!) lse, Tensor query, "
+      "Tensor key, Tensor value, Tensor slopes, Tensor factor, int kernel_size, int stride, "
+      "int dilation, float scale, int height, int first_query, int first_key) -> ()");
   m.def(
       "local_attention_native_backward_add_(Tensor(a!) grad_query, Tensor(b!) grad_key, "
       "Tensor(c!) grad_value, Tensor grad, Tensor query, Tensor key, Tensor value, Tensor slopes, "
-      "float factor, Tensor lse, int kernel_size, int stride, int dilation, float scale) "
-      "-> (Tensor, Tensor)");
+      "float factor, Tensor lse, int kernel_size, int stride, int dilation, float scale, "
+      "int height, int first_query, int first_key) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(acmix_mm, CPU, m) {

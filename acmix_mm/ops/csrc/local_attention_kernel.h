@@ -501,7 +501,6 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
                    const Scratch<T>& scratch) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t offsets = plan.rows.kernel * plan.cols.kernel;
-  const int64_t plane_size = plan.rows.queries * plan.cols.queries;
   const T* factors = static_cast<const T*>(args.factor);
   TargetRows<S, T> out{{},
                        args.output.strides[2],
@@ -513,7 +512,7 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
     pack_query<S, T>(plan, args.query, plane, y, static_cast<T>(plan.scale),
                      scratch.query + r * plan.dim * plan.query_pitch);
     out.row[r] = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
-    lse[r] = static_cast<T*>(args.lse) + plane * plane_size + y * plan.cols.queries;
+    lse[r] = plane_of<T>(args.lse, plan, plane) + y * args.lse.strides[3];
   }
   for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
     dot_block<T, unit>(plan, group.count, scratch.query, scratch.key_rows, x, scratch.weights,

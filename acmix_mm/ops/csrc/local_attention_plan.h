@@ -67,15 +67,17 @@ struct Plan {
   std::vector<int64_t> offset;       // both in one: slot * slot_pitch + shift
   std::vector<int64_t> source;       // by slot and key: column of the map
 
+  // Of query rows [begin, end).
   Plan(int64_t planes_, int64_t heads_, int64_t dim_, double scale_, const Axis& rows_,
-       const Axis& cols_, int64_t lanes, int64_t line)
+       const Axis& cols_, int64_t begin, int64_t end, int64_t lanes, int64_t line)
       : planes(planes_), heads(heads_), dim(dim_), scale(scale_), rows(rows_), cols(cols_) {
     group_rows = rows.step < rows.kernel ? 2 : 1;
     ring_rows = rows.kernel + (group_rows - 1) * rows.step;
     for (int64_t phase = 0; phase < std::min(rows.phases, rows.queries); ++phase) {
-      const int64_t count = (rows.queries - phase + rows.phases - 1) / rows.phases;
-      for (int64_t first = 0; first < count; first += group_rows) {
-        groups.push_back({phase, first, std::min(group_rows, count - first)});
+      const int64_t last = (end - phase + rows.phases - 1) / rows.phases;
+      int64_t first = (begin - phase + rows.phases - 1) / rows.phases;
+      for (; first < last; first += group_rows) {
+        groups.push_back({phase, first, std::min(group_rows, last - first)});
       }
     }
 
@@ -130,8 +132,7 @@ struct ForwardArgs {
   Map query, key, value;
   const void* slopes;  // (d, 2) of the compute type or null: keys lose slopes . (x, y)
   const void* factor;  // (N, d) of the compute type or null: on the output
-  Target output;
-  void* lse;
+  Target output, lse;  // lse has no channels
 };
 
 struct BackwardArgs {

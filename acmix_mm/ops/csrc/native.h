@@ -90,6 +90,18 @@ inline Map as_map(const at::Tensor& tensor) {
   return map;
 }
 
+// Where row 0 would be of a tensor whose rows, dimension `dim`, are a larger one's from `first` on.
+inline void* row_zero(const void* data, const at::Tensor& tensor, int64_t dim, int64_t first) {
+  const int64_t bytes = first * tensor.stride(dim) * tensor.element_size();
+  return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(data) - bytes);
+}
+
+inline Map as_map(const at::Tensor& tensor, int64_t dim, int64_t first) {
+  Map map = as_map(tensor);
+  map.data = row_zero(map.data, tensor, dim, first);
+  return map;
+}
+
 inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
