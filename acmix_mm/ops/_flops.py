@@ -43,6 +43,18 @@ def _group_conv(weight: Shape, out: Shape, **_) -> int:
     return 2 * prod(out) * prod(weight[1:])
 
 
+def _group_conv_rows(output: Shape, weight: Shape, **_) -> int:
+    """Of the rows of the output that are computed."""
+    return _group_conv(weight, output)
+
+
+def _group_conv_grad_input_rows(
+    grad_input: Shape, grad: Shape, weight: Shape, height: int, **_
+) -> int:
+    """As much as the forward pass, by the share of the input's rows."""
+    return _group_conv(weight, grad) * grad_input[2] // height
+
+
 def _group_conv_grad_input(grad: Shape, weight: Shape, **_) -> int:
     """As much as the forward pass."""
     return _group_conv(weight, grad)
@@ -117,7 +129,10 @@ FORMULAS = {
     'fused_acmix_backward': _fused_acmix_backward,
     'group_conv_native': _group_conv,
     'group_conv_native_grad_input': _group_conv_grad_input,
+    'group_conv_native_grad_input_rows_': _group_conv_grad_input_rows,
     'group_conv_native_grad_weight': _group_conv_grad_weight,
+    'group_conv_native_grad_weight_rows': _group_conv_grad_weight,
+    'group_conv_native_rows_': _group_conv_rows,
     'local_aggregation': _local_aggregation,
     'local_aggregation_backward': _local_aggregation_backward,
     'local_attention_native_backward': _local_attention_backward,

@@ -229,11 +229,8 @@ def _projected_strips(
         part = x[strip.images, :, strip.first : strip.last]
         if whole:
             maps = _project(part, weight, bias, num_heads)
-            yield (
-                strip,
-                maps,
-                None if sum_dtype is None else torch.empty_like(maps, dtype=sum_dtype),
-            )
+            room = None if sum_dtype is None else torch.empty(maps.shape, dtype=sum_dtype)
+            yield strip, maps, room
             continue
         maps = buffer[:, : part.size(2)]
         torch.addmm(bias[:, None], weight.flatten(1), part[0].flatten(1), out=maps.flatten(1))
