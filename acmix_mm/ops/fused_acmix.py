@@ -157,7 +157,7 @@ def _coordinates(size: int, like: Tensor) -> Tensor:
 
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor, num_heads: int) -> Tensor:
-    return F.conv2d(x, weight, bias).unflatten(1, (-1, 3, num_heads))
+    return _projected_heads(F.conv2d(x, weight, bias), num_heads)
 
 
 class _Strip(NamedTuple):
@@ -206,7 +206,6 @@ def _strips(x: Tensor, channels: int, reach: int, stride: int) -> list[_Strip]:
 def _projected_strips(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     kernel: Tensor,
     num_heads: int,
     attn_kernel_size: int,
@@ -214,35 +213,56 @@ def _projected_strips(
     dilation: int,
     sum_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[_Strip, Tensor, Tensor | None]]:
-    """Strips, their projected maps (B, d, 3, N, h, W), and room for gradients of the same shape.
+    """Strips, their projected maps (B, 3 C, h, W), and room for the gradients of these.
 
     The latter where ``sum_dtype`` is given: up to row ``fresh``, they are what the strips before
-    have summed up. All is overwritten when the next strip is asked for.
+    have summed up. All is overwritten when the next strip is asked for. Maps lack their bias, which
+    whoever reads them adds: a pass over them less.
     """
     reach = max(attn_kernel_size, kernel.size(-1)) // 2 * dilation
     strips = _strips(x, weight.size(0), reach, stride)
-    size = (weight.size(0), max((s.last - s.first for s in strips), default=0), x.size(3))
-    whole = size[1] == x.size(2)
-    buffer = None if whole else x.new_empty(size)
-    sums = None if whole or sum_dtype is None else torch.empty(size, dtype=sum_dtype)
+    images = max((len(range(len(x))[s.images]) for s in strips), default=0)
+    rows = max((s.last - s.first for s in strips), default=0)
+    merged = _merged(x)
+
+    def room(dtype: torch.dtype) -> Tensor:
+        if merged:
+            return torch.empty((weight.size(0), images, rows, x.size(3)), dtype=dtype).movedim(0, 1)
+        return torch.empty((images, weight.size(0), rows, x.size(3)), dtype=dtype)
+
+    maps, sums = room(x.dtype), None if sum_dtype is None else room(sum_dtype)
     for strip in strips:
         part = x[strip.images, :, strip.first : strip.last]
-        if whole:
-            maps = _project(part, weight, bias, num_heads)
-            room = None if sum_dtype is None else torch.empty(maps.shape, dtype=sum_dtype)
-            yield strip, maps, room
-            continue
-        maps = buffer[:, : part.size(2)]
-        torch.addmm(bias[:, None], weight.flatten(1), part[0].flatten(1), out=maps.flatten(1))
-        room = None if sums is None else _as_heads(sums[:, : part.size(2)], num_heads)
-        yield strip, _as_heads(maps, num_heads), room
-        if sums is not None:
+        count, height = part.size(0), part.size(2)
+        projected = maps[:count, :, :height]
+        for source, target in zip(
+            _matrices(part, merged), _matrices(projected, merged), strict=True
+        ):
+            torch.mm(weight.flatten(1), source, out=target)
+        yield strip, projected, None if sums is None else sums[:count, :, :height]
+        if sums is not None and strip.done < strip.last:
             kept = strip.last - strip.done
-            sums[:, :kept] = sums[:, part.size(2) - kept : part.size(2)]
+            sums[:, :, :kept] = sums[:, :, height - kept : height]
 
 
-def _as_heads(maps: Tensor, num_heads: int) -> Tensor:
-    return maps.unflatten(0, (-1, 3, num_heads))[None]
+def _merged(x: Tensor) -> bool:
+    """Whether one product projects all images: where the products of each would be small."""
+    return x.size(0) > 1 and x.size(2) * x.size(3) < 128
+
+
+def _matrices(maps: Tensor, merged: bool) -> list[Tensor]:
+    """(B, C, h, W) as matrices (C, pixels): one of all images, or one an image."""
+    return [maps.movedim(1, 0).flatten(1)] if merged else [image.flatten(1) for image in maps]
+
+
+def _biases(bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """The bias of query (N, d) and of value (N * d,).
+
+    Those are all that attention feels: the key's adds the same to all logits of a query. The
+    value's may be added to the result, of which it is the weighted mean.
+    """
+    query, _, value = bias.view(-1, 3, num_heads).permute(1, 2, 0)
+    return query, value.flatten()
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -284,6 +304,11 @@ def _heads(maps: Tensor, num_heads: int) -> Tensor:
     return maps.unflatten(1, (num_heads, -1))
 
 
+def _projected_heads(maps: Tensor, num_heads: int) -> Tensor:
+    """Projected maps (B, 3 C, h, W) as (B, d, 3, N, h, W)."""
+    return maps.unflatten(1, (-1, 3, num_heads))
+
+
 @torch.library.custom_op('acmix_mm::fused_acmix', mutates_args=(), device_types='cpu')
 def _forward(
     x: Tensor,
@@ -302,28 +327,23 @@ def _forward(
     size = strided_size(x, stride)
     out = x.new_empty((x.size(0), kernel.size(0), *size))
     lse = x.new_empty((x.size(0), num_heads, *size), dtype=_sum_dtype(x))
-    factor = scale.expand(out.size(1)).view(num_heads, -1)
-    with torch.autocast('cpu', enabled=False):
-        for strip, maps, _ in _projected_strips(x, weight, bias, kernel, *geometry):
-            out_rows = out[strip.images, :, strip.begin : strip.end]
-            torch.ops.acmix_mm.group_conv_native_rows_(
-                out_rows, maps.flatten(1, 3), kernel, kernel_bias, stride, dilation, maps.size(1),
-                x.size(2), strip.begin, strip.first,
-            )  # fmt: skip
-            native_backend.local_attention_add_(
-                _heads(out_rows, num_heads),
-                lse[strip.images, :, strip.begin : strip.end],
-                *_split(maps, stride, strip),
-                slopes,
-                factor,
-                attn_kernel_size,
-                stride,
-                dilation,
-                maps.size(1) ** -0.5,
-                x.size(2),
-                strip.begin,
-                strip.first,
-            )
+    scale = scale.expand(out.size(1))
+    query_bias, value_bias = _biases(bias, num_heads)
+    out_bias = (scale * value_bias).to(x.dtype)
+    if kernel_bias is not None:
+        out_bias += kernel_bias
+    for strip, maps, _ in _projected_strips(x, weight, kernel, *geometry):
+        where = (x.size(2), strip.begin, strip.first)
+        out_rows, lse_rows = (t[strip.images, :, strip.begin : strip.end] for t in (out, lse))
+        torch.ops.acmix_mm.group_conv_native_rows_(
+            out_rows, maps, bias, kernel, out_bias, stride, dilation, len(slopes), *where
+        )
+        query, *others = _split(_projected_heads(maps, num_heads), stride, strip)
+        native_backend.local_attention_add_(
+            _heads(out_rows, num_heads), lse_rows, query, query_bias, *others, slopes,
+            scale.view(num_heads, -1), attn_kernel_size, stride, dilation, len(slopes) ** -0.5,
+            *where,
+        )  # fmt: skip
     return out, lse
 
 
@@ -368,68 +388,74 @@ def _backward(
         for t in (weight, bias, slopes, kernel, scale)
     ]
     geometry = (num_heads, attn_kernel_size, stride, dilation)
-    with torch.autocast('cpu', enabled=False):
-        for strip, maps, grad_maps in _projected_strips(
-            x, weight, bias, kernel, *geometry, sum_dtype
-        ):
-            head_dim, rows = maps.size(1), slice(strip.begin, strip.end)
-            where = (x.size(2), strip.begin, strip.first)
-            parts = _split(maps, stride, strip)
-            attention = (attn_kernel_size, stride, dilation, head_dim**-0.5, *where)
-            lse_rows = lse[strip.images, :, rows]
-            if of_kernel:
-                grad_kernel += torch.ops.acmix_mm.group_conv_native_grad_weight_rows(
-                    grad[strip.images, :, rows], maps.flatten(1, 3), kernel.size(-1), stride,
-                    dilation, head_dim, *where,
-                )  # fmt: skip
-            if any(of_projection) or of_slopes or (of_scale and one_scale):
-                fresh = grad_maps[..., strip.fresh - strip.first :, :].flatten(1, 3)
-                if any(of_projection):
-                    target = (
-                        fresh if x.dtype == sum_dtype else torch.empty_like(fresh, dtype=x.dtype)
-                    )
-                    torch.ops.acmix_mm.group_conv_native_grad_input_rows_(
-                        target, grad[strip.images], kernel, stride, dilation, head_dim, x.size(2),
-                        strip.fresh,
-                    )  # fmt: skip
-                    if target is not fresh:
-                        fresh.copy_(target)
-                else:
-                    fresh.zero_()
-                grad_query, *targets = _split(grad_maps, stride, strip)
-                # The kernel adds to rows of adjacent columns, queries in the dtype of the maps.
-                direct = stride == 1 and x.dtype == sum_dtype
-                target = grad_query if direct else torch.zeros(parts[0].shape, dtype=x.dtype)
-                of_slope, of_factor = native_backend.local_attention_backward_add_(
-                    target,
-                    *targets,
-                    _heads(scaled[strip.images, :, rows], num_heads),
-                    *parts,
-                    slopes,
-                    scale.item() if one_scale else 1.0,
-                    lse_rows,
-                    *attention,
-                )
-                if not direct:
-                    grad_query += target
-                grad_slopes += of_slope
-                if one_scale:
-                    grad_scale += of_factor
+    query_bias, value_bias = _biases(bias, num_heads)
+    for strip, maps, grad_maps in _projected_strips(x, weight, kernel, *geometry, sum_dtype):
+        rows = slice(strip.begin, strip.end)
+        where = (x.size(2), strip.begin, strip.first)
+        query, *others = _split(_projected_heads(maps, num_heads), stride, strip)
+        parts = (query, query_bias, *others)
+        attention = (attn_kernel_size, stride, dilation, len(slopes) ** -0.5, *where)
+        lse_rows = lse[strip.images, :, rows]
+        if of_kernel:
+            grad_kernel += torch.ops.acmix_mm.group_conv_native_grad_weight_rows(
+                grad[strip.images, :, rows], maps, bias, kernel.size(-1), stride, dilation,
+                len(slopes), *where,
+            )  # fmt: skip
+        if any(of_projection) or of_slopes or (of_scale and one_scale):
+            fresh = grad_maps[:, :, strip.fresh - strip.first :]
             if any(of_projection):
-                done = grad_maps[..., : strip.done - strip.first, :].to(x.dtype)
-                inputs = (done.flatten(1, 3), x[strip.images, :, strip.first : strip.done], weight)
-                grad_rows = grad_x[strip.images, :, strip.first : strip.done]
-                _add_projection_gradients(*inputs, of_projection, grad_rows, grad_weight, grad_bias)
-            if of_scale and not one_scale:
-                # Rare (a deployed layer that is trained on): take the attention's result once more.
-                result = torch.zeros_like(grad[strip.images, :, rows])
-                ones = torch.ones_like(scale).view(num_heads, -1)
-                native_backend.local_attention_add_(
-                    _heads(result, num_heads), torch.empty_like(lse_rows), *parts, slopes, ones,
-                    *attention,
+                target = fresh if x.dtype == sum_dtype else torch.empty(fresh.shape, dtype=x.dtype)
+                torch.ops.acmix_mm.group_conv_native_grad_input_rows_(
+                    target, grad[strip.images], kernel, stride, dilation, len(slopes), x.size(2),
+                    strip.fresh,
                 )  # fmt: skip
-                products = result.to(sum_dtype) * grad[strip.images, :, rows].to(sum_dtype)
-                grad_scale += products.sum((0, 2, 3))
+                if target is not fresh:
+                    fresh.copy_(target)
+            else:
+                fresh.zero_()
+            grad_query, *targets = _split(_projected_heads(grad_maps, num_heads), stride, strip)
+            # The kernel adds to rows of adjacent columns, queries in the dtype of the maps.
+            direct = stride == 1 and x.dtype == sum_dtype
+            target = grad_query if direct else torch.zeros(query.shape, dtype=x.dtype)
+            of_slope, of_factor = native_backend.local_attention_backward_add_(
+                target,
+                *targets,
+                _heads(scaled[strip.images, :, rows], num_heads),
+                *parts,
+                slopes,
+                scale.item() if one_scale else 1.0,
+                lse_rows,
+                *attention,
+            )
+            if not direct:
+                grad_query += target
+            grad_slopes += of_slope
+            if one_scale:
+                grad_scale += of_factor
+        if any(of_projection):
+            done = slice(strip.first, strip.done)
+            _add_projection_gradients(
+                grad_maps[:, :, : strip.done - strip.first].to(x.dtype),
+                x[strip.images, :, done],
+                weight,
+                of_projection,
+                grad_x[strip.images, :, done],
+                grad_weight,
+                grad_bias,
+            )
+        if of_scale and not one_scale:
+            # Rare (a deployed layer that is trained on): take the attention's result once more.
+            result = torch.zeros_like(grad[strip.images, :, rows])
+            ones = torch.ones_like(scale).view(num_heads, -1)
+            native_backend.local_attention_add_(
+                _heads(result, num_heads), torch.empty_like(lse_rows), *parts, slopes, ones,
+                *attention,
+            )  # fmt: skip
+            products = result.to(sum_dtype) * grad[strip.images, :, rows].to(sum_dtype)
+            grad_scale += products.sum((0, 2, 3))
+    if of_scale:
+        of_value_bias = grad.sum((0, 2, 3), dtype=sum_dtype) * value_bias
+        grad_scale += of_value_bias.sum() if one_scale else of_value_bias
     inputs = (x, weight, bias, slopes, kernel, scale)
     return [
         gradient.to(tensor.dtype)
@@ -447,27 +473,22 @@ def _add_projection_gradients(
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> None:
-    """Gradients of :func:`_project` by that of its result, (B, C, h, W); to sums they are added."""
+    """Gradients of the projection by that of its result (B, 3 C, h, W); to sums they are added."""
     of_x, of_weight, of_bias = needed
-    if grad.is_contiguous():
-        gradients = torch.ops.aten.convolution_backward(
-            grad, x, weight, [weight.size(0)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, needed
-        )
-        for total, gradient, need in zip(
-            (grad_weight, grad_bias), gradients[1:], needed[1:], strict=True
-        ):
-            if need:
-                total += gradient
-        if of_x:
-            grad_x.copy_(gradients[0])
-        return
-    grad, x, grad_x = (tensor[0].flatten(1) for tensor in (grad, x, grad_x))
+    merged = _merged(x)
+    for source, target in zip(_matrices(x, merged), _matrices(grad, merged), strict=True):
+        if of_weight:
+            grad_weight += torch.mm(target, source.T).view(weight.shape)
+        if of_bias:
+            grad_bias += target.sum(1, dtype=grad_bias.dtype)
     if of_x:
-        torch.mm(weight.flatten(1).T, grad, out=grad_x)
-    if of_weight:
-        grad_weight += torch.mm(grad, x.T).view(weight.shape)
-    if of_bias:
-        grad_bias += grad.sum(1, dtype=grad_bias.dtype)
+        back = weight.flatten(1).T
+        if merged:
+            (target,) = _matrices(grad, merged)
+            grad_x.copy_(torch.mm(back, target).view(-1, *x.movedim(1, 0).shape[1:]).movedim(0, 1))
+        else:
+            for image, target in zip(grad_x, grad, strict=True):
+                torch.mm(back, target.flatten(1), out=image.flatten(1))
 
 
 @_backward.register_fake

@@ -280,9 +280,32 @@ def parts_of_operators() -> dict[str, tuple]:
     )
     geometry = (3, 1, 1, 0.5, SIZE[0], 0, 0)
     return {
-        'group_conv_native_rows_': (out, image, weight, bias, 1, 1, DIM, SIZE[0], 0, 0),
+        'group_conv_native_rows_': (
+            out,
+            image,
+            torch.randn(6),
+            weight,
+            bias,
+            1,
+            1,
+            DIM,
+            SIZE[0],
+            0,
+            0,
+        ),
         'group_conv_native_grad_input_rows_': (image, out, weight, 1, 1, DIM, SIZE[0], 0),
-        'group_conv_native_grad_weight_rows': (out, image, 3, 1, 1, DIM, SIZE[0], 0, 0),
+        'group_conv_native_grad_weight_rows': (
+            out,
+            image,
+            torch.randn(6),
+            3,
+            1,
+            1,
+            DIM,
+            SIZE[0],
+            0,
+            0,
+        ),
         'local_attention_native_forward_add_': (
             maps[0],
             lse,
@@ -291,7 +314,15 @@ def parts_of_operators() -> dict[str, tuple]:
             factor,
             *geometry,
         ),
-        'local_attention_native_backward_add_': (*maps, slopes, 1.0, lse, *geometry),
+        'local_attention_native_backward_add_': (
+            *maps[:5],
+            factor,
+            *maps[5:],
+            slopes,
+            1.0,
+            lse,
+            *geometry,
+        ),
     }
 
 

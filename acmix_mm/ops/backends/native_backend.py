@@ -187,6 +187,7 @@ def local_attention_add_(
     output: Tensor,
     lse: Tensor,
     query: Tensor,
+    query_bias: Tensor,
     key: Tensor,
     value: Tensor,
     slopes: Tensor,
@@ -201,14 +202,14 @@ def local_attention_add_(
 ) -> None:
     """Add ``factor`` (N, d) times attention to ``output``; ``lse`` gets a log-sum-exp a query.
 
-    Keys are taken less ``slopes`` (d, 2) times their position (x, y), linspace(-1, 1) over width
-    and height. Tensors may hold some rows of a map of ``height`` rows: output, lse (B, N, h, w) and
-    query those of the queries from ``first_query`` on, key and value the rows from ``first_key``
-    on, among which must be all that the queries see. Not differentiable by itself.
+    Queries are taken plus ``query_bias`` (N, d), keys less ``slopes`` (d, 2) times their position
+    (x, y), linspace(-1, 1) over width and height. Tensors may hold some rows of a map of ``height``
+    rows: output, lse (B, N, h, w) and query those of the queries from ``first_query`` on, key and
+    value the rows from ``first_key`` on, among which must be all that the queries see. Not differentiable by itself.
     """
     geometry = (kernel_size, stride, dilation, scale, height, first_query, first_key)
     torch.ops.acmix_mm.local_attention_native_forward_add_(
-        output, lse, query, key, value, slopes, factor, *geometry
+        output, lse, query, query_bias, key, value, slopes, factor, *geometry
     )
 
 
@@ -218,6 +219,7 @@ def local_attention_backward_add_(
     grad_value: Tensor,
     grad: Tensor,
     query: Tensor,
+    query_bias: Tensor,
     key: Tensor,
     value: Tensor,
     slopes: Tensor,
@@ -239,8 +241,9 @@ def local_attention_backward_add_(
     """
     geometry = (kernel_size, stride, dilation, scale, height, first_query, first_key)
     return torch.ops.acmix_mm.local_attention_native_backward_add_(
-        grad_query, grad_key, grad_value, grad, query, key, value, slopes, factor, lse, *geometry
-    )
+        grad_query, grad_key, grad_value, grad, query, query_bias, key, value, slopes, factor, lse,
+        *geometry,
+    )  # fmt: skip
 
 
 def group_conv(

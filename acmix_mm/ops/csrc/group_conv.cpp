@@ -143,12 +143,12 @@ void run_convolve(const ConvShape& shape, bool transposed, const ConvArgs& args)
 
 template <typename S, typename T>
 void run_differentiate_weight(const ConvShape& shape, const Map& grad, const Map& input,
-                              const at::Tensor& grad_weight) {
+                              const Map& input_bias, const at::Tensor& grad_weight) {
   const auto kernel = kernels<S, T>();
   const WeightPlan plan(shape, kernel.lanes, 64 / sizeof(T));
   const int64_t numbers = grad_weight.numel();
   const ScratchMemory partials(plan.parts * numbers * sizeof(double));
-  const WeightArgs args{grad, input, partials.arena().take<double>(0)};
+  const WeightArgs args{grad, input, input_bias, partials.arena().take<double>(0)};
   const int64_t bytes = kernel.weight_scratch_bytes(plan);
   const int64_t tasks = plan.parts * plan.groups * num_pieces(plan.outputs);
   at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -165,7 +165,18 @@ void run_differentiate_weight(const ConvShape& shape, const Map& grad, const Map
   }
 }
 
-void forward_rows_(const at::Tensor& output, const at::Tensor& input, const at::Tensor& weight,
+// Of a tensor (channels,) or none.
+Map bias_map(const std::optional<at::Tensor>& bias, const char* name, int64_t channels,
+             at::ScalarType dtype) {
+  if (!bias.has_value()) {
+    return {};
+  }
+  check_same(*bias, name, {channels}, dtype);
+  return as_map(*bias);
+}
+
+void forward_rows_(const at::Tensor& output, const at::Tensor& input,
+                   const std::optional<at::Tensor>& input_bias, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias, int64_t stride, int64_t dilation,
                    int64_t groups, int64_t height, int64_t first_output, int64_t first_input) {
   ConvShape shape = conv_shape(input, weight.sizes(), stride, dilation, groups, height);
@@ -177,17 +188,15 @@ void forward_rows_(const at::Tensor& output, const at::Tensor& input, const at::
   shape.begin = first_output;
   shape.end = first_output + output.size(2);
   check_seen(input, shape, first_input);
-  Map bias_map{};
-  if (bias.has_value()) {
-    check_same(*bias, "bias", {weight.size(0)}, dtype);
-    bias_map = as_map(*bias);
-  }
+  const Map added = bias_map(input_bias, "input_bias", input.size(1), dtype);
+  const Map output_bias = bias_map(bias, "bias", weight.size(0), dtype);
   if (output.numel() == 0) {
     return;
   }
   const ConvArgs args{as_map(input, 2, first_input),
+                      added,
                       as_map(weight),
-                      bias_map,
+                      output_bias,
                       row_zero(output.mutable_data_ptr(), output, 2, first_output),
                       {output.stride(0), output.stride(1), output.stride(2)},
                       shape.outputs * weight.stride(0),
@@ -207,7 +216,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& weight,
       conv_shape(input, weight.sizes(), stride, dilation, groups, input.size(2));
   check_input(input, "input", shape, 0, input.scalar_type());
   at::Tensor output = at::empty(output_sizes(shape), input.options());
-  forward_rows_(output, input, weight, bias, stride, dilation, groups, input.size(2), 0, 0);
+  forward_rows_(output, input, std::nullopt, weight, bias, stride, dilation, groups, input.size(2), 0, 0);
   return output;
 }
 
@@ -249,6 +258,7 @@ void grad_input_rows_(const at::Tensor& grad_input, const at::Tensor& grad,
     return;
   }
   const ConvArgs args{as_map(grad),
+                      {},
                       as_map(weight),
                       {},
                       row_zero(grad_input.mutable_data_ptr(), grad_input, 2, first_input),
@@ -271,7 +281,8 @@ at::Tensor grad_input(const at::Tensor& grad, const at::Tensor& weight, int64_t 
   return out;
 }
 
-at::Tensor grad_weight_rows(const at::Tensor& grad, const at::Tensor& input, int64_t kernel_size,
+at::Tensor grad_weight_rows(const at::Tensor& grad, const at::Tensor& input,
+                            const std::optional<at::Tensor>& input_bias, int64_t kernel_size,
                             int64_t stride, int64_t dilation, int64_t groups, int64_t height,
                             int64_t first_output, int64_t first_input) {
   TORCH_CHECK(grad.dim() == 4 && input.dim() == 4,
@@ -286,6 +297,7 @@ at::Tensor grad_weight_rows(const at::Tensor& grad, const at::Tensor& input, int
   shape.begin = first_output;
   shape.end = first_output + grad.size(2);
   check_seen(input, shape, first_input);
+  const Map added = bias_map(input_bias, "input_bias", input.size(1), dtype);
   if (grad.numel() == 0) {
     return at::zeros(sizes, input.options());
   }
@@ -293,7 +305,7 @@ at::Tensor grad_weight_rows(const at::Tensor& grad, const at::Tensor& input, int
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, dtype, "group_conv", [&] {
     using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     run_differentiate_weight<scalar_t, compute_t>(shape, as_map(grad, 2, first_output),
-                                                  as_map(input, 2, first_input), out);
+                                                  as_map(input, 2, first_input), added, out);
   });
   return out;
 }
@@ -306,7 +318,7 @@ at::Tensor grad_weight(const at::Tensor& grad, const at::Tensor& input, int64_t 
   const int64_t height = input.size(2);
   TORCH_CHECK(stride > 0 && grad.size(2) == (height + stride - 1) / stride, "grad must have the ",
               "rows of the output of input with ", height, ", got ", grad.size(2));
-  return grad_weight_rows(grad, input, kernel_size, stride, dilation, groups, height, 0, 0);
+  return grad_weight_rows(grad, input, std::nullopt, kernel_size, stride, dilation, groups, height, 0, 0);
 }
 
 }  // namespace
@@ -323,17 +335,19 @@ TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
       "int dilation, int groups) -> Tensor");
   // As parts of a larger operator, of some rows of a map of `height` rows: tensors of the size of
   // the output have them from `first_output` on, those of the size of the input from `first_input`
-  // on; grad has all where rows of the input are differentiated.
+  // on; grad has all where rows of the input are differentiated. The bias of the input is added to
+  // its pixels before they are padded.
   m.def(
-      "group_conv_native_rows_(Tensor(a!) output, Tensor input, Tensor weight, Tensor? bias, "
-      "int stride, int dilation, int groups, int height, int first_output, int first_input) "
-      "-> ()");
+      "group_conv_native_rows_(Tensor(a!) output, Tensor input, Tensor? input_bias, "
+      "Tensor weight, Tensor? bias, int stride, int dilation, int groups, int height, "
+      "int first_output, int first_input) -> ()");
   m.def(
       "group_conv_native_grad_input_rows_(Tensor(a!) grad_input, Tensor grad, Tensor weight, "
       "int stride, int dilation, int groups, int height, int first_input) -> ()");
   m.def(
-      "group_conv_native_grad_weight_rows(Tensor grad, Tensor input, int kernel_size, int stride, "
-      "int dilation, int groups, int height, int first_output, int first_input) -> Tensor");
+      "group_conv_native_grad_weight_rows(Tensor grad, Tensor input, Tensor? input_bias, "
+      "int kernel_size, int stride, int dilation, int groups, int height, int first_output, "
+      "int first_input) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(acmix_mm, CPU, m) {

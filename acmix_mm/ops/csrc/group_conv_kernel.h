@@ -19,69 +19,75 @@ constexpr int kChunk = 32;
 constexpr int kChunks = 32;
 
 template <typename P, bool zero, typename T>
-INLINE void copy_piece(T* to, const T* from) {
+INLINE void copy_piece(T* to, const T* from, T add) {
   P piece = {};
   if constexpr (!zero) {
     __builtin_memcpy(&piece, from, sizeof(P));
+    piece += add;
   }
   KEEP(piece);  // or GCC makes the loop such a call
   __builtin_memcpy(to, &piece, sizeof(P));
 }
 
-// Copies `count` numbers, or writes zeros; rows are often too short for calls of memcpy and memset.
+// Copies `count` numbers, plus `add`, or writes zeros; rows are often too short for calls of memcpy
+// and memset.
 template <bool zero, typename T>
-INLINE void copy_row(T* to, const T* from, int64_t count) {
+INLINE void copy_row(T* to, const T* from, int64_t count, T add = 0) {
   typedef T Quad __attribute__((vector_size(16)));
   constexpr int lanes = Simd<T>::lanes, quad = 16 / sizeof(T);
   if (count >= lanes) {
     for (int64_t x = 0; x + lanes <= count; x += lanes) {
-      copy_piece<Vec<T>, zero>(to + x, from + x);
+      copy_piece<Vec<T>, zero>(to + x, from + x, add);
     }
-    copy_piece<Vec<T>, zero>(to + count - lanes, from + count - lanes);
+    copy_piece<Vec<T>, zero>(to + count - lanes, from + count - lanes, add);
   } else if (count >= quad) {
     for (int64_t x = 0; x + quad <= count; x += quad) {
-      copy_piece<Quad, zero>(to + x, from + x);
+      copy_piece<Quad, zero>(to + x, from + x, add);
     }
-    copy_piece<Quad, zero>(to + count - quad, from + count - quad);
+    copy_piece<Quad, zero>(to + count - quad, from + count - quad, add);
   } else {
     for (int64_t x = 0; x < count; ++x) {
-      copy_piece<T, zero>(to + x, from + x);
+      copy_piece<T, zero>(to + x, from + x, add);
     }
   }
 }
 
 template <typename S, typename T>
 INLINE void copy(T* __restrict to, int64_t to_step, const S* __restrict from, int64_t from_step,
-                 int64_t count) {
+                 int64_t count, T add = 0) {
   if (to_step == 1 && from_step == 1) {
     if constexpr (std::is_same_v<S, T>) {
-      copy_row<false>(to, from, count);
+      copy_row<false>(to, from, count, add);
     } else {
       for (int64_t x = 0; x < count; ++x) {
-        to[x] = static_cast<T>(from[x]);
+        to[x] = static_cast<T>(from[x]) + add;
       }
     }
   } else if (to_step == 1 && from_step == 2) {
     for (int64_t x = 0; x < count; ++x) {
-      to[x] = static_cast<T>(from[2 * x]);
+      to[x] = static_cast<T>(from[2 * x]) + add;
     }
   } else {
     for (int64_t x = 0; x < count; ++x) {
-      to[x * to_step] = static_cast<T>(from[x * from_step]);
+      to[x * to_step] = static_cast<T>(from[x * from_step]) + add;
     }
   }
 }
 
-// Targets [begin, begin + count) of the rows' axis, for channels of one sample.
+// Targets [begin, begin + count) of the rows' axis, for channels of one sample; `bias` may be null.
 template <typename S, typename T>
-void pack(const Layout& layout, const Map& map, int64_t sample, int64_t channel, int64_t channels,
-          int64_t begin, int64_t count, T* to) {
+void pack(const Layout& layout, const Map& map, const Map& bias, int64_t sample, int64_t channel,
+          int64_t channels, int64_t begin, int64_t count, T* to) {
   const Gather& rows = layout.rows;
   const Gather& cols = layout.cols;
   const S* from =
       static_cast<const S*>(map.data) + sample * map.strides[0] + channel * map.strides[1];
   for (int64_t c = 0; c < channels; ++c, from += map.strides[1], to += layout.channel_pitch) {
     T* slot = to;
+    T add = 0;
+    if (bias.data != nullptr) {
+      add = static_cast<T>(static_cast<const S*>(bias.data)[(channel + c) * bias.strides[0]]);
+    }
     for (int64_t u = 0; u < rows.slots(); ++u) {
       for (int64_t v = 0; v < cols.slots(); ++v, slot += layout.slot_pitch) {
         const int64_t residue = cols.residues.data()[v];
@@ -91,7 +97,7 @@ void pack(const Layout& layout, const Map& map, int64_t sample, int64_t channel,
           const int64_t y = r * rows.step + rows.residues.data()[u];
           if (0 <= y && y < rows.source) {
             copy(target, 1, from + y * map.strides[2] + residue * map.strides[3],
-                 cols.step * map.strides[3], elements);
+                 cols.step * map.strides[3], elements, add);
           } else {
             copy_row<true, T>(target, target, cols.positions);
           }
@@ -331,8 +337,8 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
       pack_weight<S, T>(plan, args, group, scratch);
       packed_group = group;
     }
-    pack<S, T>(plan.layout, args.source, sample, group * plan.sources, plan.sources, first,
-               last - first, scratch.source);
+    pack<S, T>(plan.layout, args.source, args.source_bias, sample, group * plan.sources,
+               plan.sources, first, last - first, scratch.source);
     Ahead ahead;
     if (task + 1 < end) {
       ahead = Ahead::of<S>(plan.layout, args.source, sample_of(task + 1),
@@ -512,10 +518,10 @@ void differentiate_weight(const WeightPlan& plan, const WeightArgs& args, int64_
       const int64_t sample = unit / plan.blocks;
       const int64_t first = plan.begin + unit % plan.blocks * plan.block_rows;
       const int64_t count = std::min(plan.block_rows, plan.end - first);
-      pack<S, T>(plan.input, args.input, sample, group * plan.inputs, plan.inputs, first, count,
-                 scratch.input);
-      pack<S, T>(plan.grad, args.grad, sample, channel, piece.end - piece.begin, first, count,
-                 scratch.grad);
+      pack<S, T>(plan.input, args.input, args.input_bias, sample, group * plan.inputs, plan.inputs,
+                 first, count, scratch.input);
+      pack<S, T>(plan.grad, args.grad, Map{}, sample, channel, piece.end - piece.begin, first,
+                 count, scratch.grad);
       Ahead ahead;
       if (unit + 1 < (part + 1) * units / plan.parts) {
         ahead = Ahead::of<S>(plan.input, args.input, (unit + 1) / plan.blocks,

@@ -232,7 +232,7 @@ struct WeightPlan {
 };
 
 struct ConvArgs {
-  Map source, weight, bias;  // bias.data may be null
+  Map source, source_bias, weight, bias;  // the data of biases may be null
   void* target;              // has adjacent columns
   int64_t target_strides[3];
   // Strides of the weight by group, target channel and source channel.
@@ -240,7 +240,7 @@ struct ConvArgs {
 };
 
 struct WeightArgs {
-  Map grad, input;
+  Map grad, input, input_bias;  // the bias's data may be null
   double* partials;  // zeros: parts, then a weight
 };
 

@@ -104,12 +104,14 @@ Axes check_inputs(const at::Tensor& query, const at::Tensor& key, const at::Tens
 // What one call computes: neighbourhood attention of keys less slopes . (x, y), times factor.
 struct Attention {
   at::Tensor query, key, value;
-  at::Tensor slopes;  // (d, 2), contiguous and of the compute type, or undefined
+  at::Tensor query_bias;  // (N, d), contiguous and of the compute type, or undefined
+  at::Tensor slopes;      // (d, 2), likewise
   Strip strip;
   Axes axes;
   double scale;
 
   Attention(const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_,
+            const std::optional<at::Tensor>& query_bias_,
             const std::optional<at::Tensor>& slopes_, const Strip& strip_, int64_t kernel_size,
             int64_t stride, int64_t dilation, double scale_)
       : query(query_),
@@ -118,6 +120,11 @@ struct Attention {
         strip(strip_),
         axes(check_inputs(query_, key_, value_, strip_, kernel_size, stride, dilation)),
         scale(scale_) {
+    if (query_bias_.has_value()) {
+      check_same(*query_bias_, "query_bias", {key.size(1), key.size(2)},
+                 query_bias_->scalar_type());
+      query_bias = query_bias_->to(compute_type(query.scalar_type())).contiguous();
+    }
     if (slopes_.has_value()) {
       check_same(*slopes_, "slopes", {key.size(2), 2}, slopes_->scalar_type());
       slopes = slopes_->to(compute_type(query.scalar_type())).contiguous();
@@ -127,7 +134,8 @@ struct Attention {
   // Of whole maps.
   Attention(const at::Tensor& query_, const at::Tensor& key_, const at::Tensor& value_,
             int64_t kernel_size, int64_t stride, int64_t dilation, double scale_)
-      : Attention(query_, key_, value_, std::nullopt, {key_.dim() == 5 ? key_.size(3) : 0, 0, 0},
+      : Attention(query_, key_, value_, std::nullopt, std::nullopt,
+                  {key_.dim() == 5 ? key_.size(3) : 0, 0, 0},
                   kernel_size, stride, dilation, scale_) {
     TORCH_CHECK(query.size(3) == axes.rows.queries, "query must have ", axes.rows.queries,
                 " rows, got ", query.size(3));
@@ -169,6 +177,7 @@ void run_forward(const Attention& attention, const at::Tensor& factor, const Tar
   const ForwardArgs args{as_map(attention.query, 3, strip.query),
                          as_map(attention.key, 3, strip.key),
                          as_map(attention.value, 3, strip.key),
+                         data_or_null(attention.query_bias),
                          data_or_null(attention.slopes),
                          data_or_null(factor),
                          output,
@@ -229,6 +238,7 @@ void run_backward(const Attention& attention, const at::Tensor& grad, const at::
                           as_map(attention.key, 3, strip.key),
                           as_map(attention.value, 3, strip.key),
                           as_map(with_channels(lse, plan.dim), 3, strip.query),
+                          data_or_null(attention.query_bias),
                           data_or_null(attention.slopes),
                           factor,
                           as_target(gradients.query, strip.query, gradients.add_to_query),
@@ -307,10 +317,10 @@ void check_target(const at::Tensor& target, const char* name, at::IntArrayRef sh
 }
 
 void forward_add_(const at::Tensor& output, const at::Tensor& lse, const at::Tensor& query,
-                  const at::Tensor& key, const at::Tensor& value, const at::Tensor& slopes,
-                  const at::Tensor& factor, int64_t kernel_size, int64_t stride, int64_t dilation,
+                  const std::optional<at::Tensor>& query_bias, const at::Tensor& key,
+                  const at::Tensor& value, const at::Tensor& slopes, const at::Tensor& factor, int64_t kernel_size, int64_t stride, int64_t dilation,
                   double scale, int64_t height, int64_t first_query, int64_t first_key) {
-  const Attention attention(query, key, value, slopes, {height, first_query, first_key},
+  const Attention attention(query, key, value, query_bias, slopes, {height, first_query, first_key},
                             kernel_size, stride, dilation, scale);
   check_target(output, "output", query.sizes(), query.scalar_type());
   check_target(lse, "lse", attention.lse_shape(), attention.sum_dtype());
@@ -320,11 +330,11 @@ void forward_add_(const at::Tensor& output, const at::Tensor& lse, const at::Ten
 
 std::tuple<at::Tensor, at::Tensor> backward_add_(
     const at::Tensor& grad_query, const at::Tensor& grad_key, const at::Tensor& grad_value,
-    const at::Tensor& grad, const at::Tensor& query, const at::Tensor& key,
-    const at::Tensor& value, const at::Tensor& slopes, double factor, const at::Tensor& lse,
+    const at::Tensor& grad, const at::Tensor& query, const std::optional<at::Tensor>& query_bias,
+    const at::Tensor& key, const at::Tensor& value, const at::Tensor& slopes, double factor, const at::Tensor& lse,
     int64_t kernel_size, int64_t stride, int64_t dilation, double scale, int64_t height,
     int64_t first_query, int64_t first_key) {
-  const Attention attention(query, key, value, slopes, {height, first_query, first_key},
+  const Attention attention(query, key, value, query_bias, slopes, {height, first_query, first_key},
                             kernel_size, stride, dilation, scale);
   check_target(grad_query, "grad_query", query.sizes(), query.scalar_type());
   check_target(grad_key, "grad_key", key.sizes(), attention.sum_dtype());
@@ -344,18 +354,19 @@ TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
       "local_attention_native_backward(Tensor grad, Tensor query, Tensor key, Tensor value, "
       "Tensor lse, int kernel_size, int stride, int dilation, float scale) "
       "-> (Tensor, Tensor, Tensor)");
-  // As parts of a larger operator: keys less slopes . (x, y) of their position, results times
-  // factor (by head and channel, or one for all) and added to what is there. Backward also returns
-  // the gradients of slopes and factor, in float64. Tensors may be some rows of a map of `height`
-  // rows: those of queries from `first_query` on, those of keys from `first_key` on.
+  // As parts of a larger operator: queries plus a bias, keys less slopes . (x, y) of their position,
+  // results times factor (by head and channel, or one for all) and added to what is there. Backward
+  // also returns the gradients of slopes and factor, in float64. Tensors may be some rows of a map
+  // of `height` rows: those of queries from `first_query` on, those of keys from `first_key` on.
   m.def(
       "local_attention_native_forward_add_(Tensor(a!) output, Tensor(b!) lse, Tensor query, "
-      "Tensor key, Tensor value, Tensor slopes, Tensor factor, int kernel_size, int stride, "
-      "int dilation, float scale, int height, int first_query, int first_key) -> ()");
+      "Tensor? query_bias, Tensor key, Tensor value, Tensor slopes, Tensor factor, "
+      "int kernel_size, int stride, int dilation, float scale, int height, int first_query, "
+      "int first_key) -> ()");
   m.def(
       "local_attention_native_backward_add_(Tensor(a!) grad_query, Tensor(b!) grad_key, "
-      "Tensor(c!) grad_value, Tensor grad, Tensor query, Tensor key, Tensor value, Tensor slopes, "
-      "float factor, Tensor lse, int kernel_size, int stride, int dilation, float scale, "
+      "Tensor(c!) grad_value, Tensor grad, Tensor query, Tensor? query_bias, Tensor key, "
+      "Tensor value, Tensor slopes, float factor, Tensor lse, int kernel_size, int stride, int dilation, float scale, "
       "int height, int first_query, int first_key) -> (Tensor, Tensor)");
 }
 

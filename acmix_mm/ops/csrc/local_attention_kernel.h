@@ -131,20 +131,25 @@ INLINE S* plane_of(const Target& target, const Plan& plan, int64_t plane) {
          plane % plan.heads * target.strides[1];
 }
 
-// One query row of every channel -> packed row, times factor.
+// One query row of every channel, plus bias (N, d) where it is not null -> packed row, times factor.
 template <typename S, typename T>
-void pack_query(const Plan& plan, const Map& map, int64_t plane, int64_t row, T factor, T* to) {
+void pack_query(const Plan& plan, const Map& map, const void* bias, int64_t plane, int64_t row,
+                T factor, T* to) {
   const S* from = plane_of<S>(map, plan, plane) + row * map.strides[3];
   const int64_t step = map.strides[4];
   for (int64_t c = 0; c < plan.dim; ++c, from += map.strides[2], to += plan.query_pitch) {
     T* target = to + plan.margin;
+    T add = 0;
+    if (bias != nullptr) {
+      add = static_cast<const T*>(bias)[plane % plan.heads * plan.dim + c] * factor;
+    }
     if (step == 1) {
       for (int64_t x = 0; x < plan.cols.queries; ++x) {
-        target[x] = static_cast<T>(from[x]) * factor;
+        target[x] = static_cast<T>(from[x]) * factor + add;
       }
     } else {
       for (int64_t x = 0; x < plan.cols.queries; ++x) {
-        target[x] = static_cast<T>(from[x * step]) * factor;
+        target[x] = static_cast<T>(from[x * step]) * factor + add;
       }
     }
   }
@@ -509,7 +514,7 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
   T* lse[2];
   for (int64_t r = 0; r < group.count; ++r) {
     const int64_t y = plan.query_row(group, r);
-    pack_query<S, T>(plan, args.query, plane, y, static_cast<T>(plan.scale),
+    pack_query<S, T>(plan, args.query, args.query_bias, plane, y, static_cast<T>(plan.scale),
                      scratch.query + r * plan.dim * plan.query_pitch);
     out.row[r] = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
     lse[r] = plane_of<T>(args.lse, plan, plane) + y * args.lse.strides[3];
@@ -680,8 +685,8 @@ void pack_row_gradient(const Plan& plan, const BackwardArgs& args, int64_t plane
                        int64_t row, const Scratch<T>& scratch) {
   T* query = scratch.query + row * plan.dim * plan.query_pitch;
   T* grad = scratch.grad + row * plan.dim * plan.query_pitch;
-  pack_query<S, T>(plan, args.query, plane, y, static_cast<T>(plan.scale), query);
-  pack_query<S, T>(plan, args.grad, plane, y, T(1), grad);
+  pack_query<S, T>(plan, args.query, args.query_bias, plane, y, static_cast<T>(plan.scale), query);
+  pack_query<S, T>(plan, args.grad, nullptr, plane, y, T(1), grad);
   T* lse = scratch.lse + row * plan.query_pitch;
   const T* from = plane_of<T>(args.lse, plan, plane) + y * args.lse.strides[3];
   for (int64_t x = 0; x < plan.cols.queries; ++x) {

@@ -130,13 +130,15 @@ struct Target {
 
 struct ForwardArgs {
   Map query, key, value;
-  const void* slopes;  // (d, 2) of the compute type or null: keys lose slopes . (x, y)
-  const void* factor;  // (N, d) of the compute type or null: on the output
+  const void* query_bias;  // (N, d) of the compute type or null: added to queries
+  const void* slopes;      // (d, 2) of the compute type or null: keys lose slopes . (x, y)
+  const void* factor;      // (N, d) of the compute type or null: on the output
   Target output, lse;  // lse has no channels
 };
 
 struct BackwardArgs {
   Map grad, query, key, value, lse;
+  const void* query_bias;
   const void* slopes;
   double factor;  // on the output, of all channels
   Target grad_query;
