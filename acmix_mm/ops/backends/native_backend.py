@@ -205,7 +205,8 @@ def local_attention_add_(
     Queries are taken plus ``query_bias`` (N, d), keys less ``slopes`` (d, 2) times their position
     (x, y), linspace(-1, 1) over width and height. Tensors may hold some rows of a map of ``height``
     rows: output, lse (B, N, h, w) and query those of the queries from ``first_query`` on, key and
-    value the rows from ``first_key`` on, among which must be all that the queries see. Not differentiable by itself.
+    value the rows from ``first_key`` on, among which must be all that the queries see. Not
+    differentiable by itself.
     """
     geometry = (kernel_size, stride, dilation, scale, height, first_query, first_key)
     torch.ops.acmix_mm.local_attention_native_forward_add_(
