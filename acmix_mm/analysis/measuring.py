@@ -182,13 +182,3 @@ def _resident(kind: str) -> int:
     """Resident memory of this process now (VmRSS) or at its peak (VmHWM), bytes (Linux)."""
     status = Path('/proc/self/status').read_text()
     return int(re.search(rf'^{kind}:\s+(\d+) kB', status, re.MULTILINE)[1]) * 1024
-
-
-def device_name(device: str) -> str:
-    if device != 'cpu':
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        match = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-        if match:
-            return match[1]
-    return 'CPU'

@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 from acmix_mm import __version__
-from acmix_mm.analysis.measuring import Candidate, device_name, measure
+from acmix_mm.analysis.measuring import Candidate, measure
 from acmix_mm.analysis.networks import (
     Abilities,
     abilities,
@@ -80,6 +80,7 @@ from acmix_mm.command_line import (
     positive_int,
     program,
 )
+from acmix_mm.environment import device_name
 from acmix_mm.files import write_whole
 from acmix_mm.ops import available_backends
 
