@@ -103,7 +103,7 @@ def test_attention_at_the_stages_of_resnet50():
 
 
 def test_backbones_in_half_precision():
-    """By autocast or by casting, each beside its own reference; the same outputs within rounding."""
+    """By autocast weights and their gradients are float32, by casting they are not."""
     arguments = 'backbone --shapes 1x3x64x64 --models acmix-r26 --modes forward train '
     arguments += '--dtypes float32 bfloat16 --half autocast cast'
     comparisons = list(benchmark.suite_backbone(benchmark.parse_args(arguments.split())))
