@@ -216,7 +216,7 @@ def largest_error(
     case: Case, expected: Expected, backend: str, device: str, dtype: torch.dtype
 ) -> float:
     """Of results and gradients, as a multiple of the tolerance; infinite for a wrong shape."""
-    inputs = [tensor.to(device, dtype) for tensor in case.tensors]
+    inputs = [tensor.to(device, dtype, copy=True) for tensor in case.tensors]
     with torch.no_grad():  # inference has kernels of its own
         found = [case.operator(backend, *inputs)]
     for tensor in inputs:
@@ -224,10 +224,9 @@ def largest_error(
     result = case.operator(backend, *inputs)
     gradients = torch.autograd.grad(result, inputs, expected.grad.to(device, dtype))
     found += [result.detach(), *gradients]
+    right = (expected.result, expected.result, *expected.gradients)
     errors = []
-    for tensor, exact in zip(
-        found, (expected.result, expected.result, *expected.gradients), strict=True
-    ):
+    for tensor, exact in zip(found, right, strict=True):
         if tensor.shape != exact.shape or tensor.dtype != dtype:
             return math.inf
         summands = case.summands * max(1, expected.result.numel() // exact.numel())

@@ -121,6 +121,7 @@ class FlexAttention:
         padded = (height + 2 * reach, width + 2 * reach)
         self.order, key_order = self._tiled(*self.size), self._tiled(*padded)
         pixels = torch.arange(height * width).view(1, 1, height, width)
+        # Only floating-point numbers are padded by reflection.
         pixels = reflect_pad(pixels.double(), reach).long().flatten()[key_order]
         self.reflected = self.order.argsort()[pixels]  # places of what a padded sequence holds
 
