@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from mmdet.models.backbones.pvt import SpatialReductionAttention
 from mmdet.models.backbones.swin import ShiftWindowMSA
-from oracles import mirror
 from torch import Tensor, nn
 
 from acmix_mm.backbones.acmix_swin import ShiftWindowACmix
 from acmix_mm.layers import ACmix, MixedOperator, PatchACmix, SpatialReductionACmix
+from acmix_mm.ops.reference import mirror
 
 
 @dataclass

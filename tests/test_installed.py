@@ -1,4 +1,7 @@
-"""What an installed package has: operators and layers need PyTorch alone, analyses no sources."""
+"""What an installed package has: operators, layers and their check need PyTorch alone.
+
+Analyses need no sources.
+"""
 
 import importlib.metadata
 import os
@@ -52,7 +55,7 @@ def test_trains_where_openmmlab_is_missing():
     run_python(f'import sys; sys.modules.update(dict.fromkeys({OPENMMLAB}))\n{TRAIN_A_STEP}')
 
 
-@pytest.mark.parametrize('module', ['acmix_mm.ops', 'acmix_mm.layers'])
+@pytest.mark.parametrize('module', ['acmix_mm.ops', 'acmix_mm.layers', 'acmix_mm.check'])
 def test_imports_no_openmmlab(module):
     """Not even where it is installed."""
     out = run_python(f'import sys, {module}; print(*(m.split(".")[0] for m in sys.modules))')
@@ -153,5 +156,6 @@ def test_installs_and_passes_beside_torch_alone(tmp_path):
     run(python, '-m', 'pip', 'install', '--no-deps', '--no-build-isolation', project)
     shutil.rmtree(project / 'acmix_mm')  # the tests are to see the installed one
     run(python, '-c', TRAIN_A_STEP, cwd=project)
+    assert run(python, '-m', 'acmix_mm.check', cwd=project).endswith('comparisons ok\n')
     out = run(python, '-m', 'pytest', '-x', '-q', 'tests/ops', 'tests/layers', cwd=project)
     assert int(re.search(r'(\d+) passed', out)[1]) > 200, out

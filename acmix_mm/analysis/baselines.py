@@ -1,12 +1,16 @@
-"""What the operators are measured against: the same, unfolded into memory, and FlexAttention."""
+"""What the operators are measured against: the same, unfolded into memory or by other packages."""
+
+import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import ACmix, PatchACmix
-from ..ops._reflection import reflect_pad
+from ..ops._reflection import reflect, reflect_pad
 from ..ops.fused_acmix import position_encoding
+from .steps import Case, Unavailable
 
 
 def unfold(maps: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
@@ -99,54 +103,114 @@ def unfold_operators(model: nn.Module) -> None:
 
 
 class FlexAttention:
-    """torch's FlexAttention over pixels, every query with a full neighbourhood.
+    """:func:`acmix_mm.ops.local_attention` by torch's FlexAttention, with a mask of blocks.
 
-    What differs from :func:`acmix_mm.ops.local_attention`: near the border the neighbourhood is
-    moved inwards, not reflected; maps come as sequences (B, N, H W, d), in tiles of 8x16 pixels, so
-    that one block of 128 queries needs few blocks of keys. The arithmetic asked for is the same.
+    Maps come as sequences (B, N, H W, d), in tiles of 8x16 pixels, so that one block of 128 queries
+    needs few blocks of keys. Keys and values are reflected at the border as part of the call.
     """
 
     BLOCK, TILE = 128, (8, 16)
 
-    def __init__(self, size: tuple[int, int], device: str, kernel_size: int = 7):
-        from torch.nn.attention.flex_attention import BlockMask
+    def __init__(self, case: Case, kernel_size: int):
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-        self.size = height, width = size
-        radius = kernel_size // 2
-        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
-        tile_y, tile_x = (p // t for p, t in zip((y, x), self.TILE, strict=True))
-        self.order = (tile_y * width + tile_x).flatten().argsort(stable=True)
-        place = self.order.argsort().view(height, width)  # of a pixel in the sequence
-        y, x = (p.flatten()[self.order] for p in (y, x))
-        centre_y = y.clamp(radius, height - 1 - radius)
-        centre_x = x.clamp(radius, width - 1 - radius)
+        if case.train and case.device == 'cpu':
+            raise Unavailable('no backward on CPUs')
+        self.size = height, width = case.shape[-2:]
+        reach = kernel_size // 2
+        padded = (height + 2 * reach, width + 2 * reach)
+        self.order, key_order = self._tiled(*self.size), self._tiled(*padded)
+        pixels = torch.arange(height * width).view(1, 1, height, width)
+        # Only floating-point numbers are padded by reflection.
+        pixels = reflect_pad(pixels.double(), reach).long().flatten()[key_order]
+        self.reflected = self.order.argsort()[pixels]  # places of what a padded sequence holds
 
-        length = height * width
-        blocks = -(-length // self.BLOCK)
-        needed = torch.zeros(blocks, blocks, dtype=torch.bool)
-        for dy in range(-radius, radius + 1):
-            for dx in range(-radius, radius + 1):
-                keys = place[centre_y + dy, centre_x + dx]
-                needed[torch.arange(length) // self.BLOCK, keys // self.BLOCK] = True
-        self.order, needed = self.order.to(device), needed.to(device)
-        y, x, centre_y, centre_x = (t.to(device) for t in (y, x, centre_y, centre_x))
+        y, x = self.order // width, self.order % width
+        key_y, key_x = key_order // padded[1], key_order % padded[1]
+        places = key_order.argsort().view(padded)
+        blocks = [-(-len(order) // self.BLOCK) for order in (self.order, key_order)]
+        needed = torch.zeros(blocks, dtype=torch.bool)
+        for dy in range(kernel_size):
+            for dx in range(kernel_size):
+                keys = places[y + dy, x + dx]
+                needed[torch.arange(len(keys)) // self.BLOCK, keys // self.BLOCK] = True
+        y, x, key_y, key_x, needed, self.order, self.reflected = (
+            t.to(case.device) for t in (y, x, key_y, key_x, needed, self.order, self.reflected)
+        )
 
         def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            rows = (centre_y[query] - y[key]).abs() <= radius
-            return rows & ((centre_x[query] - x[key]).abs() <= radius)
+            rows = (key_y[key] - y[query] - reach).abs() <= reach
+            return rows & ((key_x[key] - x[query] - reach).abs() <= reach)
 
         self.mask = BlockMask.from_kv_blocks(
             needed.sum(-1, dtype=torch.int32)[None, None],
             needed.int().argsort(dim=-1, descending=True, stable=True).int()[None, None],
             BLOCK_SIZE=self.BLOCK,
             mask_mod=near,
-            seq_lengths=(length, length),
+            seq_lengths=(len(self.order), len(key_order)),
         )
+        torch.compiler.reset()  # shapes of earlier cases would count towards the recompile limit
+        self.attention = torch.compile(flex_attention, dynamic=False)
 
-    def sequence(self, maps: Tensor) -> Tensor:
+    def _tiled(self, height: int, width: int) -> Tensor:
+        """Pixels of a map, row by row within its tiles."""
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
+        tile_y, tile_x = (p // t for p, t in zip((y, x), self.TILE, strict=True))
+        return (tile_y * width + tile_x).flatten().argsort(stable=True)
+
+    def arrange(self, maps: Tensor) -> Tensor:
+        """(B, N, d, H, W) -> (B, N, H W, d)."""
         return maps.flatten(3)[..., self.order].transpose(2, 3).contiguous()
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from torch.nn.attention.flex_attention import flex_attention
+    def restore(self, sequences: Tensor) -> Tensor:
+        """The inverse of :meth:`arrange`."""
+        return sequences.transpose(2, 3)[..., self.order.argsort()].unflatten(3, self.size)
 
-        return flex_attention(query, key, value, block_mask=self.mask)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        key, value = (maps.index_select(2, self.reflected) for maps in (key, value))
+        return self.attention(query, key, value, block_mask=self.mask)
+
+
+class NATTEN:
+    """The same by the package NATTEN (0.20 or later), for maps as it takes them: (B, H, W, N, d).
+
+    Its neighbourhoods move inwards at the border: maps are padded by reflection, and the result is
+    cropped, as part of the call. It has no kernels for CPUs: there it computes the scores of all
+    pairs of pixels, of which no more than ``MAX_SCORES`` are asked for.
+    """
+
+    MAX_SCORES = 2**28
+
+    def __init__(self, case: Case, kernel_size: int):
+        try:
+            import natten
+        except ImportError:
+            raise Unavailable('not installed') from None
+        reach = kernel_size // 2
+        if case.device == 'cpu':
+            pixels = math.prod(size + 2 * reach for size in case.shape[-2:])
+            if math.prod(case.shape[:2]) * pixels**2 > self.MAX_SCORES:
+                raise Unavailable('too large without kernels')
+            if case.train:
+                raise Unavailable('no backward on CPUs')
+        elif not natten.HAS_LIBNATTEN:
+            raise Unavailable('built without kernels')
+        self.attention = functools.partial(natten.na2d, kernel_size=kernel_size)
+        self.reflected = [
+            reflect(torch.arange(-reach, size + reach, device=case.device), size)
+            for size in case.shape[-2:]
+        ]
+        self.inside = [slice(reach, reach + size) for size in case.shape[-2:]]
+
+    def arrange(self, maps: Tensor) -> Tensor:
+        """(B, N, d, H, W) -> (B, H, W, N, d)."""
+        return maps.permute(0, 3, 4, 1, 2).contiguous()
+
+    def restore(self, maps: Tensor) -> Tensor:
+        """The inverse of :meth:`arrange`."""
+        return maps.permute(0, 3, 4, 1, 2)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        rows, columns = self.reflected
+        padded = (m.index_select(1, rows).index_select(2, columns) for m in (query, key, value))
+        return self.attention(*padded)[:, self.inside[0], self.inside[1]]

@@ -16,9 +16,9 @@ import matplotlib.figure
 import torch
 from scipy.special import stdtrit
 
+from ..environment import device_name
 from ..files import write_figure
 from .comparison import ROUNDS, Comparison, Run, System, outcome, write
-from .measuring import device_name
 from .report import align, shape_name
 
 CONFIDENCE = 0.95

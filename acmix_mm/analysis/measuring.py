@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .steps import Case, Step
+from .steps import Case, Step, Unavailable
 
 MIN_SECONDS = 0.02  # of a round
 
@@ -29,8 +29,9 @@ class Candidate:
     notes: dict = field(default_factory=dict)  # more about it, for the row of its results
 
     def row(self) -> dict:
-        case = {'shape': list(self.case.shape), 'mode': self.case.mode, 'dtype': self.case.dtype}
-        return {'candidate': self.name, **case, **self.notes, 'times': [], 'peak': None}
+        case = self.case
+        given = {'shape': list(case.shape), 'mode': case.mode, 'dtype': case.precision}
+        return {'candidate': self.name, **given, **self.notes, 'times': [], 'peak': None}
 
 
 def measure(
@@ -57,7 +58,8 @@ def measure(
     Returns:
         list[dict]: A row for each candidate: its ``candidate`` name, shape, mode, dtype and notes;
         ``times``, seconds of a step by rounds; ``repeats`` within a round; ``peak`` and ``weights``
-        in bytes; ``error``, the reason, only where it failed.
+        in bytes; ``error``, the reason, only where it failed, ``unavailable`` where there is
+        nothing to measure.
     """
     rows = [candidate.row() for candidate in candidates]
     cuda = any(candidate.case.device != 'cpu' for candidate in candidates)
@@ -73,13 +75,13 @@ def measure(
     for index in range(rounds):
         turn = index % max(len(ready), 1)
         for step, row in ready[turn:] + ready[:turn]:
-            if 'error' not in row:
+            if measured(row):
                 with note_failure(row):
                     row['times'].append(timed(step, row['repeats'], cuda))
         advance(f'round {index + 1} of {rounds}')
     if cuda and memory:
         for step, row in ready:
-            if 'error' not in row:
+            if measured(row):
                 with note_failure(row):
                     row['peak'] = peak_allocated(step)
     step = None
@@ -87,7 +89,7 @@ def measure(
     if not cuda and memory:
         for candidate, row in zip(candidates, rows, strict=True):
             advance(f'{candidate.name}: memory')
-            if 'error' not in row:
+            if measured(row):
                 arguments = (*candidate.arguments, candidate.case)
                 with note_failure(row):
                     row['peak'] = peak_memory(
@@ -96,11 +98,18 @@ def measure(
     return rows
 
 
+def measured(row: dict) -> bool:
+    """Whether there is something to measure, and nothing has failed so far."""
+    return 'error' not in row and 'unavailable' not in row
+
+
 @contextlib.contextmanager
 def note_failure(row: dict) -> Iterator[None]:
     """Whatever one candidate raises, out of memory most likely, goes into its row."""
     try:
         yield
+    except Unavailable as reason:
+        row['unavailable'] = str(reason)
     except Exception as error:
         row['error'] = f'{type(error).__name__}: {error}'
         tqdm.write(f'{row["candidate"]} failed: {row["error"]}', file=sys.stderr)
@@ -182,13 +191,3 @@ def _resident(kind: str) -> int:
     """Resident memory of this process now (VmRSS) or at its peak (VmHWM), bytes (Linux)."""
     status = Path('/proc/self/status').read_text()
     return int(re.search(rf'^{kind}:\s+(\d+) kB', status, re.MULTILINE)[1]) * 1024
-
-
-def device_name(device: str) -> str:
-    if device != 'cpu':
-        return torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):
-        match = re.search(r'^model name\s*: (.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE)
-        if match:
-            return match[1]
-    return 'CPU'

@@ -1,8 +1,9 @@
 """Steps of whole models: backbones, detectors, and trained models on the data of their config.
 
-Weights are float32, other dtypes come by autocast.
+Weights are float32, other dtypes come by autocast, of backbones also by casting.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from ..models import deploy, set_backend
 from ..weights import build
 from .baselines import UNFOLDED, unfold_operators
 from .costs import count_flops, network_costs
-from .steps import Case, Step, autocast, model_step, random_maps, weight_bytes
+from .steps import DTYPES, Case, Step, autocast, model_step, random_maps, weight_bytes
 
 
 def backbone_config(file: str) -> ConfigDict:
@@ -80,12 +81,13 @@ def build_backbone(file: str, backend: str | None, form: str, case: Case) -> Ste
             module.norm_eval = False
         if hasattr(module, 'frozen_stages'):
             module.frozen_stages = -1
-    backbone.requires_grad_().to(case.device).train(case.train)
+    inputs = case if case.cast else dataclasses.replace(case, dtype='float32')
+    backbone.requires_grad_().to(case.device, DTYPES[inputs.dtype]).train(case.train)
     if form == 'deployed':
         deploy(backbone.eval())
     elif form == 'unfolded':
         unfold_operators(backbone)
-    images = random_maps(1, Case(case.shape, case.train, 'float32', case.device))[0]
+    (images,) = random_maps(1, inputs)
 
     def run(images: Tensor) -> None:
         with torch.set_grad_enabled(case.train), autocast(case):

@@ -1,6 +1,8 @@
 """Steps of the layer ACmix and of its two paths, and what they cannot do without."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +10,12 @@ from torch import Tensor, nn
 from ..layers import ACmix, MixedOperator
 from ..models import deploy
 from ..ops import local_attention
-from .baselines import FlexAttention, UnfoldACmix, unfold_attention
+from ..ops.reference import tolerance
+from .baselines import NATTEN, FlexAttention, UnfoldACmix, unfold_attention
 from .steps import DTYPES, Case, Step, random_maps, tensor_step
 
 KERNEL_SIZE = 7  # of the neighbourhoods
+RIVALS = {'FlexAttention': FlexAttention, 'NATTEN': NATTEN}  # other packages' attention
 
 # How the convolution path shifts: options of the operator, and whether ``fc`` is multiplied into
 # the kernels.
@@ -43,23 +47,61 @@ def build_operator(name: str, backend: str | None, case: Case) -> Step:
 
 
 def build_attention(name: str, backend: str | None, case: Case) -> Step:
-    """Neighbourhood attention, 'local_attention', 'unfold' or 'flex', on (B, N, d, H, W)."""
-    *inputs, grad = random_maps(4, case)
+    """Neighbourhood attention on (B, N, d, H, W), once it has given the same as ours.
+
+    ``name`` is 'local_attention', 'unfold' or one of :data:`RIVALS`, which get maps in their own
+    order; making that is not part of the step.
+
+    Raises:
+        Unavailable: If this machine has no such attention.
+        ArithmeticError: If results or gradients differ from ours by more than rounding.
+    """
 
     def unfolded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return unfold_attention(query, key, value, KERNEL_SIZE).view_as(query)
 
-    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return local_attention(query, key, value, KERNEL_SIZE, backend=backend)
+    def unchanged(maps: Tensor) -> Tensor:
+        return maps
 
-    function = {'unfold': unfolded, 'local_attention': ours}.get(name)
-    if name == 'flex':
-        flex = FlexAttention(case.shape[-2:], case.device)
-        inputs = [flex.sequence(m) for m in inputs]
-        grad = flex.sequence(grad)
-        torch.compiler.reset()  # shapes of earlier cases would count towards the recompile limit
-        function = torch.compile(flex, dynamic=False)
-    return tensor_step(function, inputs, grad, case)
+    arrange = restore = unchanged
+    if name in RIVALS:
+        function = RIVALS[name](case, KERNEL_SIZE)
+        arrange, restore = function.arrange, function.restore
+    else:
+        ours = functools.partial(local_attention, kernel_size=KERNEL_SIZE, backend=backend)
+        function = {'unfold': unfolded, 'local_attention': ours}[name]
+    maps = random_maps(4, case)
+    arranged = [arrange(m) for m in maps]
+    expected = _results(functools.partial(local_attention, kernel_size=KERNEL_SIZE), maps, case)
+    found = [restore(tensor) for tensor in _results(function, arranged, case)]
+    _check_equal(found, expected, case)
+    *inputs, grad = arranged
+    return tensor_step(function, inputs, grad, case, crops=name not in RIVALS)
+
+
+def _results(function: Callable[..., Tensor], tensors: list[Tensor], case: Case) -> list[Tensor]:
+    """The result for query, key and value, in training also their gradients for the fourth."""
+    *inputs, grad = (tensor.detach() for tensor in tensors)
+    if not case.train:
+        with torch.no_grad():
+            return [function(*inputs)]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, grad)]
+
+
+def _check_equal(found: list[Tensor], expected: list[Tensor], case: Case) -> None:
+    # On GPUs, others may multiply float32 as TF32, which has the digits of float16.
+    tf32 = case.device != 'cpu' and case.dtype == 'float32'
+    dtype = torch.float16 if tf32 else DTYPES[case.dtype]
+    for tensor, exact in zip(found, expected, strict=True):
+        allowed = tolerance(dtype, KERNEL_SIZE**2, exact.abs().max().item())
+        error = (tensor.double() - exact.double()).abs().max().item()
+        if not error <= allowed:
+            raise ArithmeticError(
+                f'results must be those of local_attention within {allowed:.1e}, differ by '
+                f'{error:.1e}'
+            )
 
 
 class ConvolutionPath(MixedOperator):
@@ -113,8 +155,10 @@ def attention_cost(case: Case) -> dict[str, float]:
     recomputation; query, key, value and the output's gradient are read, three gradients written.
     """
     elements = math.prod(case.shape)
+    operations = (12 if case.train else 4) * KERNEL_SIZE**2 * elements
     return {
-        'flops': (12 if case.train else 4) * KERNEL_SIZE**2 * elements,
+        'flops': operations,
+        'attention_flops': operations,
         'bytes': (11 if case.train else 4) * elements * DTYPES[case.dtype].itemsize,
     }
 
@@ -127,11 +171,11 @@ def operator_cost(name: str, case: Case) -> dict[str, float]:
     reads the input again and the output's gradient, and writes the input's.
     """
     channels, elements = case.shape[1], math.prod(case.shape)
-    if name == 'conv3x3':
-        operations = 18 * channels
-    else:
-        operations = 6 * channels + 4 * KERNEL_SIZE**2 + 2 * 9 * 12
+    attention = 0 if name == 'conv3x3' else 4 * KERNEL_SIZE**2
+    others = 18 * channels if name == 'conv3x3' else 6 * channels + 2 * 9 * 12
+    passes = 3 if case.train else 1
     return {
-        'flops': (3 if case.train else 1) * operations * elements,
+        'flops': passes * (attention + others) * elements,
+        'attention_flops': passes * attention * elements,
         'bytes': (5 if case.train else 2) * elements * DTYPES[case.dtype].itemsize,
     }

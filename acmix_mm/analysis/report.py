@@ -5,7 +5,7 @@ import io
 import math
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import matplotlib.figure
@@ -30,21 +30,35 @@ def readable(count: int) -> str:
     return f'{count / 1e9:.2f} G' if count >= 1e9 else f'{count / 1e6:.2f} M'
 
 
-def floor_fraction(row: dict, peaks: tuple[float | None, float | None]) -> str:
+@dataclass(frozen=True)
+class Peaks:
+    """What a device can do: 10^12 operations a second by dtype, 10^9 bytes a second.
+
+    ``float32_tflops`` are those outside matrix units, for attention: its neighbourhoods are no
+    matrices, and matrix units multiply many keys that no query asks for.
+    """
+
+    tflops: dict[str, float] = field(default_factory=dict)
+    gbs: float | None = None
+    float32_tflops: float | None = None
+
+
+def floor_fraction(row: dict, peaks: Peaks) -> str:
     """How near the time is to the least the device could take, and what bounds that."""
-    tflops, gbs = peaks
     floors = {}
-    if tflops and 'flops' in row:
-        floors['arithmetic'] = row['flops'] / (tflops * 1e12)
-    if gbs and 'bytes' in row:
-        floors['bandwidth'] = row['bytes'] / (gbs * 1e9)
+    if 'flops' in row and row['dtype'] in peaks.tflops:
+        floors['arithmetic'] = row['flops'] / (peaks.tflops[row['dtype']] * 1e12)
+    if 'attention_flops' in row and peaks.float32_tflops:
+        floors['float32 arithmetic'] = row['attention_flops'] / (peaks.float32_tflops * 1e12)
+    if 'bytes' in row and peaks.gbs:
+        floors['bandwidth'] = row['bytes'] / (peaks.gbs * 1e9)
     if not floors:
         return ''
     bound = max(floors, key=floors.get)
     return f'{floors[bound] / quartiles(row["times"])[1]:.1%} {bound}'
 
 
-def report(rows: list[dict], peaks: tuple[float | None, float | None] = (None, None)) -> list[str]:
+def report(rows: list[dict], peaks: Peaks) -> list[str]:
     """Lines of the table; ratios are to the first candidate of the same shape, mode and dtype."""
     lines, first = [], {}
     header = ('candidate', 'median', 'quartiles', 'time', 'peak memory', 'memory', 'weights')
@@ -55,7 +69,8 @@ def report(rows: list[dict], peaks: tuple[float | None, float | None] = (None, N
             first[key] = row
         base = first[key]
         if not row['times']:
-            lines.append((f'  {row["candidate"]}', 'failed', *[''] * (len(header) - 1)))
+            reason = row.get('unavailable', 'failed')
+            lines.append((f'  {row["candidate"]}', reason, *[''] * (len(header) - 1)))
             continue
         low, median, high = (1e3 * t for t in quartiles(row['times']))
         cells = [f'  {row["candidate"]}', f'{median:.2f} ms', f'{low:.2f} - {high:.2f} ms']

@@ -9,6 +9,10 @@ from torch import Tensor, nn
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
+class Unavailable(Exception):
+    """Why there is nothing to measure on this machine; no failure."""
+
+
 @dataclass(frozen=True)
 class Case:
     """What a candidate runs on; ``shape`` is the input's, (height, width) for detectors."""
@@ -17,10 +21,15 @@ class Case:
     train: bool
     dtype: str = 'float32'
     device: str = 'cpu'
+    cast: bool = False  # a whole model's weights and images, instead of autocast
 
     @property
     def mode(self) -> str:
         return 'train' if self.train else 'forward'
+
+    @property
+    def precision(self) -> str:
+        return f'{self.dtype} (cast)' if self.cast else self.dtype
 
 
 @dataclass
@@ -53,8 +62,12 @@ def tensor_step(
     grad: Tensor,
     case: Case,
     layer: nn.Module | None = None,
+    crops: bool = True,
 ) -> Step:
-    """A step of a function of tensors; training sends ``grad`` back to inputs and parameters."""
+    """A step of a function of tensors; training sends ``grad`` back to inputs and parameters.
+
+    ``crops`` tells whether the function takes maps of any size, else a small step is a whole one.
+    """
 
     def run(inputs: list[Tensor], grad: Tensor) -> None:
         if case.train:
@@ -63,6 +76,9 @@ def tensor_step(
             with torch.no_grad():
                 function(*inputs)
 
+    def whole() -> None:
+        run(inputs, grad)
+
     def small() -> None:
         *maps, end = (m.detach()[..., :8, :8].contiguous() for m in (*inputs, grad))
         run([m.requires_grad_(case.train) for m in maps], end)
@@ -70,7 +86,7 @@ def tensor_step(
     leaves = [] if layer is None else list(layer.parameters())
     leaves += [x.requires_grad_(case.train) for x in inputs]
     weights = 0 if layer is None else weight_bytes(layer)
-    return Step(lambda: run(inputs, grad), small, leaves, weights)
+    return Step(whole, small if crops else whole, leaves, weights)
 
 
 def model_step(model: nn.Module, data: dict, small: dict, case: Case) -> Step:
@@ -95,7 +111,8 @@ def model_step(model: nn.Module, data: dict, small: dict, case: Case) -> Step:
 def autocast(case: Case) -> torch.autocast:
     dtype = DTYPES[case.dtype]
     device_type = torch.device(case.device).type
-    return torch.autocast(device_type, dtype=dtype, enabled=dtype != torch.float32)
+    enabled = dtype != torch.float32 and not case.cast
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled)
 
 
 def weight_bytes(model: nn.Module) -> int:

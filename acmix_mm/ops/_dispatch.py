@@ -40,7 +40,7 @@ def available_backends() -> tuple[str, ...]:
     for GPUs, in float32 and half precision with a head dimension of at most 128. (With
     ``TRITON_INTERPRET=1`` 'triton' is there without a GPU, interpreted: for tests.)
     """
-    return tuple(name for name in BACKENDS if _missing(name) is None)
+    return tuple(name for name in BACKENDS if why_missing(name) is None)
 
 
 def check_backend(backend: str | None, name: str = 'backend') -> None:
@@ -49,7 +49,7 @@ def check_backend(backend: str | None, name: str = 'backend') -> None:
         raise ValueError(f'{name} must be None or one of {BACKENDS}, got {backend!r}')
 
 
-def _missing(backend: str) -> str | None:
+def why_missing(backend: str) -> str | None:
     """Why a backend is not there, None if it is."""
     modules = {'native': native_backend, 'triton': triton_backend}
     return modules[backend].MISSING if backend in modules else None
@@ -79,7 +79,7 @@ def select(operator: str, backend: str | None, *args) -> str:
     if device.type == 'meta':  # nothing is computed
         return 'torch'
     if demanded:
-        missing = _missing(backend)
+        missing = why_missing(backend)
         if missing is not None:
             raise ValueError(f'backend {backend!r} is not available: {missing}')
         if backend not in implementations:
@@ -100,7 +100,7 @@ def select(operator: str, backend: str | None, *args) -> str:
     for name in (asked, automatic):
         if name not in implementations:
             continue
-        missing = _missing(name)
+        missing = why_missing(name)
         if missing is None and implementations[name].refuses(*args) is None:
             return name
         if missing is not None and name == 'native' and not torch.compiler.is_compiling():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acmix_mm.analysis.measuring import Candidate, measure, peak_memory
-from acmix_mm.analysis.steps import Case, Step
+from acmix_mm.analysis.steps import Case, Step, Unavailable
 
 
 def test_peak_memory_sees_the_step_only():
@@ -34,13 +34,16 @@ def test_candidates_take_turns_and_one_may_fail():
     def build(name: str, case: Case) -> Step:
         if name == 'bad':
             raise ValueError('no')
+        if name == 'missing':
+            raise Unavailable('not installed')
         return Step(lambda: calls.append(name), int, [])
 
     case = Case((1,), False)
-    candidates = [Candidate(n, build, (n,), case) for n in ('a', 'bad', 'b', 'c')]
+    candidates = [Candidate(n, build, (n,), case) for n in ('a', 'bad', 'missing', 'b', 'c')]
     rows = measure(candidates, rounds=3, warmup=1, memory=False)
-    assert [row.get('error') for row in rows] == [None, 'ValueError: no', None, None]
-    assert [len(row['times']) for row in rows] == [3, 0, 3, 3]
+    assert [row.get('error') for row in rows] == [None, 'ValueError: no', None, None, None]
+    assert [row.get('unavailable') for row in rows] == [None, None, 'not installed', None, None]
+    assert [len(row['times']) for row in rows] == [3, 0, 0, 3, 3]
     timed = calls[3:]
     order = [n for i, n in enumerate(timed) if i == 0 or timed[i - 1] != n]
     assert ''.join(order) == 'abcbcacab'

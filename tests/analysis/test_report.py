@@ -1,6 +1,6 @@
 """Tables of known results."""
 
-from acmix_mm.analysis.report import report, report_fps, report_scaling
+from acmix_mm.analysis.report import Peaks, floor_fraction, report, report_fps, report_scaling
 
 
 def row(candidate: str, times: list[float], peak: int | None, **more) -> dict:
@@ -14,14 +14,29 @@ def test_table_of_known_results():
         row('b', [0.5], 3 * 2**20),
         row('c', [], None, error='no'),
         row('d', [0.1], None, mode='forward'),
+        row('e', [], None, mode='forward', unavailable='not installed'),
     ]
-    table = [' '.join(line.split()) for line in report(rows, (1.0, 50.0))]
+    peaks = Peaks({'float32': 1.0}, 50.0)
+    table = [' '.join(line.split()) for line in report(rows, peaks)]
     assert table[3:6] == [
         'a 200.00 ms 150.00 - 300.00 ms 1.00x 1.0 MiB 1.00x 2.0 MiB 50.0% arithmetic',
         'b 500.00 ms 500.00 - 500.00 ms 2.50x 3.0 MiB 3.00x',
         'c failed',
     ]
-    assert table[-1] == 'd 100.00 ms 100.00 - 100.00 ms 1.00x'
+    assert table[-2:] == ['d 100.00 ms 100.00 - 100.00 ms 1.00x', 'e not installed']
+
+
+def test_floors_of_known_work():
+    """Attention is bound by arithmetic outside matrix units, but for a device that has more."""
+    work = {'flops': 1e12, 'attention_flops': 1e11, 'bytes': 1e9}
+    attention = row('a', [2.0], None, **work)
+    for peaks, floor in (
+        (Peaks({'float32': 1.0}, 500.0, 0.2), '50.0% arithmetic'),
+        (Peaks({'float32': 10.0}, 500.0, 0.1), '50.0% float32 arithmetic'),
+        (Peaks({'float32': 10.0}, 2.0, 1.0), '25.0% bandwidth'),
+        (Peaks({'float16': 10.0}), ''),
+    ):
+        assert floor_fraction(attention, peaks) == floor
 
 
 def test_table_of_known_scaling():

@@ -1,7 +1,6 @@
 import copy
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
 from devices import device_of, needs_native, slow_if_interpreted
@@ -13,6 +12,7 @@ from acmix_mm.layers import ACmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
 from acmix_mm.layers.mixing_weights import shift_kernel
 from acmix_mm.ops import available_backends
+from acmix_mm.ops import reference as oracles
 
 
 def load_published(module, tensors, prefix='state/'):

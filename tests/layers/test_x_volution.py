@@ -1,6 +1,5 @@
 import copy
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import nn
 from acmix_mm.layers import XVolution
 from acmix_mm.layers.x_volution import NEIGHBOURS
 from acmix_mm.ops import available_backends
+from acmix_mm.ops import reference as oracles
 
 
 def randomise_norms(module: nn.Module) -> None:

@@ -1,13 +1,13 @@
 import copy
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
 from norms import BATCH_NORMS, OtherForward
 from processes import run_two_processes
 from torch import nn
 
+from acmix_mm.ops import reference as oracles
 from acmix_mm.ops._batch_norm import batch_norm, is_batch_norm
 
 

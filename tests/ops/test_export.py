@@ -1,8 +1,8 @@
-import oracles
 import pytest
 import torch
 
 from acmix_mm.ops import local_aggregation
+from acmix_mm.ops import reference as oracles
 from acmix_mm.ops.export import decompositions, unrolled_local_attention
 
 

@@ -4,10 +4,8 @@ import copy
 import inspect
 import math
 
-import oracles
 import pytest
 import torch
-import torch.nn.functional as F
 from devices import needs_triton
 from fuzzing import assert_close, axes, batches, fuzz, fuzzed, make, sizes, steps
 from hypothesis import strategies as st
@@ -15,55 +13,12 @@ from torch import Tensor, nn
 
 from acmix_mm import ops
 from acmix_mm.ops import available_backends
+from acmix_mm.ops import reference as oracles
 
 BACKENDS = available_backends()
 kernels = st.sampled_from([1, 3, 3, 5, 7, 9])
 few = st.integers(1, 3)
 dtypes = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
-
-
-def zero_padded(maps: Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, k * k, Hq, Wq): what each tap sees, zeros beyond the map."""
-    reach = kernel_size // 2 * dilation
-    height, width = maps.shape[-2:]
-    padded = F.pad(maps, [reach] * 4)
-    return torch.stack(
-        [
-            padded[..., top : top + height : stride, left : left + width : stride]
-            for top in range(0, kernel_size * dilation, dilation)
-            for left in range(0, kernel_size * dilation, dilation)
-        ],
-        2,
-    )
-
-
-def reflected(maps: Tensor, kernel_size: int, stride: int, dilation: int) -> Tensor:
-    """The same, reflected."""
-    index = oracles.neighbours(*maps.shape[-2:], kernel_size, stride, dilation)
-    return maps.flatten(2)[..., index].permute(0, 1, 4, 2, 3)
-
-
-def group_conv(maps, weight, bias, stride, dilation) -> Tensor:
-    """By taps: (B, d, M, H, W) and (C, M, k, k)."""
-    groups = maps.size(1)
-    taps = zero_padded(maps.flatten(1, 2), weight.size(-1), stride, dilation)
-    taps = taps.unflatten(1, (groups, -1))
-    weight = weight.flatten(2).unflatten(0, (groups, -1))
-    out = torch.einsum('bgmkyx,gomk->bgoyx', taps, weight).flatten(1, 2)
-    return out if bias is None else out + bias.view(-1, 1, 1)
-
-
-def fused_acmix(x, weight, bias, slopes, kernel, kernel_bias, scale, heads, geometry) -> Tensor:
-    maps = torch.einsum('bchw,oc->bohw', x, weight.flatten(1)) + bias.view(-1, 1, 1)
-    maps = maps.unflatten(1, (-1, 3, heads))
-    query, key, value = maps.permute(2, 0, 3, 1, 4, 5)
-    y, x = (torch.linspace(-1, 1, size, dtype=torch.float64) for size in x.shape[-2:])
-    position = slopes[:, :1, None] * x + slopes[:, 1:, None] * y[:, None]
-    _, stride, dilation = geometry
-    query = query[..., ::stride, ::stride]
-    attention = oracles.local_attention(query, key - position, value, *geometry).flatten(1, 2)
-    convolution = group_conv(maps.flatten(2, 3), kernel, kernel_bias, stride, dilation)
-    return scale.view(-1, 1, 1) * attention + convolution
 
 
 def ceil(size: tuple[int, int], stride: int) -> tuple[int, int]:
@@ -109,7 +64,7 @@ def draw_group_conv(data, backend, dtype):
     return (
         tensors,
         lambda m, w, b: ops.group_conv(m, w, *geometry, b, backend),
-        lambda m, w, b: group_conv(m, w, b, *geometry),
+        lambda m, w, b: oracles.group_conv(m, w, *geometry, b),
     )
 
 
@@ -128,7 +83,7 @@ def draw_fused_acmix(data, backend, dtype):
     return (
         tensors,
         lambda *t: ops.fused_acmix(*t, heads, *geometry, backend),
-        lambda *t: fused_acmix(*t, heads, geometry),
+        lambda *t: oracles.fused_acmix(*t, heads, *geometry),
     )
 
 
@@ -138,11 +93,10 @@ def draw_local_aggregation(data, backend, dtype):
     mode = data.draw(st.sampled_from(['reflect', 'zeros']))
     weights = (batch, groups, geometry[0] ** 2, *ceil(size, geometry[1]))
     tensors = [make(data, s, dtype) for s in ((batch, groups * share, *size), weights)]
-    windows = {'reflect': reflected, 'zeros': zero_padded}[mode]
     return (
         tensors,
         lambda v, w: ops.local_aggregation(v, w, *geometry, mode),
-        lambda v, w: (windows(v, *geometry) * w.repeat(1, share, 1, 1, 1)).sum(2),
+        lambda v, w: oracles.local_aggregation(v, w, *geometry, mode),
     )
 
 
@@ -165,14 +119,10 @@ def draw_patch_weights(data, backend, dtype):
     tensors = [make(data, s, dtype) for s in (*shapes, (outputs, inputs, 1, 1))]
     geometry = kernel, stride, dilation
 
-    def oracle(query, key, weight):
-        patch = reflected(key, *geometry).flatten(1, 2)
-        return F.conv2d(exact(torch.cat([query, patch], 1)).relu(), weight)
-
     return (
         tensors,
         lambda q, k, w: ops.patch_weights(q, k, w, norm, *geometry, backend),
-        oracle,
+        lambda q, k, w: oracles.patch_weights(q, k, w, exact, *geometry),
     )
 
 
@@ -187,7 +137,7 @@ def draw_norm_relu_conv(data, backend, dtype):
     return (
         tensors,
         lambda x, w, b: ops.norm_relu_conv(x, norm, w, b),
-        lambda x, w, b: F.conv2d(exact(x).relu(), w, b),
+        lambda x, w, b: oracles.norm_relu_conv(x, exact, w, b),
     )
 
 
@@ -351,5 +301,5 @@ def test_largest_steps(backend):
     torch.testing.assert_close(out, oracles.local_attention(maps, maps, maps, 5)[..., :1, :1])
     weight = torch.randn(4, 3, 3, 3, dtype=torch.float64)
     out = ops.group_conv(maps, weight, largest, largest, backend=backend)
-    middle = group_conv(maps[..., :1, :1], weight[..., 1:2, 1:2], None, 1, 1)
+    middle = oracles.group_conv(maps[..., :1, :1], weight[..., 1:2, 1:2], 1, 1, None)
     torch.testing.assert_close(out, middle)

@@ -1,4 +1,3 @@
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acmix_mm.ops import local_aggregation
+from acmix_mm.ops import reference as oracles
 
 
 def naive(value, weight, kernel_size, stride=1, dilation=1):

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oracles
 import pytest
 import torch
 from devices import device_of, needs_triton, slow_if_interpreted
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from acmix_mm.ops import available_backends, local_attention
+from acmix_mm.ops import reference as oracles
 from acmix_mm.ops.backends import torch_backend, triton_backend
 
 BACKENDS = available_backends()

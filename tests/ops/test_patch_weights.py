@@ -1,6 +1,5 @@
 import copy
 
-import oracles
 import pytest
 import torch
 from devices import needs_native
@@ -10,6 +9,7 @@ from norms import BATCH_NORMS, OtherForward
 from torch import nn
 
 from acmix_mm.ops import patch_weights
+from acmix_mm.ops import reference as oracles
 from acmix_mm.ops.backends import native_backend
 
 

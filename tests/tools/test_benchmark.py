@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from pathlib import Path
 
 import benchmark
@@ -12,6 +13,9 @@ from acmix_mm.analysis import measuring
 from acmix_mm.analysis.baselines import UnfoldPatchACmix
 from acmix_mm.analysis.costs import network_costs
 from acmix_mm.analysis.networks import detector_costs, initial_model
+from acmix_mm.analysis.operators import RIVALS, attention_cost
+from acmix_mm.analysis.report import floor_fraction
+from acmix_mm.analysis.steps import Case
 from acmix_mm.layers import ACmix
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,19 +31,15 @@ R26 = str(ROOT / 'configs/acmix_resnet/retinanet_acmix-r26_fpn_8xb2-1x_coco.py')
             20,
         ),
         (
-            'attention --shapes 1x4x8x10x12 2x4x8x7x7 --backends torch --peak-gbs 10 --no-memory',
-            {'local_attention (torch)', 'unfold'},
-            8,
-        ),
-        (
             'shift --shapes 1x4x8x12x14',
             {'path, tensor shifts', 'path, learned kernels, folded', 'layer, deployed'},
             26,
         ),
         (
-            f'backbone --shapes 1x3x64x64 --models r50 {R26} --modes train --dtypes bfloat16',
+            f'backbone --shapes 1x3x64x64 --models r50 {R26} --modes train --dtypes bfloat16 '
+            '--half autocast cast',
             {'r50', Path(R26).stem},
-            2,
+            4,
         ),
         (f'detector --shapes 64x96 --configs {R26}', {Path(R26).stem}, 2),
         (
@@ -67,6 +67,55 @@ def test_suites(capsys, tmp_path, arguments, names, count):
     assert Path(files[1]).stat().st_size > 5000
     last = capsys.readouterr().out.splitlines()[-2:]
     assert last == [f'measurements: {files[0]}', f'plot: {files[1]}']
+
+
+def test_attention_of_other_packages(capsys, monkeypatch, tmp_path):
+    """What is not there says so in its row, and is no failure."""
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: function)  # takes a minute
+    monkeypatch.setitem(sys.modules, 'natten', None)
+    file = tmp_path / 'out.json'
+    options = '--shapes 1x4x8x10x12 2x4x8x7x7 --backends torch --peak-gbs 10 --rounds 1 --no-memory'
+    benchmark.main(['attention', *options.split(), '--json', str(file)])
+    rows = json.loads(file.read_text())['rows']
+    names = ['local_attention (torch)', 'unfold', 'FlexAttention', 'NATTEN']
+    assert [row['candidate'] for row in rows] == names * 4
+    for row in rows:
+        assert 'error' not in row
+        reason = {
+            ('FlexAttention', 'train'): 'no backward on CPUs',
+            ('NATTEN', 'train'): 'not installed',
+            ('NATTEN', 'forward'): 'not installed',
+        }.get((row['candidate'], row['mode']))
+        assert row.get('unavailable') == reason
+        assert len(row['times']) == (reason is None)
+    out = capsys.readouterr().out
+    assert len(re.findall(r'^  NATTEN +not installed$', out, re.MULTILINE)) == 4
+    assert len(re.findall(r'^  FlexAttention +no backward on CPUs$', out, re.MULTILINE)) == 2
+    assert len(re.findall(r'% bandwidth$', out, re.MULTILINE)) == 10
+
+
+def test_attention_at_the_stages_of_resnet50():
+    comparisons = list(benchmark.suite_attention(benchmark.parse_args(['attention'])))
+    shapes = [candidates[0].case.shape for candidates in comparisons[::2]]
+    sides = [(height, width) for _, _, _, height, width in shapes]
+    assert sides == [(-(-800 // stride), -(-1216 // stride)) for stride in (4, 8, 16, 32)]
+    assert [(heads, dim) for _, heads, dim, _, _ in shapes] == [(4, d) for d in (16, 32, 64, 128)]
+
+
+def test_backbones_in_half_precision():
+    """By autocast weights and their gradients are float32, by casting they are not."""
+    arguments = 'backbone --shapes 1x3x64x64 --models acmix-r26 --modes forward train '
+    arguments += '--dtypes float32 bfloat16 --half autocast cast'
+    comparisons = list(benchmark.suite_backbone(benchmark.parse_args(arguments.split())))
+    names = [candidates[0].row()['dtype'] for candidates in comparisons]
+    assert names == [n for n in ('float32', 'bfloat16', 'bfloat16 (cast)') for _ in range(2)]
+    gradients = []
+    for candidate in (comparisons[i][0] for i in (1, 3, 5)):
+        step = candidate.build(*candidate.arguments, candidate.case)
+        step()
+        gradients.append(step.leaves[0].grad)
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float32, torch.bfloat16]
+    assert gradients[0].abs().max() > 0
 
 
 @pytest.mark.slow
@@ -195,13 +244,24 @@ def test_gpu_suite(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     args = benchmark.parse_args(['gpu', '--peak-gbs', '100'])
     comparisons = list(benchmark.suite_gpu(args))
-    assert len(comparisons) == (1 + 4 + 2) * 2 * 2 * 2  # shapes, batches, dtypes, modes
+    assert len(comparisons) == (1 + 4 + 2) * 2 * 3 * 2  # shapes, batches, dtypes, modes
     cases = [candidates[0].case for candidates in comparisons]
     assert {case.shape[0] for case in cases} == {2, 16}
-    assert {case.dtype for case in cases} == {'float16', 'bfloat16'}
+    assert {case.dtype for case in cases} == {'float16', 'bfloat16', 'float32'}
     names = {c.name for candidates in comparisons for c in candidates}
-    assert {'acmix', 'conv3x3', 'FlexAttention', 'unfold', 'r50', 'acmix-r50'} <= names
-    assert benchmark.peaks_of(args, 'NVIDIA H200') == (989, 100)
+    assert {'acmix', 'conv3x3', 'unfold', 'r50', 'acmix-r50', *RIVALS} <= names
+    peaks = benchmark.peaks_of(args, 'NVIDIA H200')
+    assert (peaks.tflops['float16'], peaks.gbs) == (989, 100)
+
+
+def test_floor_of_a_known_gpu():
+    """64x200x304 in float16 on an H100: 31 MB of traffic, and 0.76 * 10^9 operations in float32."""
+    args = benchmark.argparse.Namespace(suite='gpu')
+    peaks = benchmark.peaks_of(args, 'NVIDIA H100 80GB HBM3')
+    case = Case((1, 4, 16, 200, 304), train=False, dtype='float16', device='cuda')
+    row = {'dtype': 'float16', 'times': [22.78e-6], **attention_cost(case)}
+    assert floor_fraction(row, peaks) == '50.0% float32 arithmetic'
+    assert floor_fraction({**row, 'attention_flops': 0}, peaks) == '40.8% bandwidth'
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='is about its absence')

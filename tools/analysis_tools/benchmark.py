@@ -3,7 +3,7 @@
 Suites (each has its own --help):
   operator   the ACmix layer, as trained and deployed, its unfold formulation, nn.Conv2d 3x3
   attention  neighbourhood attention alone, by backend, at the four stages of ResNet-50; its unfold
-             formulation; on CUDA also torch's FlexAttention
+             formulation, torch's FlexAttention, compiled, and the package NATTEN where installed
   shift      the convolution path and the ACmix layer by how they shift maps: tensor shifts, grouped
              convolution with fixed and with learned kernels, folded with fc, deployed
   backbone   whole backbones, by name or from config files: ResNet-ACmix, MMDetection's ResNet-50,
@@ -11,7 +11,7 @@ Suites (each has its own --help):
   detector   whole detectors from config files: a training step, an inference
   fps        whole detectors from config files: frames a second beside parameters and FLOPs
   scaling    one model at growing images and batches: cost per pixel and for every doubling
-  gpu        operator, attention and backbone in half precision at batch 2 and 16, on CUDA
+  gpu        operator, attention and backbone in all dtypes at batch 2 and 16, on CUDA
 
 Time: after warm-up, all candidates of a comparison take turns in one process, every round beginning
 with another one, so that what else the machine does strikes all alike. Given are the median and the
@@ -27,7 +27,8 @@ allocator handed out.
 
 Modes: 'forward' is in eval mode without gradients; 'train' is forward and backward, in train mode,
 without the optimizer. Weights are random. Dtypes other than float32 are applied by casting inputs
-and weights of operators and of attention, by autocast for whole models.
+and weights of operators and of attention, by autocast for whole models (backbone --half cast:
+by casting, too).
 
 Ratios are to the first candidate of the same shape, mode and dtype. A candidate that fails is
 reported, the others go on, and the exit status is 1.
@@ -48,7 +49,7 @@ import torch
 from tqdm import tqdm
 
 from acmix_mm import __version__
-from acmix_mm.analysis.measuring import Candidate, device_name, measure
+from acmix_mm.analysis.measuring import Candidate, measure
 from acmix_mm.analysis.networks import (
     Abilities,
     abilities,
@@ -60,6 +61,7 @@ from acmix_mm.analysis.networks import (
 )
 from acmix_mm.analysis.operators import (
     KERNEL_SIZE,
+    RIVALS,
     SHIFT_FORMS,
     attention_cost,
     build_attention,
@@ -68,7 +70,7 @@ from acmix_mm.analysis.operators import (
     build_shift_layer,
     operator_cost,
 )
-from acmix_mm.analysis.report import plot, report, report_fps, report_scaling, shape_name
+from acmix_mm.analysis.report import Peaks, plot, report, report_fps, report_scaling, shape_name
 from acmix_mm.analysis.steps import DTYPES, Case
 from acmix_mm.command_line import (
     Parser,
@@ -80,6 +82,7 @@ from acmix_mm.command_line import (
     positive_int,
     program,
 )
+from acmix_mm.environment import device_name
 from acmix_mm.files import write_whole
 from acmix_mm.ops import available_backends
 
@@ -124,8 +127,13 @@ GPU_BATCHES = (2, 16)
 LAYER_CHANNELS = 64  # of the layer that the suite scaling measures, at a quarter of the image
 
 BACKEND_DEVICES = {'native': 'cpu', 'triton': 'cuda'}  # others run everywhere
-# Dense half-precision TFLOP/s and GB/s, from the data sheets, by a part of the device's name.
-GPU_PEAKS = {'H100 80GB HBM3': (989, 3350), 'H100 PCIe': (756, 2000), 'H200': (989, 4800)}
+# From the data sheets, by a part of the device's name: dense TFLOP/s in half precision, TFLOP/s in
+# float32 outside tensor cores, GB/s. TF32, which convolutions in float32 take, is half as fast.
+GPU_PEAKS = {
+    'H100 80GB HBM3': (989, 67, 3350),
+    'H100 PCIe': (756, 51, 2000),
+    'H200': (989, 67, 4800),
+}
 EXAMPLES = """
 examples:
   benchmark.py operator
@@ -146,8 +154,9 @@ examples:
 def cases(args: argparse.Namespace, shapes: Iterator[tuple[int, ...]]) -> Iterator[Case]:
     for shape in shapes:
         for dtype in args.dtypes:
-            for mode in args.modes:
-                yield Case(shape, mode == 'train', dtype, args.device)
+            for half in args.half if dtype != 'float32' else ['autocast']:
+                for mode in args.modes:
+                    yield Case(shape, mode == 'train', dtype, args.device, half == 'cast')
 
 
 def backend_forms(name: str, args: argparse.Namespace) -> Iterator[tuple[str, str | None]]:
@@ -172,9 +181,7 @@ def suite_operator(args: argparse.Namespace) -> Iterator[list[Candidate]]:
 def suite_attention(args: argparse.Namespace) -> Iterator[list[Candidate]]:
     for case in cases(args, args.shapes):
         forms = [(n, 'local_attention', b) for n, b in backend_forms('local_attention', args)]
-        forms.append(('unfold', 'unfold', None))
-        if case.device != 'cpu':
-            forms.append(('FlexAttention', 'flex', None))
+        forms += [(name, name, None) for name in ('unfold', *RIVALS)]
         cost = attention_cost(case)
         yield [
             Candidate(name, build_attention, (form, backend), case, cost)
@@ -409,7 +416,9 @@ def add_peaks(parser: argparse.ArgumentParser, default: str) -> None:
         'With either of these, the table tells which part of the time the device would need at\n'
         'least, by arithmetic or by memory traffic, whichever is more. Attention:\n'
         f'4 k^2 B N d H W operations forward, 12 in training (k = {KERNEL_SIZE}); 4 maps read or\n'
-        'written forward, 11 in training. Operators: see operator_cost() in acmix_mm.analysis.',
+        'written forward, 11 in training. Operators: see operator_cost() in acmix_mm.analysis.\n'
+        'The suite gpu knows some devices, and takes attention for arithmetic in float32 outside\n'
+        'tensor cores: on an H100, 64x200x304 in float16, 11.4 us, and 9.3 us of memory traffic.',
     )
     for option, unit in (('--peak-tflops', '10^12 operations/s'), ('--peak-gbs', '10^9 bytes/s')):
         group.add_argument(
@@ -424,7 +433,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def add(name: str, description: str, dtypes: tuple[str, ...] = ('float32',)):
         suite = suites.add_parser(name, description=description, **options)
-        suite.set_defaults(unfold=False)
+        suite.set_defaults(unfold=False, half=['autocast'])
         device = 'cuda' if name == 'gpu' else 'cpu'
         add_common(suite, list(dtypes), device, choice=name != 'fps')
         return suite
@@ -435,8 +444,10 @@ def make_parser() -> argparse.ArgumentParser:
     suite = add(
         'attention',
         'Neighbourhood attention alone (d channels for each of N heads), without projections.\n'
-        'FlexAttention (CUDA) moves neighbourhoods inwards at the border instead of reflecting,\n'
-        'and gets its maps as sequences in tiles of 8x16 pixels; making them is not counted.',
+        'Before it is measured, each must give the results and gradients of ours.\n'
+        'FlexAttention gets its maps as sequences in tiles of 8x16 pixels, NATTEN with channels\n'
+        'last; making them is not counted, reflection at the border is. On CPUs, FlexAttention\n'
+        'has no backward, and NATTEN no kernels: it is measured at small maps, forward.',
     )
     add_shapes(suite, 'BxNxdxHxW', ATTENTION_SHAPES, KERNEL_SIZE)
     add_peaks(suite, '')
@@ -468,6 +479,11 @@ def make_parser() -> argparse.ArgumentParser:
     suite.add_argument(
         '--unfold', action='store_true',
         help='also ResNet-ACmix and SAN-ACmix by copying neighbourhoods into memory (unfold)',
+    )  # fmt: skip
+    suite.add_argument(
+        '--half', nargs='+', choices=('autocast', 'cast'), default=['autocast'], metavar='HOW',
+        help='how dtypes other than float32 are applied, of autocast and cast (weights and images '
+        'in that dtype); default: autocast',
     )  # fmt: skip
     suite = add('detector', 'Whole detectors: a training step and an inference on one image.')
     add_shapes(suite, 'HxW', ((800, 1216),), 64)
@@ -504,9 +520,9 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     suite = add(
         'gpu',
-        'operator, attention and backbone at their default shapes, in half precision, on CUDA.\n'
+        'operator, attention and backbone at their default shapes, on CUDA.\n'
         'This takes long: --dtypes and --batches divide it, --json keeps what is measured so far.',
-        ('float16', 'bfloat16'),
+        ('float16', 'bfloat16', 'float32'),
     )
     suite.add_argument(
         '--batches', nargs='+', type=positive_int, default=list(GPU_BATCHES), metavar='B',
@@ -546,13 +562,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def peaks_of(args: argparse.Namespace, name: str) -> tuple[float | None, float | None]:
-    """TFLOP/s and GB/s as given, or those of a known GPU in the suite gpu."""
-    peaks = (None, None)
-    if args.suite == 'gpu':
-        peaks = next((p for part, p in GPU_PEAKS.items() if part in name), peaks)
-    given = (getattr(args, 'peak_tflops', None), getattr(args, 'peak_gbs', None))
-    return tuple(g or p for g, p in zip(given, peaks, strict=True))
+def peaks_of(args: argparse.Namespace, name: str) -> Peaks:
+    """As given, or those of a known GPU in the suite gpu."""
+    tflops, gbs = getattr(args, 'peak_tflops', None), getattr(args, 'peak_gbs', None)
+    peaks = Peaks({} if tflops is None else dict.fromkeys(DTYPES, tflops), gbs)
+    for part, (half, float32, bandwidth) in GPU_PEAKS.items():
+        if args.suite == 'gpu' and part in name:
+            known = {'float32': half / 2, 'bfloat16': half, 'float16': half}
+            return Peaks(peaks.tflops or known, gbs or bandwidth, float32)
+    return peaks
 
 
 @program
@@ -575,8 +593,7 @@ def main(argv: list[str] | None = None) -> None:
         'threads': args.threads,
         'malloc': args.malloc,
         'rounds': args.rounds,
-        'peak_tflops': peaks[0],
-        'peak_gbs': peaks[1],
+        'peaks': dataclasses.asdict(peaks),
         'arguments': sys.argv[1:] if argv is None else argv,
     }
     print('\n'.join(f'{key}: {value}' for key, value in setting.items()), flush=True)
