@@ -11,24 +11,25 @@ import argparse
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.pop('TRITON_INTERPRET', None)
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import JITFunction, driver  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
 
 torch.cuda.is_available = lambda: True  # asked by the backend when it is imported
 
 from acmix_mm.ops.backends import triton_backend  # noqa: E402
 
+INPUTS = ('query', 'key', 'value')
+# 'float32' is without TF32.
 DTYPES = {
     'float16': torch.float16,
     'bfloat16': torch.bfloat16,
@@ -80,14 +81,25 @@ def properties(kernel) -> dict[str, str | int]:
     }
 
 
-def compiled(capability: int, dtype: str, dim: int, careful: bool) -> Iterator[tuple[str, object]]:
-    """Names and compiled kernels of attention, forward and backward, of kernel size 7."""
+def compiled(
+    capability: int,
+    dtype: str,
+    dim: int,
+    careful: bool = False,
+    gradients: Collection[str] = INPUTS,
+    kernel_size: int = 7,
+    stride: int = 1,
+    dilation: int = 1,
+) -> list[tuple[str, object]]:
+    """Names and compiled kernels of attention, forward and backward."""
+    torch.backends.cudnn.allow_tf32 = dtype == 'tf32'
     kernels = []
 
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        if careful or not kwargs.get('CAREFUL'):
-            name = self.__name__ + (', careful' if kwargs.get('CAREFUL') else '')
-            kernels.append((name, run(self, *args, grid=grid, warmup=True, **kwargs)))
+    def compile_only(self, *args, grid, warmup, CAREFUL, **kwargs):
+        if careful or not CAREFUL:
+            name = self.__name__.removesuffix('_kernel') + (', careful' if CAREFUL else '')
+            kernel = run(self, *args, grid=grid, warmup=True, CAREFUL=CAREFUL, **kwargs)
+            kernels.append((name, kernel))
 
     driver.set_active(
         SimpleNamespace(
@@ -100,9 +112,11 @@ def compiled(capability: int, dtype: str, dim: int, careful: bool) -> Iterator[t
     try:
         # Heads side by side, as a layer has them.
         maps = torch.zeros(1, 20, 20, 2, dim, dtype=DTYPES[dtype]).permute(0, 3, 4, 1, 2)
-        geometry = (7, 1, 1, dim**-0.5)
-        output, lse = triton_backend._forward(maps, maps, maps, *geometry)
-        triton_backend._backward(output, maps, maps, maps, output, lse, *geometry, [True] * 3)
+        query = maps[..., ::stride, ::stride]
+        geometry = (kernel_size, stride, dilation, dim**-0.5)
+        output, lse = triton_backend._forward(query, maps, maps, *geometry)
+        needed = [name in gradients for name in INPUTS]
+        triton_backend._backward(output, query, maps, maps, output, lse, *geometry, needed)
     finally:
         JITFunction.run = run
     return kernels
@@ -119,6 +133,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help='head dimensions; default: %(default)s',
     )  # fmt: skip
     parser.add_argument(
+        '--gradients',
+        nargs='+',
+        choices=INPUTS,
+        default=INPUTS,
+        help='those computed; default: all',
+    )
+    parser.add_argument('--kernel-size', type=int, default=7, help='default: %(default)s')
+    parser.add_argument('--stride', type=int, default=1, help='default: %(default)s')
+    parser.add_argument('--dilation', type=int, default=1, help='default: %(default)s')
+    parser.add_argument(
         '--careful', action='store_true', help='also the programs for numbers that are not finite'
     )
     return parser.parse_args(argv)
@@ -130,13 +154,13 @@ def main(argv: list[str] | None = None) -> None:
     print(f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
     for capability in args.capability:
         for dtype in args.dtype:
-            torch.backends.cudnn.allow_tf32 = dtype == 'tf32'
             for dim in args.dim:
-                for name, kernel in compiled(capability, dtype, dim, args.careful):
-                    row = [name.replace('_kernel', ''), capability, dtype, dim]
-                    row += properties(kernel).values()
-                    print(f'| {" | ".join(map(str, row))} |')
-                    sys.stdout.flush()
+                geometry = (args.kernel_size, args.stride, args.dilation)
+                for name, kernel in compiled(
+                    capability, dtype, dim, args.careful, args.gradients, *geometry
+                ):
+                    row = [name, capability, dtype, dim, *properties(kernel).values()]
+                    print(f'| {" | ".join(map(str, row))} |', flush=True)
 
 
 if __name__ == '__main__':
