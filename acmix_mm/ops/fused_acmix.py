@@ -7,7 +7,6 @@ value, which are projected anew in the backward pass.
 """
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -133,7 +132,20 @@ def attention_path(
     Returns:
         Tensor: Shape (B, N * d, ceil(H / stride), ceil(W / stride)).
     """
-    query, key, value = _split(maps, stride)
+    return _attend(*_split(maps, stride), slopes, kernel_size, stride, dilation, backend)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    backend: str | None,
+) -> Tensor:
+    """Attention (B, N * d, Hq, Wq) with keys less the position encoding."""
     key = key - position_encoding(slopes, key)
     geometry = (kernel_size, stride, dilation)
     return local_attention(query, key, value, *geometry, backend=backend).flatten(1, 2)
@@ -289,14 +301,50 @@ def _by_parts(
     attn_kernel_size: int,
     stride: int,
     dilation: int,
-    *,
-    backend: str,
 ) -> Tensor:
-    """The operator of a backend's attention and convolution."""
+    """The operator of PyTorch's attention and convolution."""
     maps = _project(x, weight, bias, num_heads)
     geometry = (stride, dilation)
-    attention = attention_path(maps, slopes, attn_kernel_size, *geometry, backend)
-    convolution = group_conv(maps.flatten(2, 3), kernel, *geometry, kernel_bias, backend)
+    attention = attention_path(maps, slopes, attn_kernel_size, *geometry, 'torch')
+    convolution = group_conv(maps.flatten(2, 3), kernel, *geometry, kernel_bias, 'torch')
+    return torch.addcmul(convolution, attention, scale.to(attention.dtype).view(-1, 1, 1))
+
+
+def _triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    slopes: Tensor,
+    kernel: Tensor,
+    kernel_bias: Tensor | None,
+    scale: Tensor,
+    num_heads: int,
+    attn_kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """The same with channels last, in which result comes back, and Triton's attention.
+
+    Attention wants the channels of a head adjacent, the grouped convolution those of a head
+    position. Projecting once for each reads x twice; permuting maps would read and write three
+    times as much.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    convolution = group_conv(
+        _project(x, weight, bias, num_heads).flatten(2, 3),
+        kernel, stride, dilation, kernel_bias, 'triton',
+    )  # fmt: skip
+    layout = (slopes.size(0), 3, num_heads)
+    weight, bias = (
+        t.unflatten(0, layout).permute(1, 2, 0, *range(3, t.dim() + 2)).flatten(0, 2)
+        for t in (weight, bias)
+    )
+    maps = F.conv2d(x, weight, bias).unflatten(1, (3, num_heads, -1))
+    query, key, value = maps.unbind(1)
+    attention = _attend(
+        query[..., ::stride, ::stride], key, value, slopes,
+        attn_kernel_size, stride, dilation, 'triton',
+    )  # fmt: skip
     return torch.addcmul(convolution, attention, scale.to(attention.dtype).view(-1, 1, 1))
 
 
@@ -526,7 +574,7 @@ def _triton_refuses(x: Tensor, weight: Tensor, bias, slopes: Tensor, *args) -> s
 
 
 OPERATORS['fused_acmix'] = {
-    'torch': Implementation(partial(_by_parts, backend='torch')),
+    'torch': Implementation(_by_parts),
     'native': Implementation(_native, native_backend.refuses),
-    'triton': Implementation(partial(_by_parts, backend='triton'), _triton_refuses),
+    'triton': Implementation(_triton, _triton_refuses),
 }

@@ -1,10 +1,6 @@
 import itertools
 import math
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -79,7 +75,7 @@ def assert_agree_with_oracle(backend, tensors, kernel_size, stride=1, dilation=1
     dtype = tensors[0].dtype
     assert out.dtype == dtype
     exact = oracles.local_attention(*tensors, kernel_size, stride, dilation)
-    grad = torch.randn_like(out)
+    grad = torch.randn(out.shape, dtype=dtype, device=out.device)
     gradients = torch.autograd.grad(out, tensors, grad)
     # The oracle's gradients come back in the dtype of its leaves, so both sides are rounded once.
     exact_gradients = torch.autograd.grad(exact, tensors, grad.double())
@@ -249,15 +245,21 @@ def test_triton_refuses_what_it_does_not_support(dtype, dim):
 
 
 @needs_triton
-def test_triton_kernels_compile(tmp_path):
-    """For an NVIDIA GPU, in a process in which Triton is not interpreted."""
-    program = Path(__file__).with_name('compile_triton_kernels.py')
-    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
-    subprocess.run(
-        [sys.executable, program],
-        env={**environment, 'TRITON_CACHE_DIR': str(tmp_path)},
-        check=True,
-    )
+def test_tiles_of_triton():
+    """Of every kind of product and head dimension, of which each query takes 208 keys at most."""
+    tiles = triton_backend.kernels.TILES
+    assert set(tiles) == set(itertools.product(['half', 'tf32', 'ieee'], [16, 32, 64, 128]))
+    for height, width, block, _ in tiles.values():
+        keys = (height + 6) * (width + 6)
+        assert -(-keys // block) * block <= 208
+
+
+@needs_triton
+@pytest.mark.parametrize('allowed', [False, True])
+def test_triton_takes_tf32_where_convolutions_may(allowed):
+    with torch.backends.cudnn.flags(allow_tf32=allowed):
+        assert triton_backend._precision(torch.float32) == ('tf32' if allowed else 'ieee')
+        assert triton_backend._precision(torch.float16) == 'ieee'
 
 
 @pytest.mark.parametrize(
@@ -387,10 +389,10 @@ def test_torch_computes_needed_gradients_only(needed, products, monkeypatch):
 @pytest.mark.parametrize(
     ('needed', 'computed'),
     [
-        ((True, True, True), [['grad_query'], ['padded_grad_key', 'padded_grad_value']]),
+        ((True, True, True), [['grad_query'], ['grad_key', 'grad_value']]),
         ((True, False, False), [['grad_query']]),
-        ((False, True, False), [['padded_grad_key']]),
-        ((False, False, True), [['padded_grad_value']]),
+        ((False, True, False), [['grad_key']]),
+        ((False, False, True), [['grad_value']]),
     ],
 )
 def test_triton_computes_needed_gradients_only(needed, computed, monkeypatch):
@@ -401,11 +403,11 @@ def test_triton_computes_needed_gradients_only(needed, computed, monkeypatch):
     out = local_attention(*tensors, 3, backend='triton')
     launch, launched = triton_backend._launch, []
 
-    def record(kernel, query, height, width, *arguments, **constants):
+    def record(kernel, query, size, classes, *arguments, **constants):
         given = dict(zip(kernel.arg_names, arguments, strict=False))
-        results = ('grad_query', 'padded_grad_key', 'padded_grad_value')
+        results = ('grad_query', 'grad_key', 'grad_value')
         launched.append([name for name in results if given.get(name) is not None])
-        launch(kernel, query, height, width, *arguments, **constants)
+        launch(kernel, query, size, classes, *arguments, **constants)
 
     monkeypatch.setattr(triton_backend, '_launch', record)
     out.sum().backward()
@@ -431,7 +433,7 @@ def channels_last(maps):
 @pytest.mark.parametrize('layout', [torch.Tensor.contiguous, channels_last])
 @pytest.mark.parametrize('needed', [(True, True, True), (False, True, False), (True, False, True)])
 def test_fake_kernels_have_the_layout_of_results(backend, layout, needed):
-    """Contiguous in any case."""
+    """Contiguous in any case; of Triton with channels last."""
     tensors = [layout(t.detach()) for t in inputs(backend, (2, 2, 3, 4, 5), 2, torch.float32)]
     geometry = (3, 2, 1, 0.5)
     forward, backward = operators(backend)
@@ -446,7 +448,10 @@ def test_fake_kernels_have_the_layout_of_results(backend, layout, needed):
                 *(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments)
             )
         results, fakes = ([r] if isinstance(r, torch.Tensor) else r for r in (results, fakes))
-        assert all(result.is_contiguous() for result in results)
+        for result in results:
+            if backend == 'triton' and result.dim() == 5:
+                result = result.permute(0, 3, 4, 1, 2)
+            assert result.is_contiguous()
         described = [[(r.shape, r.stride(), r.dtype) for r in rs] for rs in (results, fakes)]
         assert described[0] == described[1]
 

@@ -2,13 +2,19 @@
 
 Each program takes a small tile of queries through the keys of their joint neighbourhood with an
 online softmax, as flash attention does, and masks what lies outside each query's own. Borders are
-reflected when addresses are formed, so inputs are neither padded nor copied, whatever their
-strides.
+reflected when addresses are formed, so nothing is padded. Channels of a head are adjacent in
+memory, as in the channels-last layout of a map whose channels are ordered by head; inputs of other
+layouts are copied.
 
-Tile shapes are tuned at the first call with a head dimension, dtype, kernel size and stride, which
-takes some seconds; ``TRITON_CACHE_AUTOTUNING=1`` keeps the outcome on disk. For a given shape,
-results are the same each time, but another shape rounds differently, so
-:func:`torch.use_deterministic_algorithms` fixes one instead of tuning.
+Products in float32 use TF32 where :mod:`torch.backends.cudnn` allows it for convolutions, as is
+PyTorch's default.
+
+A table has the shape of tiles by dtype and head dimension. With ``ACMIX_MM_AUTOTUNE=1`` in the
+environment when this package is imported, all shapes of the table are measured instead, at the
+first call with a head dimension, dtype, kernel size and stride, which takes some seconds;
+``TRITON_CACHE_AUTOTUNING=1`` keeps the outcome on disk. For a given shape, results are the same
+each time, but another shape rounds differently, so :func:`torch.use_deterministic_algorithms` keeps
+to the table.
 
 With ``TRITON_INTERPRET=1`` in the environment when this package is imported, the same kernels run
 in Triton's interpreter, on CPU tensors too: very slow, for tests.
@@ -34,6 +40,7 @@ REQUIREMENT = (
 
 # Asked before importing Triton, which takes a while, and for nothing without a GPU.
 INTERPRETED = os.environ.get('TRITON_INTERPRET', '').lower() in ('1', 'true', 'on', 'yes', 'y')
+AUTOTUNE = os.environ.get('ACMIX_MM_AUTOTUNE', '') not in ('', '0')
 if importlib.util.find_spec('triton') is None:
     MISSING = 'Triton is not installed'
 elif not INTERPRETED and not torch.cuda.is_available():
@@ -66,37 +73,67 @@ if MISSING is None:
 
     from . import triton_kernels as kernels
 
-    @functools.cache
-    def _tuned(kernel, dim_block: int, itemsize: int):
-        """``kernel`` with its candidates for heads of that size."""
-        shapes = kernels.tile_shapes(dim_block, itemsize)
-        if INTERPRETED:
-            shapes = [(8, 16, 256, 4)]  # the time goes into operations, whatever their size
-        configs = [
-            triton.Config({'TILE_Y': y, 'TILE_X': x, 'BLOCK': block}, num_warps=warps, num_stages=2)
-            for y, x, block, warps in shapes
-        ]
-        return triton.autotune(configs, ['DIM', 'KERNEL_SIZE', 'STEP'])(kernel)  # and dtypes
+    # Whatever the size, the interpreter takes its time for operations.
+    INTERPRETED_TILE = (8, 16, 256, 4)
 
-    def _launch(kernel, query: Tensor, height: int, width: int, *args, **constants) -> None:
-        """A program for each head, phase and tile of an area of ``height`` x ``width``.
+    @functools.cache
+    def _tuned(kernel):
+        """``kernel`` with all tiles of the table as candidates."""
+        configs = [_config(*tile) for tile in sorted({*kernels.TILES.values()})]
+        return triton.autotune(configs, ['DIM', 'KERNEL_SIZE', 'STEP', 'PRECISION'])(kernel)
+
+    def _config(tile_y: int, tile_x: int, block: int, warps: int) -> triton.Config:
+        tile = {'TILE_Y': tile_y, 'TILE_X': tile_x, 'BLOCK': block}
+        return triton.Config(tile, num_warps=warps, num_stages=2)
+
+    def _launch(
+        kernel, query: Tensor, size: tuple[int, int], classes: int, *args, **constants
+    ) -> None:
+        """A program for each head and tile of each class of pixels modulo ``classes`` of an area.
 
         Then the same again, carefully, for what turned out not to be finite.
         """
-        tuned = _tuned(kernel, constants['DIM_BLOCK'], query.element_size())
-        programs = query.size(0) * query.size(1) * constants['PHASES'] ** 2
+        present = math.prod(min(n, classes) for n in size)
 
         def grid(meta):
-            tiles_y = triton.cdiv(triton.cdiv(height, meta['PHASES']), meta['TILE_Y'])
-            tiles_x = triton.cdiv(triton.cdiv(width, meta['PHASES']), meta['TILE_X'])
-            return (programs * tiles_y * tiles_x,)
+            tiles_y, tiles_x = (
+                triton.cdiv(triton.cdiv(n, classes), meta[tile])
+                for n, tile in zip(size, ('TILE_Y', 'TILE_X'), strict=True)
+            )
+            return (query.size(0) * query.size(1) * present * tiles_y * tiles_x,)
 
-        untuned = tuned.configs[0].all_kwargs()
-        if torch.are_deterministic_algorithms_enabled():
-            kernel[grid](*args, **constants, CAREFUL=False, **untuned)
+        kind = constants['PRECISION'] if query.element_size() == 4 else 'half'
+        tile = kernels.TILES[kind, constants['DIM_BLOCK']]
+        tile = _config(*(INTERPRETED_TILE if INTERPRETED else tile)).all_kwargs()
+        if AUTOTUNE and not torch.are_deterministic_algorithms_enabled():
+            _tuned(kernel)[grid](*args, **constants, CAREFUL=False)
         else:
-            tuned[grid](*args, **constants, CAREFUL=False)
-        kernel[grid](*args, **constants, CAREFUL=True, **untuned)
+            kernel[grid](*args, **constants, CAREFUL=False, **tile)
+        kernel[grid](*args, **constants, CAREFUL=True, **tile)
+
+    def _channels_last(maps: Tensor) -> Tensor:
+        """(B, N, d, H, W) with adjacent channels of a head; a copy unless they are."""
+        if maps.stride(2) == 1 or maps.size(2) == 1:
+            return maps
+        return _empty(maps).copy_(maps)
+
+    def _empty(maps: Tensor) -> Tensor:
+        """A new tensor of that shape (B, N, d, H, W), in memory (B, H, W, N, d)."""
+        batch, heads, dim, height, width = maps.shape
+        return maps.new_empty((batch, height, width, heads, dim)).permute(0, 3, 4, 1, 2)
+
+    def _strides(*tensors: Tensor) -> list[int]:
+        """Of each but that of channels, which is 1."""
+        return [s for t in tensors for i, s in enumerate(t.stride()) if i != 2]
+
+    def _precision(dtype: torch.dtype) -> str:
+        """Of factors of products: in float32, TF32 if PyTorch allows it for convolutions."""
+        cudnn = torch.backends.cudnn
+        if dtype != torch.float32 or torch.version.hip is not None:
+            return 'ieee'
+        if hasattr(cudnn, 'conv'):  # PyTorch 2.9 and later
+            return 'tf32' if cudnn.conv.fp32_precision == 'tf32' else 'ieee'
+        return 'tf32' if cudnn.allow_tf32 else 'ieee'
 
     class _Geometry:
         """The lattice of a call, as :mod:`.triton_kernels` describes it, and what follows."""
@@ -104,41 +141,52 @@ if MISSING is None:
         def __init__(
             self, query: Tensor, key: Tensor, kernel_size: int, stride: int, dilation: int
         ):
-            self.unit = math.gcd(stride, dilation)
-            self.step, self.phases = stride // self.unit, dilation // self.unit
-            self.before = kernel_size // 2 * dilation
-            self.heads, self.dim = query.shape[1:3]
+            unit = math.gcd(stride, dilation)
+            step, self.phases = stride // unit, dilation // unit
+            self.heads, dim = query.shape[1:3]
             self.size = tuple(key.shape[3:])
             self.query_size = tuple(query.shape[3:])
-            # Lattice points from the first that any neighbourhood touches to the last.
-            self.padded_size = tuple(
-                self.step * (n - 1) + 2 * self.before // self.unit + 1 for n in self.query_size
-            )
+            self.dilation = dilation
+            # How far from a query its neighbourhood reaches.
+            self.reach = kernel_size // 2 * dilation
+            # The last pixel that any does.
+            self.last = [stride * (n - 1) + self.reach for n in self.query_size]
+            self.once = all(n == 1 or self.reach < n for n in self.size)
+            self.inverse = pow(step, -1, self.phases)
             self.constants = {
-                'DIM': self.dim,
-                'DIM_BLOCK': max(16, triton.next_power_of_2(self.dim)),
+                'DIM': dim,
+                'DIM_BLOCK': max(16, triton.next_power_of_2(dim)),
                 'KERNEL_SIZE': kernel_size,
-                'STEP': self.step,
+                'STEP': step,
                 'PHASES': self.phases,
-                'UNIT': self.unit,
-                'ONCE': all(n == 1 or self.before < n for n in self.size),
+                'UNIT': unit,
+                'PRECISION': _precision(query.dtype),
             }
 
-        def wide(self, *tensors: Tensor) -> bool:
-            """Do offsets within a head of any of ``tensors``, or of the lattice, exceed 32 bits?"""
-            spans = [self.dim * math.prod(self.padded_size)]
+        def accesses(self, *tensors: Tensor) -> dict[str, bool]:
+            """WIDE and ALIGNED of the kernels, for maps that they read or write."""
+            spans, aligned = [], True
             for t in tensors:
+                strides = t.stride()
                 spans.append(
-                    sum((n - 1) * s for n, s in zip(t.shape[2:], t.stride()[2:], strict=True))
+                    sum((n - 1) * s for n, s in zip(t.shape[2:], strides[2:], strict=True))
                 )
-            return max(spans) >= 2**31
+                # A stride along an axis of length 1 may be anything, and does not matter.
+                steps = [s for i, s in enumerate(strides) if i != 2 and t.size(i) > 1]
+                aligned &= all(step * t.element_size() % 16 == 0 for step in steps)
+                aligned &= t.data_ptr() % 16 == 0
+            return {'WIDE': max(spans) >= 2**31, 'ALIGNED': aligned}
 
         def images(self, axis: int) -> tuple[int, int]:
-            """First and last i for which ``period * i`` +- a pixel can lie on the lattice."""
+            """Range of the i whose mirror images of pixels a neighbourhood may reach.
+
+            Those of pixel p are at ``period * (i / 2) + p`` and, i odd, ``period * ((i - 1) / 2) -
+            p``.
+            """
             size = self.size[axis]
             period = max(2 * size - 2, 1)
-            last = (self.padded_size[axis] - 1) * self.unit - self.before
-            return -((self.before + size - 1) // period), (last + size - 1) // period
+            first = -((self.reach + size - 1) // period)
+            return 2 * first, 2 * ((self.last[axis] + size - 1) // period) + 2
 
     @torch.library.custom_op('acmix_mm::local_attention_triton_forward', mutates_args=())
     def _forward(
@@ -156,25 +204,28 @@ if MISSING is None:
         output, lse = _empty_outputs(query)
         if query.numel() == 0:
             return output, lse
+        query, key, value = map(_channels_last, (query, key, value))
+        maps = (query, key, value, output)
         plan = _Geometry(query, key, kernel_size, stride, dilation)
         with torch.cuda.device_of(query):
             _launch(
                 kernels.forward_kernel,
                 query,
-                *plan.query_size,
-                *(query, key, value, output, lse),
-                *(*query.stride(), *key.stride(), *value.stride()),
+                plan.query_size,
+                plan.phases,
+                *(*maps, lse),
+                *_strides(*maps),
                 *(plan.heads, *plan.size, *plan.query_size, scale),
                 **plan.constants,
-                WIDE=plan.wide(query, key, value, output),
+                **plan.accesses(*maps),
+                ONCE=plan.once,
             )
         return output, lse
 
     def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
         """Output, and log2 of the sum of 2 ** (logits * log2(e)), a number a query and head."""
-        output = query.new_empty(query.shape)
         shape = (*query.shape[:2], *query.shape[3:])
-        return output, query.new_empty(shape, dtype=torch.float32)
+        return _empty(query), query.new_empty(shape, dtype=torch.float32)
 
     @_forward.register_fake
     def _(query, key, value, kernel_size, stride, dilation, scale):
@@ -201,69 +252,55 @@ if MISSING is None:
         check_shape('grad', grad, tuple(query.shape), why)
         check_shape('output', output, tuple(query.shape), why)
         check_shape('lse', lse, (*query.shape[:2], *query.shape[3:]), why)
-        gradients = [
-            t.new_empty(t.shape)
-            for t, need in zip((query, key, value), needed, strict=True)
-            if need
-        ]
+        gradients = _empty_gradients((query, key, value), needed)
         if query.numel() == 0:
             return gradients
         grad_query, grad_key, grad_value = spread(gradients, needed)
+        query, key, value, grad, output = map(_channels_last, (query, key, value, grad, output))
         plan = _Geometry(query, key, kernel_size, stride, dilation)
-        strides = (*query.stride(), *key.stride(), *value.stride(), *grad.stride())
-        constants = {**plan.constants, 'WIDE': plan.wide(query, key, value, grad, output)}
-        need_query, need_key, need_value = needed
+        lse = lse.contiguous()
         delta = torch.empty_like(lse)
-        padded_grad_key, padded_grad_value = (
-            lse.new_empty((*key.shape[:3], *plan.padded_size)) if need else None
-            for need in needed[1:]
-        )
+        need_query, need_key, need_value = needed
         with torch.cuda.device_of(query):
             if need_query:
+                maps = (query, key, value, output, grad)
                 _launch(
                     kernels.grad_query_kernel,
                     query,
-                    *plan.query_size,
+                    plan.query_size,
+                    plan.phases,
                     *(query, key, value, output, lse, grad, grad_query, delta),
-                    *strides,
+                    *_strides(*maps, grad_query),
                     *(plan.heads, *plan.size, *plan.query_size, scale),
-                    **constants,
+                    **plan.constants,
+                    **plan.accesses(*maps, grad_query),
+                    ONCE=plan.once,
                 )
             elif need_key:
                 torch.sum(grad.float() * output.float(), 2, out=delta)
-            if not (need_key or need_value):
-                return gradients
-            _launch(
-                kernels.grad_key_value_kernel,
-                query,
-                *plan.padded_size,
-                *(query, key, value, lse, delta, grad, padded_grad_key, padded_grad_value),
-                *strides,
-                *(plan.heads, *plan.size, *plan.query_size, *plan.padded_size, scale),
-                **constants,
-            )
-            maps = key.shape[:3].numel()
-            height, width = plan.size
-            tile_x = min(128, max(16, triton.next_power_of_2(width)))
-            tile_m = 1024 // tile_x
-            grid = (height * triton.cdiv(maps, tile_m) * triton.cdiv(width, tile_x),)
-            kernels.fold_kernel[grid](
-                *(padded_grad_key, padded_grad_value, grad_key, grad_value),
-                *(maps, height, width, *plan.padded_size, *plan.images(0), *plan.images(1)),
-                BEFORE=plan.before,
-                UNIT=plan.unit,
-                TILE_M=tile_m,
-                TILE_X=tile_x,
-            )
+            if need_key or need_value:
+                maps = (query, key, value, grad, grad_key if need_key else grad_value)
+                _launch(
+                    kernels.grad_key_value_kernel,
+                    query,
+                    plan.size,
+                    plan.dilation,
+                    *(query, key, value, lse, delta, grad, grad_key, grad_value),
+                    *_strides(*maps),
+                    *(plan.heads, *plan.size, *plan.query_size),
+                    *(*plan.images(0), *plan.images(1), scale),
+                    **plan.constants,
+                    **plan.accesses(*maps),
+                    INVERSE=plan.inverse,
+                )
         return gradients
+
+    def _empty_gradients(tensors: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
+        return [_empty(t) for t, need in zip(tensors, needed, strict=True) if need]
 
     @_backward.register_fake
     def _(grad, query, key, value, output, lse, kernel_size, stride, dilation, scale, needed):
-        return [
-            t.new_empty(t.shape)
-            for t, need in zip((query, key, value), needed, strict=True)
-            if need
-        ]
+        return _empty_gradients((query, key, value), needed)
 
     def _setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:3], *output)
@@ -289,10 +326,10 @@ def local_attention(
 ) -> Tensor:
     """Arguments, already checked, and result as in :func:`acmix_mm.ops.local_attention`.
 
-    Training keeps inputs, output and one log-sum-exp a query and head. The forward pass needs no
-    memory beyond the output. The backward pass sums the gradients of key and value in float32, over
-    the map and the border around it that neighbourhoods reach, and then folds the border back onto
-    the pixels that it mirrors: no two programs add to the same number, so the order of additions is
-    fixed.
+    Inputs whose channels are not adjacent in memory are copied; results are (B, H, W, N, d) in
+    memory. Training keeps inputs, output and one log-sum-exp a query and head. Neither pass needs
+    memory beyond its results and one number a query and head. Each gradient is summed by the one
+    program that writes it, in float32, over the mirror images of its pixel too, so the order of
+    additions is fixed.
     """
     return _forward(query, key, value, kernel_size, stride, dilation, scale)[0]
