@@ -5,7 +5,7 @@ import torch
 from devices import device_of
 from torch import nn
 
-from acmix_mm.layers import WindowACmix
+from acmix_mm.layers import WindowACmix, window_acmix
 from acmix_mm.layers.mixed_operator import MIX_MODES
 from acmix_mm.layers.mixing_weights import shift_kernel
 from acmix_mm.ops import available_backends
@@ -237,3 +237,33 @@ def test_gradient_penalty(backend):
         expected = (values[0] - values[1]) / (2 * step)
         scale = 1 + abs(expected)
         assert abs(gradient.flatten()[0].item() - expected) < 1e-4 * scale, name
+
+
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('needed', ['both', 'maps', 'bias'])
+def test_gradients_of_window_attention(masked, needed):
+    """Of the form that cuts windows anew, of first and second order, by finite differences."""
+    torch.manual_seed(0)
+    maps = torch.randn(2, 2, 3, 2, 4, 4, dtype=torch.float64, requires_grad=needed != 'bias')
+    bias = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=needed != 'maps')
+    mask = torch.randn(4, 4, 4, dtype=torch.float64) if masked else None
+    function = window_acmix._WindowAttention.apply
+    assert torch.autograd.gradcheck(function, (maps, bias, mask, (2, 2), 0.7))
+    assert torch.autograd.gradgradcheck(function, (maps, bias, mask, (2, 2), 0.7))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_window_attention_of_either_form(dtype):
+    """PyTorch's attention and the form for training agree within the dtype's rounding."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 8, 3, 2, 6, 4), torch.randn(2, 4, 4)]
+    mask, results = torch.randn(6, 4, 4), []
+    for form in (window_acmix._window_attention, window_acmix._WindowAttention.apply):
+        inputs = [t.to(dtype).requires_grad_() for t in tensors]
+        out = form(*inputs, mask.to(dtype), (2, 2), 0.3)
+        assert out.dtype == dtype
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error < 10 * torch.finfo(dtype).eps
