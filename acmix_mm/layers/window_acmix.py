@@ -1,8 +1,10 @@
 """ACmix with window attention, the operator of Swin-ACmix."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._autograd import spread, transformed
 from .mixed_operator import ProjectedMixedOperator
 
 
@@ -93,38 +95,142 @@ class WindowACmix(ProjectedMixedOperator):
 
     def _attend(self, maps: Tensor, mask: Tensor | None) -> Tensor:
         """(B, d, 3, N, H, W) -> (B, H, W, C), before the output projection."""
-        batch, head_dim, _, heads, height, width = maps.shape
-        rows, cols = self.window_size
-        grid = (height // rows, width // cols)
-        windows = maps.unflatten(5, (grid[1], cols)).unflatten(4, (grid[0], rows))
         bias = self.position_bias().to(maps.dtype)
-        if mask is None:
-            outer, inner = batch * grid[0] * grid[1], heads
-        else:
-            # Windows of an image differ in their masks, so they count as its heads.
-            outer, inner = batch, grid[0] * grid[1] * heads
-            bias = (bias + mask[:, None].to(bias.dtype)).flatten(0, 1)
-        # (B, d, N, windows down, rows, across, columns) each; apart from each other, so that none
-        # is kept in memory for another's sake.
-        query, key, value = (
-            part.permute(0, 3, 5, 2, 4, 6, 1).reshape(outer, inner, rows * cols, head_dim)
-            for part in windows.unbind(2)
-        )
-        if batch:
-            out = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                bias[None],
-                self.attn_drop_rate if self.training else 0.0,
-                scale=self.scale_factor,
-            )
-        else:  # there it leaves out gradients
-            out = query + key + value + bias.sum()
-        out = out.reshape(batch, *grid, heads, rows, cols, head_dim)
-        return out.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, self.embed_dims)
+        dropout = self.attn_drop_rate if self.training else 0.0
+        arguments = (maps, bias, mask, self.window_size, self.scale_factor)
+        # On a CPU, PyTorch has no fused kernel for a bias with gradients.
+        trains = maps.device.type == 'cpu' and torch.is_grad_enabled() and len(maps) > 0
+        if trains and not dropout and not torch.compiler.is_compiling() and not transformed():
+            return _WindowAttention.apply(*arguments)
+        return _window_attention(*arguments, dropout)
 
     def position_bias(self) -> Tensor:
         """What is added to the logits within a window, (N, Wh * Ww, Wh * Ww)."""
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         return bias.unflatten(0, self.relative_position_index.shape).permute(2, 0, 1)
+
+
+def _windows(maps: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """View of (B, d, 3, N, H, W): (3, B, windows down, across, N, d, rows, columns)."""
+    rows, cols = window_size
+    windows = maps.unflatten(5, (maps.size(5) // cols, cols))
+    windows = windows.unflatten(4, (maps.size(4) // rows, rows))
+    return windows.permute(2, 0, 4, 6, 3, 1, 5, 7)
+
+
+def _image(out: Tensor, maps: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Results of all windows, in the order of :func:`_windows`, each (L, d), as (B, H, W, C)."""
+    batch, head_dim, _, heads, height, width = maps.shape
+    rows, cols = window_size
+    out = out.reshape(batch, height // rows, width // cols, heads, rows, cols, head_dim)
+    out = out.permute(0, 1, 4, 2, 5, 3, 6)
+    return out.reshape(batch, height, width, heads * head_dim)
+
+
+def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Windows of an image differ in their masks, so they count as its heads."""
+    return bias if mask is None else (bias + mask[:, None].to(bias.dtype)).flatten(0, 1)
+
+
+def _window_attention(
+    maps: Tensor,
+    bias: Tensor,
+    mask: Tensor | None,
+    window_size: tuple[int, int],
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention within windows, of projected maps.
+
+    Args:
+        maps (Tensor): Shape (B, d, 3, N, H, W).
+        bias (Tensor): Added to the logits, shape (N, L, L).
+        mask (Tensor | None): Also added, shape (windows of an image, L, L).
+        window_size (tuple[int, int]): Rows and columns of a window, of L pixels.
+        scale (float): Of the logits.
+        dropout (float): Of the attention weights. Default: 0.0.
+
+    Returns:
+        Tensor: Shape (B, H, W, C).
+    """
+    windows = _windows(maps, window_size)
+    bias = _with_mask(bias, mask)
+    inner, pixels, _ = bias.shape
+    outer = windows.shape[1:5].numel() // inner
+    # Apart from each other, so that none is kept in memory for another's sake.
+    query, key, value = (
+        part.movedim(4, -1).reshape(outer, inner, pixels, maps.size(1)) for part in windows
+    )
+    if outer:
+        out = F.scaled_dot_product_attention(query, key, value, bias[None], dropout, scale=scale)
+    else:  # there it leaves out gradients
+        out = query + key + value + bias.sum()
+    return _image(out, maps, window_size)
+
+
+class _WindowAttention(torch.autograd.Function):
+    """:func:`_window_attention`, which saves no windows: they are cut from the maps anew.
+
+    The maps are kept for the convolution path anyway. Sums are float32 for half precision.
+    """
+
+    @staticmethod
+    def forward(ctx, maps, bias, mask, window_size, scale):
+        query, key, value = _cut(maps, window_size)
+        with torch.autocast('cpu', enabled=False):
+            logits = torch.bmm(query.transpose(1, 2), key)
+            added = _with_mask(bias, mask).to(logits.dtype)
+            logits = logits.view(-1, *added.shape)
+            torch.add(added, logits, alpha=scale, out=logits)
+            weights = logits.softmax(-1).flatten(0, 1)
+            out = torch.bmm(weights, value.transpose(1, 2)).to(maps.dtype)
+        ctx.save_for_backward(maps, bias, mask, weights)
+        ctx.arguments = (window_size, scale)
+        return _image(out, maps, window_size)
+
+    @staticmethod
+    def backward(ctx, grad):
+        maps, bias, mask, weights = ctx.saved_tensors
+        window_size, scale = ctx.arguments
+        needed = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # to be differentiated again: as a composition of operators
+            inputs = [t for t, need in zip((maps, bias), needed, strict=True) if need]
+            out = _window_attention(maps, bias, mask, *ctx.arguments)
+            gradients = torch.autograd.grad(out, inputs, grad, create_graph=True)
+            return *spread(gradients, needed), None, None, None
+        query, key, value = _cut(maps, window_size)
+        rows, cols = window_size
+        grid = (maps.size(4) // rows, rows, maps.size(5) // cols, cols)
+        heads = grad.unflatten(3, (maps.size(3), -1)).unflatten(2, grid[2:])
+        heads = heads.unflatten(1, grid[:2]).permute(0, 1, 3, 5, 2, 4, 6)
+        grad = heads.reshape(len(weights), rows * cols, -1).to(weights.dtype)
+        with torch.autocast('cpu', enabled=False):
+            of_weights = torch.bmm(grad, value)
+            of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_bias = of_maps = None
+            if needed[1]:
+                of_bias = of_logits.view(-1, *bias.shape).sum(0).to(bias.dtype)
+            if needed[0]:
+                of_logits.mul_(scale)
+                of_maps = torch.empty_like(maps, memory_format=torch.contiguous_format)
+                targets = _windows(of_maps, window_size)
+                parts = (
+                    (key, of_logits.transpose(1, 2)),
+                    (query, of_logits),
+                    (grad.transpose(1, 2), weights),
+                )
+                for target, (left, right) in zip(targets, parts, strict=True):
+                    target.copy_(torch.bmm(left, right).view(target.shape))
+        return of_maps, of_bias, None, None, None
+
+
+def _cut(maps: Tensor, window_size: tuple[int, int]) -> list[Tensor]:
+    """Query, key and value of all windows and heads, each (windows, d, L), at least float32.
+
+    Pixels stay innermost: that is the cheaper way to cut, and a product takes either order.
+    """
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    return [
+        part.reshape(-1, maps.size(1), window_size[0] * window_size[1]).to(dtype)
+        for part in _windows(maps, window_size)
+    ]
