@@ -135,3 +135,33 @@ def test_dropout(name):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         build(**arguments)
+
+
+@pytest.mark.parametrize('sr_ratio', [1, 2])
+def test_second_order_gradients(sr_ratio):
+    module = build(sr_ratio=sr_ratio)
+    x = torch.randn(1, 20, 8, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda x: module(x, (4, 5)), x)
+
+
+def saved_bytes(function) -> int:
+    """Of the storages, each counted once, that the backward pass of ``function()`` needs."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no address is given out again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize('sr_ratio', [1, 4])
+def test_saves_no_more_than_the_plain_operator(sr_ratio):
+    attention = SpatialReductionAttention(32, 2, sr_ratio=sr_ratio)
+    module = SpatialReductionACmix(copy.deepcopy(attention))
+    x = torch.randn(1, 32 * 32, 32, requires_grad=True)
+    ours, theirs = (saved_bytes(lambda m=m: m(x, (32, 32))) for m in (module, attention))
+    assert ours < 1.1 * theirs
