@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from saved_tensors import saved_bytes
 from torch import nn
 
 from acmix_mm.layers import SpatialReductionACmix
@@ -142,20 +143,6 @@ def test_second_order_gradients(sr_ratio):
     module = build(sr_ratio=sr_ratio)
     x = torch.randn(1, 20, 8, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradgradcheck(lambda x: module(x, (4, 5)), x)
-
-
-def saved_bytes(function) -> int:
-    """Of the storages, each counted once, that the backward pass of ``function()`` needs."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # held, so that no address is given out again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        function()
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 @pytest.mark.parametrize('sr_ratio', [1, 4])
