@@ -1,8 +1,10 @@
 """ACmix with spatial-reduction attention, the operator of PVT-ACmix."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._autograd import spread, transformed
 from .mixed_operator import ProjectedMixedOperator
 
 
@@ -88,7 +90,7 @@ class SpatialReductionACmix(ProjectedMixedOperator):
             tokens = maps.flatten(4).permute(2, 0, 3, 4, 1)  # (3, B, N, H * W, d)
             query, key, value = (tokens[0], *self.reduced(image)) if reduced else tokens
             dropout = self.attn.dropout if self.training else 0.0
-            attention = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+            attention = _attend(query, key, value, dropout)
             attention = attention.transpose(1, 2).reshape(image.shape)
         out = self.mix_paths(maps, attention).flatten(1, 2)
         return identity + self.dropout_layer(out)
@@ -103,3 +105,43 @@ class SpatialReductionACmix(ProjectedMixedOperator):
         rest = slice(self.embed_dims, None)
         keys = F.linear(tokens, weight[rest], None if bias is None else bias[rest])
         return keys.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """Attention of (B, N, tokens, d), with PyTorch's fused kernel where it has one."""
+    trains = query.device.type == 'cpu' and torch.is_grad_enabled() and query.numel() > 0
+    if trains and not dropout and not torch.compiler.is_compiling() and not transformed():
+        return _FusedAttention.apply(query, key, value)
+    # Of planes, PyTorch would take the composition of products and softmax.
+    tensors = (t.contiguous() for t in (query, key, value))
+    return F.scaled_dot_product_attention(*tensors, dropout_p=dropout)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """PyTorch's fused kernel for CPUs, which may be differentiated any number of times here.
+
+    The query is saved as it comes, a view of the projected maps that are kept anyway.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        tensors = [t.contiguous() for t in (query, key, value)]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors)
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        *inputs, out, lse = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated again: as a composition of operators
+            needed = ctx.needs_input_grad
+            query, key, value = inputs
+            logits = query @ key.transpose(-1, -2) * query.size(-1) ** -0.5
+            chosen = [t for t, need in zip(inputs, needed, strict=True) if need]
+            result = logits.softmax(-1) @ value
+            gradients = torch.autograd.grad(result, chosen, grad, create_graph=True)
+            return tuple(spread(gradients, needed))
+        tensors = [t.contiguous() for t in inputs]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, *tensors, out, lse, 0.0, False
+        )

@@ -1,7 +1,5 @@
 """ACmix with window attention, the operator of Swin-ACmix."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -98,19 +96,13 @@ class WindowACmix(ProjectedMixedOperator):
     def _attend(self, maps: Tensor, mask: Tensor | None) -> Tensor:
         """(B, d, 3, N, H, W) -> (B, H, W, C), before the output projection."""
         bias = self.position_bias().to(maps.dtype)
-        mask = None if mask is None else mask.to(maps.dtype)
-        drop_rate = self.attn_drop_rate if self.training else 0.0
-        differentiated = torch.is_grad_enabled() and (maps.requires_grad or bias.requires_grad)
-        if (
-            differentiated
-            and maps.device.type == 'cpu'
-            and len(maps)
-            and not drop_rate
-            and not transformed()
-            and not torch.compiler.is_compiling()
-        ):
-            return _WindowAttention.apply(maps, bias, mask, self.window_size, self.scale_factor)
-        return _window_attention(maps, bias, mask, self.window_size, self.scale_factor, drop_rate)
+        dropout = self.attn_drop_rate if self.training else 0.0
+        arguments = (maps, bias, mask, self.window_size, self.scale_factor)
+        # On a CPU, PyTorch has no fused kernel for a bias with gradients.
+        trains = maps.device.type == 'cpu' and torch.is_grad_enabled() and len(maps) > 0
+        if trains and not dropout and not torch.compiler.is_compiling() and not transformed():
+            return _WindowAttention.apply(*arguments)
+        return _window_attention(*arguments, dropout)
 
     def position_bias(self) -> Tensor:
         """What is added to the logits within a window, (N, Wh * Ww, Wh * Ww)."""
@@ -118,112 +110,134 @@ class WindowACmix(ProjectedMixedOperator):
         return bias.unflatten(0, self.relative_position_index.shape).permute(2, 0, 1)
 
 
+def _windows(maps: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """View of (B, d, 3, N, H, W): (3, B, windows down, across, N, d, rows, columns)."""
+    rows, cols = window_size
+    windows = maps.unflatten(5, (maps.size(5) // cols, cols))
+    windows = windows.unflatten(4, (maps.size(4) // rows, rows))
+    return windows.permute(2, 0, 4, 6, 3, 1, 5, 7)
+
+
+def _image(out: Tensor, maps: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """Results of all windows, in the order of :func:`_windows`, each (L, d), as (B, H, W, C)."""
+    batch, head_dim, _, heads, height, width = maps.shape
+    rows, cols = window_size
+    out = out.reshape(batch, height // rows, width // cols, heads, rows, cols, head_dim)
+    out = out.permute(0, 1, 4, 2, 5, 3, 6)
+    return out.reshape(batch, height, width, heads * head_dim)
+
+
+def _with_mask(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Windows of an image differ in their masks, so they count as its heads."""
+    return bias if mask is None else (bias + mask[:, None].to(bias.dtype)).flatten(0, 1)
+
+
 def _window_attention(
     maps: Tensor,
     bias: Tensor,
     mask: Tensor | None,
-    window_size: Sequence[int],
+    window_size: tuple[int, int],
     scale: float,
-    drop_rate: float = 0.0,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """(B, d, 3, N, H, W) -> (B, H, W, N * d).
+    """Attention within windows, of projected maps.
 
-    Logits of all windows get the bias (N, Wh * Ww, Wh * Ww), those of a window of an image its
-    mask (windows, Wh * Ww, Wh * Ww).
+    Args:
+        maps (Tensor): Shape (B, d, 3, N, H, W).
+        bias (Tensor): Added to the logits, shape (N, L, L).
+        mask (Tensor | None): Also added, shape (windows of an image, L, L).
+        window_size (tuple[int, int]): Rows and columns of a window, of L pixels.
+        scale (float): Of the logits.
+        dropout (float): Of the attention weights. Default: 0.0.
+
+    Returns:
+        Tensor: Shape (B, H, W, C).
     """
-    bias = _masked(bias, mask)
+    windows = _windows(maps, window_size)
+    bias = _with_mask(bias, mask)
+    inner, pixels, _ = bias.shape
+    outer = windows.shape[1:5].numel() // inner
     # Apart from each other, so that none is kept in memory for another's sake.
-    query, key, value = (_cut(part, window_size, len(bias)) for part in maps.unbind(2))
-    if len(maps):
-        out = F.scaled_dot_product_attention(query, key, value, bias[None], drop_rate, scale=scale)
+    query, key, value = (
+        part.movedim(4, -1).reshape(outer, inner, pixels, maps.size(1)) for part in windows
+    )
+    if outer:
+        out = F.scaled_dot_product_attention(query, key, value, bias[None], dropout, scale=scale)
     else:  # there it leaves out gradients
         out = query + key + value + bias.sum()
-    return _join(out, maps, window_size)
+    return _image(out, maps, window_size)
 
 
 class _WindowAttention(torch.autograd.Function):
-    """:func:`_window_attention` that keeps the maps, which the convolution path keeps as well.
+    """:func:`_window_attention`, which saves no windows: they are cut from the maps anew.
 
-    PyTorch keeps query, key and value of all windows besides, 3 C numbers a pixel; here they are
-    cut from the maps once more. For its own gradients to be differentiated, it is taken anew.
+    The maps are kept for the convolution path anyway. Sums are float32 for half precision.
     """
 
     @staticmethod
-    def forward(
-        ctx,
-        maps: Tensor,
-        bias: Tensor,
-        mask: Tensor | None,
-        window_size: Sequence[int],
-        scale: float,
-    ) -> Tensor:
-        with torch.autocast(maps.device.type, enabled=False):
-            out, weights = _explicitly(maps, bias, mask, window_size, scale)
+    def forward(ctx, maps, bias, mask, window_size, scale):
+        with torch.autocast('cpu', enabled=False):
+            out, weights = _compose(maps, bias, mask, window_size, scale)
         ctx.save_for_backward(maps, bias, mask, weights)
         ctx.arguments = (window_size, scale)
         return out
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, grad):
         maps, bias, mask, weights = ctx.saved_tensors
         window_size, scale = ctx.arguments
-        if torch.is_grad_enabled():
-            needed = ctx.needs_input_grad[:2]
+        needed = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # to be differentiated again: as a composition of operators
             inputs = [t for t, need in zip((maps, bias), needed, strict=True) if need]
-            out, _ = _explicitly(maps, bias, mask, window_size, scale)
+            out, _ = _compose(maps, bias, mask, window_size, scale)
             gradients = torch.autograd.grad(out, inputs, grad, create_graph=True)
             return *spread(gradients, needed), None, None, None
-        heads = weights.size(1)
-        with torch.autocast(maps.device.type, enabled=False):
-            query, key, value = (_cut(part, window_size, heads) for part in maps.unbind(2))
-            grad = grad.unflatten(3, (maps.size(3), -1)).permute(0, 4, 3, 1, 2)
-            grad = _cut(grad.to(maps.dtype), window_size, heads)
-            grad_logits = torch._softmax_backward_data(grad @ value.mT, weights, -1, weights.dtype)
-            grad_bias = grad_logits.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
-            grad_bias = grad_bias.view(-1, *bias.shape).sum(0).to(bias.dtype)
-            grad_logits *= scale
-            grad_maps = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
-            parts = (grad_logits @ key, grad_logits.mT @ query, weights.mT @ grad)
-            for whole, windows in zip(grad_maps.unbind(2), parts, strict=True):
-                target = _windows(whole, window_size)
-                target.copy_(windows.view(target.shape))
-        return grad_maps, grad_bias, None, None, None
+        query, key, value = _cut(maps, window_size)
+        rows, cols = window_size
+        grid = (maps.size(4) // rows, rows, maps.size(5) // cols, cols)
+        heads = grad.unflatten(3, (maps.size(3), -1)).unflatten(2, grid[2:])
+        heads = heads.unflatten(1, grid[:2]).permute(0, 1, 3, 5, 2, 4, 6)
+        grad = heads.reshape(len(weights), rows * cols, -1).to(weights.dtype)
+        with torch.autocast('cpu', enabled=False):
+            of_weights = torch.bmm(grad, value)
+            of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_bias = of_maps = None
+            if needed[1]:
+                of_bias = of_logits.view(-1, *bias.shape).sum(0).to(bias.dtype)
+            if needed[0]:
+                of_logits.mul_(scale)
+                of_maps = torch.empty_like(maps, memory_format=torch.contiguous_format)
+                targets = _windows(of_maps, window_size)
+                parts = (
+                    (key, of_logits.transpose(1, 2)),
+                    (query, of_logits),
+                    (grad.transpose(1, 2), weights),
+                )
+                for target, (left, right) in zip(targets, parts, strict=True):
+                    target.copy_(torch.bmm(left, right).view(target.shape))
+        return of_maps, of_bias, None, None, None
 
 
-def _explicitly(
-    maps: Tensor, bias: Tensor, mask: Tensor | None, window_size: Sequence[int], scale: float
+def _compose(
+    maps: Tensor, bias: Tensor, mask: Tensor | None, window_size: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Result of :func:`_window_attention`, and the weights (outer, heads, L, L)."""
-    added = _masked(bias, mask)
-    query, key, value = (_cut(part, window_size, len(added)) for part in maps.unbind(2))
-    weights = torch.add(added, query @ key.mT, alpha=scale).softmax(-1)
-    return _join(weights @ value, maps, window_size), weights
+    """As :func:`_window_attention`, of products and softmax; also the weights (windows, L, L)."""
+    query, key, value = _cut(maps, window_size)
+    logits = torch.bmm(query.transpose(1, 2), key)
+    added = _with_mask(bias, mask).to(logits.dtype)
+    logits = torch.add(added, logits.view(-1, *added.shape), alpha=scale)
+    weights = logits.softmax(-1).flatten(0, 1)
+    out = torch.bmm(weights, value.transpose(1, 2)).to(maps.dtype)
+    return _image(out, maps, window_size), weights
 
 
-def _masked(bias: Tensor, mask: Tensor | None) -> Tensor:
-    """What is added to logits: (N, L, L), or of all windows of an image (windows * N, L, L)."""
-    # Windows of an image differ in their masks, so they count as its heads.
-    return bias if mask is None else (bias + mask[:, None]).flatten(0, 1)
+def _cut(maps: Tensor, window_size: tuple[int, int]) -> list[Tensor]:
+    """Query, key and value of all windows and heads, each (windows, d, L), at least float32.
 
-
-def _windows(part: Tensor, window_size: Sequence[int]) -> Tensor:
-    """(B, d, N, H, W) as (B, windows down, windows across, N, rows, columns, d), a view."""
-    rows, cols = window_size
-    grid = (part.size(3) // rows, part.size(4) // cols)
-    windows = part.unflatten(4, (grid[1], cols)).unflatten(3, (grid[0], rows))
-    return windows.permute(0, 3, 5, 2, 4, 6, 1)
-
-
-def _cut(part: Tensor, window_size: Sequence[int], heads: int) -> Tensor:
-    """(B, d, N, H, W) -> (B * windows * N / heads, heads, rows * columns, d), a copy."""
-    windows = _windows(part, window_size)
-    outer = windows.shape[:4].numel() // heads
-    return windows.reshape(outer, heads, windows.shape[4:6].numel(), part.size(1))
-
-
-def _join(windows: Tensor, maps: Tensor, window_size: Sequence[int]) -> Tensor:
-    """Inverse of :func:`_cut`, for maps (B, d, 3, N, H, W): (B, H, W, N * d)."""
-    batch, head_dim, _, heads, height, width = maps.shape
-    rows, cols = window_size
-    windows = windows.reshape(batch, height // rows, width // cols, heads, rows, cols, head_dim)
-    return windows.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, height, width, heads * head_dim)
+    Pixels stay innermost: that is the cheaper way to cut, and a product takes either order.
+    """
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    return [
+        part.reshape(-1, maps.size(1), window_size[0] * window_size[1]).to(dtype)
+        for part in _windows(maps, window_size)
+    ]

@@ -345,29 +345,3 @@ def test_compiles():
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         small(**arguments)
-
-
-def kept_for_backward(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, beside parameters and the input."""
-    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters(), *model.buffers())}
-    kept = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, lest its address is used again
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(x)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def test_memory_of_training():
-    """Query, key and value are kept once, not for each path: about as much as plain Swin keeps."""
-    size = {'embed_dims': 48, 'depths': (2, 2, 2, 2), 'num_heads': (3, 6, 12, 24)}
-    x = torch.randn(1, 3, 448, 448)
-    plain, mixed = (
-        kept_for_backward(kind(**size), x) for kind in (SwinTransformer, ACmixSwinTransformer)
-    )
-    assert mixed < 1.1 * plain

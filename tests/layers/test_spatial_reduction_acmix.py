@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from saved_tensors import saved_bytes
 from torch import nn
 
 from acmix_mm.layers import SpatialReductionACmix
@@ -135,3 +136,19 @@ def test_dropout(name):
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         build(**arguments)
+
+
+@pytest.mark.parametrize('sr_ratio', [1, 2])
+def test_second_order_gradients(sr_ratio):
+    module = build(sr_ratio=sr_ratio)
+    x = torch.randn(1, 20, 8, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradgradcheck(lambda x: module(x, (4, 5)), x)
+
+
+@pytest.mark.parametrize('sr_ratio', [1, 4])
+def test_saves_no_more_than_the_plain_operator(sr_ratio):
+    attention = SpatialReductionAttention(32, 2, sr_ratio=sr_ratio)
+    module = SpatialReductionACmix(copy.deepcopy(attention))
+    x = torch.randn(1, 32 * 32, 32, requires_grad=True)
+    ours, theirs = (saved_bytes(lambda m=m: m(x, (32, 32))) for m in (module, attention))
+    assert ours < 1.1 * theirs

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from devices import device_of
+from saved_tensors import saved_bytes
 from torch import nn
 
 from acmix_mm.layers import WindowACmix, window_acmix
@@ -213,6 +214,18 @@ def test_wrong_arguments(arguments, message):
 def test_deploy_refuses_a_norm():
     with pytest.raises(ValueError, match='norm must be None'):
         build().switch_to_deploy(nn.BatchNorm2d(12))
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_saves_no_more_than_the_plain_operator(masked):
+    plain = WindowMSA(96, 3, (7, 7))
+    module = WindowACmix(copy.deepcopy(plain))
+    x = torch.randn(2, 56, 56, 96, requires_grad=True)
+    windows = x.detach().view(-1, 49, 96).requires_grad_()  # as many
+    mask = torch.randn(64, 49, 49) if masked else None
+    ours, theirs = saved_bytes(lambda: module(x, mask)), saved_bytes(lambda: plain(windows, mask))
+    # Ours also keeps what it makes of the weights and, of the caller's, the mask.
+    assert ours < 1.05 * theirs + (mask.nbytes if masked else 0)
 
 
 @pytest.mark.parametrize('backend', available_backends())
