@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: without a GPU its kernels are tested in its interpreter.
     os.environ['TRITON_INTERPRET'] = '1'
 
+# Products in float32 are compared with float64.
+torch.backends.cudnn.allow_tf32 = False
+
 if 'PYTEST_XDIST_WORKER' in os.environ:
     # Workers share the cores, and so do the processes that tests start.
     os.environ['OMP_NUM_THREADS'] = '1'

@@ -1,7 +1,7 @@
 """What the operators cost, told to PyTorch's counter of FLOPs (:mod:`torch.utils.flop_counter`).
 
 There is a formula for each operator, so that ``FlopCounterMode`` counts a layer alike whichever
-backend works (but that Triton projects for each path of ACmix). As in PyTorch's own formulas, a
+backend works, but that Triton projects anew for each path of ACmix. As in PyTorch's own formulas, a
 multiplication with its addition is two FLOPs, and products, convolutions and weighted sums are
 counted: softmax, norms, position encodings and what a backend computes only to mask it are not.
 Backward passes are counted with what they compute anew, for the gradients that are needed.

@@ -326,7 +326,7 @@ def _triton(
     """The same with channels last, in which result comes back, and Triton's attention.
 
     Attention wants the channels of a head adjacent, the grouped convolution those of a head
-    position. Projecting once for each reads x twice; permuting maps would read and write three
+    position. Projecting once for each reads x again; permuting maps would read and write three
     times as much.
     """
     x = x.contiguous(memory_format=torch.channels_last)
@@ -334,17 +334,14 @@ def _triton(
         _project(x, weight, bias, num_heads).flatten(2, 3),
         kernel, stride, dilation, kernel_bias, 'triton',
     )  # fmt: skip
-    layout = (slopes.size(0), 3, num_heads)
-    weight, bias = (
-        t.unflatten(0, layout).permute(1, 2, 0, *range(3, t.dim() + 2)).flatten(0, 2)
-        for t in (weight, bias)
+    weights, biases = (
+        t.unflatten(0, (-1, 3, num_heads)).movedim(0, 2).flatten(1, 2) for t in (weight, bias)
     )
-    maps = F.conv2d(x, weight, bias).unflatten(1, (3, num_heads, -1))
-    query, key, value = maps.unbind(1)
-    attention = _attend(
-        query[..., ::stride, ::stride], key, value, slopes,
-        attn_kernel_size, stride, dilation, 'triton',
-    )  # fmt: skip
+    # With the stride in its convolution, only those queries are projected that attend.
+    query = F.conv2d(x, weights[0], biases[0], stride).unflatten(1, (num_heads, -1))
+    maps = F.conv2d(x, weights[1:].flatten(0, 1), biases[1:].flatten())
+    key, value = maps.unflatten(1, (2, num_heads, -1)).unbind(1)
+    attention = _attend(query, key, value, slopes, attn_kernel_size, stride, dilation, 'triton')
     return torch.addcmul(convolution, attention, scale.to(attention.dtype).view(-1, 1, 1))
 
 

@@ -55,7 +55,9 @@ def local_attention(
     Returns:
         Tensor: Shape and dtype of ``query``; under autocast, of the autocast dtype (inputs are
         cast as :func:`torch.nn.functional.scaled_dot_product_attention` casts them). Logits and
-        softmax of half-precision inputs are computed in float32.
+        softmax of half-precision inputs are computed in float32. On a GPU, 'triton' multiplies
+        float32 as TF32 where :mod:`torch.backends.cudnn` allows it for convolutions, as is
+        PyTorch's default, and its results have channels last in memory.
 
     Raises:
         TypeError: If query, key or value is not a floating-point tensor.

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import device_of, needs_native, slow_if_interpreted
+from devices import device_of, needs_native, needs_triton, slow_if_interpreted
 from processes import run_two_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +13,7 @@ from acmix_mm.layers.mixed_operator import MIX_MODES
 from acmix_mm.layers.mixing_weights import shift_kernel
 from acmix_mm.ops import available_backends
 from acmix_mm.ops import reference as oracles
+from acmix_mm.ops.backends import triton_backend
 
 
 def load_published(module, tensors, prefix='state/'):
@@ -177,6 +178,23 @@ def test_compiles_as_one_graph(backend):
     module(x).square().sum().backward()
     for ours, theirs in zip(module.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@needs_triton
+@pytest.mark.parametrize('stride', [1, 2])
+def test_triton_copies_no_channels_last_maps(stride, monkeypatch):
+    """To attention, forward and backward; the result is channels last, too."""
+    given, lay_out = [], triton_backend._channels_last
+    monkeypatch.setattr(
+        triton_backend, '_channels_last', lambda maps: given.append(maps) or lay_out(maps)
+    )
+    module = ACmix(8, 8, stride=stride, num_heads=2, attn_kernel_size=3, backend='triton')
+    x = torch.randn(2, 8, 6, 7).to(device_of('triton'))
+    out = module.to(x.device)(x.contiguous(memory_format=torch.channels_last).requires_grad_())
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out.square().sum().backward()
+    assert len(given) == 3 + 5
+    assert all(lay_out(maps) is maps for maps in given)
 
 
 @pytest.mark.parametrize('backend', available_backends())

@@ -255,6 +255,46 @@ def test_tiles_of_triton():
 
 
 @needs_triton
+def test_triton_launches_phases_that_have_queries(monkeypatch):
+    """At a dilation of 49, six of 49 * 49."""
+    kernel, programs = triton_backend.kernels.forward_kernel, []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            programs.append(grid({'TILE_Y': 4, 'TILE_X': 8}))
+            return kernel[grid]
+
+    monkeypatch.setattr(triton_backend.kernels, 'forward_kernel', Recorder())
+    tensors = [t.detach() for t in inputs('triton', (1, 1, 4, 2, 3), 1)]
+    out = local_attention(*tensors, 3, 1, 49, backend='triton')
+    expected = oracles.local_attention(*tensors, 3, 1, 49)
+    torch.testing.assert_close(out, expected.to(out.dtype))
+    assert programs == [(2 * 3,)] * 2  # the second launch is the careful one
+
+
+@needs_triton
+def test_triton_times_tiles_on_request_only(monkeypatch):
+    """Each of the table once for a head dimension and kernel size."""
+    timed = []
+
+    def bench(tuner, *args, config, **kwargs):
+        timed.append(config)
+        return float(len(timed))
+
+    monkeypatch.setattr('triton.runtime.autotuner.Autotuner._bench', bench)
+    triton_backend._tuned.cache_clear()
+    tensors = [t.detach() for t in inputs('triton', (1, 1, 4, 5, 6), 1)]
+    plain = local_attention(*tensors, 3, backend='triton')
+    assert not timed
+    monkeypatch.setattr(triton_backend, 'AUTOTUNE', True)
+    for _ in range(2):
+        tuned = local_attention(*tensors, 3, backend='triton')
+        assert len(timed) == len(set(triton_backend.kernels.TILES.values()))
+        torch.testing.assert_close(tuned, plain)
+    triton_backend._tuned.cache_clear()
+
+
+@needs_triton
 @pytest.mark.parametrize('allowed', [False, True])
 def test_triton_takes_tf32_where_convolutions_may(allowed):
     with torch.backends.cudnn.flags(allow_tf32=allowed):
