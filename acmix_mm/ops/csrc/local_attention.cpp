@@ -1,8 +1,8 @@
 // Neighbourhood attention on the CPU: checks, dispatch over types and instruction sets, threads.
 //
 // Rows of keys and values are packed, with their reflected borders, into rings in per-thread
-// scratch; a vector register holds adjacent queries of a row, and two query rows share the key rows
-// that both see. Nothing of the size of the map exists beyond inputs and results.
+// scratch; a vector register holds adjacent queries of a row, and two or three query rows share the
+// key rows that they see. Nothing of the size of the map exists beyond inputs and results.
 
 #include <torch/library.h>
 

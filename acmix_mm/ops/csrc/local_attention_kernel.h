@@ -7,7 +7,8 @@ namespace acmix_mm {
 namespace KERNEL_ISA {
 namespace {
 
-// Register tiles: with 32 registers, all offsets of a 7 x 7 row for two queries fit at once.
+// Register tiles: with 32 registers, all offsets of a 7 x 7 row for three queries fit at once.
+constexpr int kMaxRows = max_group_rows(kBytes);
 constexpr int kMaxTaps = kBytes == 64 ? 7 : 4;
 constexpr int kMaxChannels = kBytes == 64 ? 8 : 4;
 constexpr int kScatterRows = 4;
@@ -15,21 +16,23 @@ constexpr int kScatterChannels = kBytes == 64 ? 4 : 2;
 
 typedef int32_t IntVec __attribute__((vector_size(KERNEL_BYTES)));
 
-// exp after Cephes, within about 1 ulp; below the normal numbers it is 0.
+// exp(x) as 2^n * 2^r with |r| <= 1/2, of x <= 0 (or little more) within about 1 ulp; below the
+// normal numbers it is 0.
 INLINE Vec<float> vector_exp(const Vec<float>& x) {
-  const Vec<float> bound = x > 88.f ? Vec<float>{} + 88.f : x;  // keeps NaN
-  const float magic = 12582912.f;                        // 1.5 * 2^23: rounds to an integer
-  const Vec<float> shifted = bound * 1.44269504088896341f + magic;
+  const float log2_e = 1.44269504088896341f;
+  // 1.5 * 2^23 rounds to an integer, and the last bits are n + 127, a float's exponent.
+  const float magic = 12583039.f;
+  const Vec<float> shifted = x * log2_e + magic;
   const Vec<float> n = shifted - magic;
-  const Vec<float> r = (bound - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  const IntVec power = ((IntVec)shifted - (0x4B400000 - 127)) << 23;
-  return x < -87.f ? Vec<float>{} : p * (Vec<float>)power;
+  const Vec<float> r = x * log2_e - n;
+  Vec<float> p = r * 1.54531629e-4f + 1.33908634e-3f;
+  p = p * r + 9.61808256e-3f;
+  p = p * r + 5.55035711e-2f;
+  p = p * r + 2.40226508e-1f;
+  p = p * r + 6.93147188e-1f;
+  p = p * r + 1.f;
+  const Vec<float> power = (Vec<float>)((IntVec)shifted << 23);
+  return x < -87.f ? Vec<float>{} : p * power;
 }
 
 // log after Cephes, of normal numbers.
@@ -306,15 +309,15 @@ void fill_rings(const Plan& plan, const Map& key, const Map& value, const void* 
 
 // Products of R query rows with J offsets of a key row, for one vector of queries.
 template <typename T, int R, int J, bool unit>
-void dot_taps(const T* query, int64_t query_pitch, int64_t row_pitch, const T* key,
-              int64_t key_pitch, const int64_t* offset, int64_t dim, T* const* out,
+void dot_taps(const T* query, int64_t query_pitch, int64_t query_row, const T* key,
+              int64_t key_pitch, const int64_t* offset, int64_t dim, T* out, int64_t out_row,
               int64_t out_pitch) {
   Vec<T> sum[R][J] = {};
   for (int64_t c = 0; c < dim; ++c, query += query_pitch, key += key_pitch) {
     Vec<T> q[R];
     UNROLL
     for (int r = 0; r < R; ++r) {
-      q[r] = load(query + r * row_pitch);
+      q[r] = load(query + r * query_row);
     }
     UNROLL
     for (int j = 0; j < J; ++j) {
@@ -330,28 +333,27 @@ void dot_taps(const T* query, int64_t query_pitch, int64_t row_pitch, const T* k
   for (int r = 0; r < R; ++r) {
     UNROLL
     for (int j = 0; j < J; ++j) {
-      store<T>(out[r] + j * out_pitch, sum[r][j]);
+      store<T>(out + r * out_row + j * out_pitch, sum[r][j]);
     }
   }
 }
 
 // The same for any number of offsets, in pieces of at most J.
 template <typename T, int R, bool unit, int J = kMaxTaps>
-void dot_row(const T* query, int64_t query_pitch, int64_t row_pitch, const T* key,
-             int64_t key_pitch, const int64_t* offset, int64_t dim, T* const* out,
-             int64_t out_pitch, int64_t begin, int64_t end) {
-  for (; end - begin >= J; begin += J) {
-    T* piece[R];
-    for (int r = 0; r < R; ++r) {
-      piece[r] = out[r] + begin * out_pitch;
-    }
-    dot_taps<T, R, J, unit>(query, query_pitch, row_pitch, key + (unit ? begin : 0), key_pitch,
-                            offset + begin, dim, piece, out_pitch);
+void dot_row(const T* query, int64_t query_pitch, int64_t query_row, const T* key,
+             int64_t key_pitch, const int64_t* offset, int64_t dim, T* out, int64_t out_row,
+             int64_t out_pitch, int64_t taps) {
+  for (; taps >= J; taps -= J) {
+    dot_taps<T, R, J, unit>(query, query_pitch, query_row, key, key_pitch, offset, dim, out,
+                            out_row, out_pitch);
+    key += unit ? J : 0;
+    offset += J;
+    out += J * out_pitch;
   }
   if constexpr (J > 1) {
-    if (begin < end) {
-      dot_row<T, R, unit, J - 1>(query, query_pitch, row_pitch, key, key_pitch, offset, dim, out,
-                                 out_pitch, begin, end);
+    if (taps > 0) {
+      dot_row<T, R, unit, J - 1>(query, query_pitch, query_row, key, key_pitch, offset, dim, out,
+                                 out_row, out_pitch, taps);
     }
   }
 }
@@ -363,47 +365,64 @@ void dot_block(const Plan& plan, int64_t count, const T* query, T* const* rows, 
                int64_t out_row, int64_t out_pitch) {
   const int64_t kernel = plan.rows.kernel;
   const int64_t step = plan.rows.step;
-  const int64_t row_pitch = plan.dim * plan.query_pitch;
-  const T* first = query + plan.margin + x;
-  const int64_t* offset = plan.offset.data();
-  const int64_t row_size = plan.cols.kernel * out_pitch;
-  for (int64_t u = 0; u < kernel + (count - 1) * step; ++u) {
-    const bool upper = u < kernel;
-    const bool lower = count > 1 && u >= step;
-    T* target[2] = {upper ? out + u * row_size : nullptr,
-                    lower ? out + out_row + (u - step) * row_size : nullptr};
-    if (upper && lower) {
-      dot_row<T, 2, unit>(first, plan.query_pitch, row_pitch, rows[u] + x, plan.key_pitch, offset,
-                          plan.dim, target, out_pitch, 0, plan.cols.kernel);
-    } else {
-      dot_row<T, 1, unit>(first + (upper ? 0 : row_pitch), plan.query_pitch, row_pitch,
-                          rows[u] + x, plan.key_pitch, offset, plan.dim, target + !upper,
-                          out_pitch, 0, plan.cols.kernel);
-    }
+  const int64_t taps = plan.cols.kernel;
+  const int64_t query_row = plan.dim * plan.query_pitch;
+  // From a key row's products with one query row to those with the next.
+  const int64_t next_row = out_row - step * taps * out_pitch;
+  int64_t first = 0, last = 0;  // query rows that see key row u
+  for (int64_t u = 0; u < kernel + (count - 1) * step; ++u, out += taps * out_pitch) {
+    first += u == kernel + first * step;
+    last += last < count && u == last * step;
+    const auto dot = last - first == 1   ? dot_row<T, 1, unit>
+                     : last - first == 2 ? dot_row<T, 2, unit>
+                                         : dot_row<T, kMaxRows, unit>;
+    dot(query + first * query_row + plan.margin + x, plan.query_pitch, query_row, rows[u] + x,
+        plan.key_pitch, plan.offset.data(), plan.dim, out + first * next_row, next_row, out_pitch,
+        taps);
   }
 }
 
-// Adds the weighted keys of one key row to the sums of C channels, for query rows R0 .. R1 - 1.
-template <typename T, int R0, int R1, int C, bool unit>
-INLINE void add_weighted(Vec<T> (&sum)[2][C], const T* key, int64_t key_pitch,
-                         const int64_t* offset, int64_t taps, const T* const* weights,
-                         int64_t pitch) {
-  for (int64_t j = 0; j < taps; ++j) {
-    const T* tap = key + (unit ? j : offset[j]);
-    Vec<T> w[2];
-    UNROLL
-    for (int r = R0; r < R1; ++r) {
-      w[r] = load(weights[r] + j * pitch);
-    }
-    UNROLL
-    for (int c = 0; c < C; ++c) {
-      Vec<T> k = load(tap + c * key_pitch);
-      KEEP(k);
+// Adds weighted keys to the sums of C channels: first the key rows from u on that query rows R0 to
+// R1 - 1 of the group see, then, as rows come and go, the others.
+template <typename T, bool unit, int C, int R0 = 0, int R1 = 1>
+INLINE void add_weighted(const Plan& plan, int64_t count, Vec<T> (&sum)[kMaxRows][C],
+                         T* const* rows, int64_t at, const T* weights, int64_t weight_row,
+                         int64_t pitch, int64_t u = 0) {
+  const int64_t step = plan.rows.step;
+  const int64_t taps = plan.cols.kernel;
+  const int64_t* offset = plan.offset.data();
+  const bool grows = R0 == 0 && R1 < count;
+  const int64_t until = grows ? R1 * step : plan.rows.kernel + R0 * step;
+  for (; u < until; ++u) {
+    const T* from = weights + u * taps * pitch;
+    for (int64_t j = 0; j < taps; ++j, from += pitch) {
+      const T* tap = rows[u] + at + (unit ? j : offset[j]);
+      Vec<T> w[R1];
       UNROLL
       for (int r = R0; r < R1; ++r) {
-        sum[r][c] += w[r] * k;
+        w[r] = load(from + r * weight_row);
+      }
+      UNROLL
+      for (int c = 0; c < C; ++c) {
+        Vec<T> k = load(tap + c * plan.key_pitch);
+        KEEP(k);
+        UNROLL
+        for (int r = R0; r < R1; ++r) {
+          sum[r][c] += w[r] * k;
+        }
       }
     }
+  }
+  if constexpr (R0 == 0 && R1 < kMaxRows) {
+    if (grows) {
+      add_weighted<T, unit, C, 0, R1 + 1>(plan, count, sum, rows, at, weights, weight_row, pitch,
+                                          u);
+      return;
+    }
+  }
+  if constexpr (R0 + 1 < R1) {
+    add_weighted<T, unit, C, R0 + 1, R1>(plan, count, sum, rows, at, weights, weight_row, pitch,
+                                         u);
   }
 }
 
@@ -425,11 +444,33 @@ INLINE Vec<T> read(const S* from, int64_t count) {
 // Rows of a target that a group of queries writes; null rows are left out.
 template <typename S, typename T>
 struct TargetRows {
-  S* row[2];
+  S* row[kMaxRows];
   int64_t channel_pitch;
   bool add;
   const T* factor;  // by channel, or null
 };
+
+// Sums, times factor, of C channels to one row, unless it is null. The sums of that row alone are
+// passed: to choose among rows by an index, they would have to lie in memory.
+template <typename S, typename T, int C>
+INLINE void write_sums(const Plan& plan, const Vec<T> (&sum)[C], const Vec<T>& factor, int64_t x,
+                       int64_t channel, const TargetRows<S, T>& out, int64_t row) {
+  if (out.row[row] == nullptr) {
+    return;
+  }
+  UNROLL
+  for (int c = 0; c < C; ++c) {
+    Vec<T> result = sum[c] * factor;
+    S* to = out.row[row] + (channel + c) * out.channel_pitch + x;
+    if (out.factor != nullptr) {
+      result *= out.factor[channel + c];
+    }
+    if (out.add) {
+      result += read<S, T>(to, plan.cols.queries - x);
+    }
+    write<S, T>(to, result, plan.cols.queries - x);
+  }
+}
 
 // Weighted sums over the neighbourhoods, times factor[row], for the vector at column x: channels
 // from `channel` on, C at a time, to the rows whose `out` is not null. The adjoint of dot_block
@@ -438,40 +479,18 @@ template <typename S, typename T, bool unit, int C = kMaxChannels>
 void sum_block(const Plan& plan, int64_t count, T* const* rows, int64_t x, const T* weights,
                int64_t weight_row, int64_t pitch, const Vec<T>* factor,
                const TargetRows<S, T>& out, int64_t channel = 0) {
-  const int64_t kernel = plan.rows.kernel;
-  const int64_t step = plan.rows.step;
-  const int64_t taps = plan.cols.kernel;
-  const int64_t* offset = plan.offset.data();
+  const int64_t next_row = weight_row - plan.rows.step * plan.cols.kernel * pitch;  // dot_block's
   for (; channel + C <= plan.dim; channel += C) {
-    Vec<T> sum[2][C] = {};
+    Vec<T> sum[kMaxRows][C] = {};
     const int64_t at = channel * plan.key_pitch + x;
-    const int64_t upper_only = count > 1 ? step : kernel;
-    const T* w[2] = {weights, weights + weight_row};
-    int64_t u = 0;
-    for (; u < upper_only; ++u, w[0] += taps * pitch) {
-      add_weighted<T, 0, 1, C, unit>(sum, rows[u] + at, plan.key_pitch, offset, taps, w, pitch);
+    add_weighted<T, unit, C>(plan, count, sum, rows, at, weights, next_row, pitch);
+    write_sums<S, T, C>(plan, sum[0], factor[0], x, channel, out, 0);
+    if (count > 1) {
+      write_sums<S, T, C>(plan, sum[1], factor[1], x, channel, out, 1);
     }
-    for (; u < kernel; ++u, w[0] += taps * pitch, w[1] += taps * pitch) {
-      add_weighted<T, 0, 2, C, unit>(sum, rows[u] + at, plan.key_pitch, offset, taps, w, pitch);
-    }
-    for (; u < kernel + (count - 1) * step; ++u, w[1] += taps * pitch) {
-      add_weighted<T, 1, 2, C, unit>(sum, rows[u] + at, plan.key_pitch, offset, taps, w, pitch);
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      if (out.row[r] == nullptr) {
-        continue;
-      }
-      UNROLL
-      for (int c = 0; c < C; ++c) {
-        Vec<T> result = (r ? sum[1][c] : sum[0][c]) * factor[r];
-        S* to = out.row[r] + (channel + c) * out.channel_pitch + x;
-        if (out.factor != nullptr) {
-          result *= out.factor[channel + c];
-        }
-        if (out.add) {
-          result += read<S, T>(to, plan.cols.queries - x);
-        }
-        write<S, T>(to, result, plan.cols.queries - x);
+    if constexpr (kMaxRows > 2) {
+      if (count > 2) {
+        write_sums<S, T, C>(plan, sum[2], factor[2], x, channel, out, 2);
       }
     }
   }
@@ -511,7 +530,7 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
                        args.output.strides[2],
                        args.output.add,
                        factors ? factors + plane % plan.heads * plan.dim : nullptr};
-  T* lse[2];
+  T* lse[kMaxRows];
   for (int64_t r = 0; r < group.count; ++r) {
     const int64_t y = plan.query_row(group, r);
     pack_query<S, T>(plan, args.query, args.query_bias, plane, y, static_cast<T>(plan.scale),
@@ -522,7 +541,7 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
   for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
     dot_block<T, unit>(plan, group.count, scratch.query, scratch.key_rows, x, scratch.weights,
                        offsets * lanes, lanes);
-    Vec<T> factor[2];
+    Vec<T> factor[kMaxRows];
     for (int64_t r = 0; r < group.count; ++r) {
       Vec<T> maximum;
       const Vec<T> total = exponentials(scratch.weights + r * offsets * lanes, offsets, maximum);
@@ -734,7 +753,8 @@ void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, i
     pack_row_gradient<S, T>(plan, args, plane, plan.query_row(group, r), r, scratch);
   }
   const T scale = static_cast<T>(plan.scale);
-  const Vec<T> factor[2] = {scale - Vec<T>{}, scale - Vec<T>{}};
+  Vec<T> factor[kMaxRows];
+  std::fill_n(factor, kMaxRows, scale - Vec<T>{});
   for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
     T* weights = scratch.weights + plan.margin + x;
     T* grad_logits = scratch.grad_logits + plan.margin + x;

@@ -41,6 +41,9 @@ struct Axis {
   }
 };
 
+// With 32 registers, three query rows share what is loaded of a key row; with 16, two.
+constexpr int64_t max_group_rows(int64_t vector_bytes) { return vector_bytes == 64 ? 3 : 2; }
+
 // Query rows that share key rows and are worked off together.
 struct Group {
   int64_t phase, first, count;
@@ -71,7 +74,8 @@ struct Plan {
   Plan(int64_t planes_, int64_t heads_, int64_t dim_, double scale_, const Axis& rows_,
        const Axis& cols_, int64_t begin, int64_t end, int64_t lanes, int64_t line)
       : planes(planes_), heads(heads_), dim(dim_), scale(scale_), rows(rows_), cols(cols_) {
-    group_rows = rows.step < rows.kernel ? 2 : 1;
+    // So few that some key row is seen by all of them.
+    group_rows = std::min(max_group_rows(64 * lanes / line), (rows.kernel - 1) / rows.step + 1);
     ring_rows = rows.kernel + (group_rows - 1) * rows.step;
     for (int64_t phase = 0; phase < std::min(rows.phases, rows.queries); ++phase) {
       const int64_t last = (end - phase + rows.phases - 1) / rows.phases;
