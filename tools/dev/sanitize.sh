@@ -59,6 +59,7 @@ for capability in default avx2 avx512; do
         "$python" -m pytest -q --capture=sys -p sanitized -p no:cacheprovider \
         -k 'native or group_conv or hostile or beyond or ACmix' \
         tests/ops/test_local_attention.py tests/ops/test_group_conv.py \
+        tests/ops/test_fused_acmix.py \
         tests/ops/test_patch_weights.py tests/ops/test_fuzzing.py tests/ops/test_derivatives.py \
         tests/layers/test_fuzzing.py "$@"
 done
