@@ -3,7 +3,8 @@
 The native backend has a kernel for it, with what the operators one by one cannot have: neither
 ``key - position`` nor the attention's result exist as maps of their own, the gradients of both
 paths meet in one map without concatenations, and training saves the input instead of query, key and
-value, which are projected anew in the backward pass.
+value, which are projected anew in the backward pass. Half precision is computed in float32, a strip
+of the maps at a time, and rounded once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -196,7 +197,7 @@ def _strips(x: Tensor, channels: int, reach: int, stride: int) -> list[_Strip]:
     above and below.
     """
     batch, _, height, width = x.shape
-    rows = STRIP_BYTES // max(channels * width * x.element_size(), 1)
+    rows = STRIP_BYTES // max(channels * width * _sum_dtype(x).itemsize, 1)
     outputs = (height - 1) // stride + 1
     if rows >= height or height <= 6 * reach:
         images = max(rows // height, 1)
@@ -223,13 +224,13 @@ def _projected_strips(
     attn_kernel_size: int,
     stride: int,
     dilation: int,
-    sum_dtype: torch.dtype | None = None,
+    backward: bool = False,
 ) -> Iterator[tuple[_Strip, Tensor, Tensor | None]]:
     """Strips, their projected maps (B, 3 C, h, W), and room for the gradients of these.
 
-    The latter where ``sum_dtype`` is given: up to row ``fresh``, they are what the strips before
-    have summed up. All is overwritten when the next strip is asked for. Maps lack their bias, which
-    whoever reads them adds: a pass over them less.
+    The latter where ``backward``: up to row ``fresh``, they are what the strips before have summed
+    up. All is of the dtype of ``weight``, and overwritten when the next strip is asked for. Maps
+    lack their bias, which whoever reads them adds: a pass over them less.
     """
     reach = max(attn_kernel_size, kernel.size(-1)) // 2 * dilation
     strips = _strips(x, weight.size(0), reach, stride)
@@ -237,14 +238,14 @@ def _projected_strips(
     rows = max((s.last - s.first for s in strips), default=0)
     merged = _merged(x)
 
-    def room(dtype: torch.dtype) -> Tensor:
+    def room() -> Tensor:
         if merged:
-            return torch.empty((weight.size(0), images, rows, x.size(3)), dtype=dtype).movedim(0, 1)
-        return torch.empty((images, weight.size(0), rows, x.size(3)), dtype=dtype)
+            return weight.new_empty((weight.size(0), images, rows, x.size(3))).movedim(0, 1)
+        return weight.new_empty((images, weight.size(0), rows, x.size(3)))
 
-    maps, sums = room(x.dtype), None if sum_dtype is None else room(sum_dtype)
+    maps, sums = room(), room() if backward else None
     for strip in strips:
-        part = x[strip.images, :, strip.first : strip.last]
+        part = x[strip.images, :, strip.first : strip.last].to(weight.dtype)
         count, height = part.size(0), part.size(2)
         projected = maps[:count, :, :height]
         for source, target in zip(
@@ -278,7 +279,17 @@ def _biases(bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
+    """In which strips are worked off: that of ``x``, or float32 for half precision.
+
+    Few processors multiply matrices of half precision faster, and the maps of a strip stay in
+    caches, so that smaller ones would gain nothing; nor do they have to be rounded.
+    """
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _room_for(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where ``rows`` are computed in ``dtype``, to be copied to them; of that dtype, themselves."""
+    return rows if rows.dtype == dtype else torch.empty(rows.shape, dtype=dtype)
 
 
 def _split(maps: Tensor, stride: int, strip: _Strip | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,25 +381,29 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     geometry = (num_heads, attn_kernel_size, stride, dilation)
     size = strided_size(x, stride)
+    dtype = _sum_dtype(x)
     out = x.new_empty((x.size(0), kernel.size(0), *size))
-    lse = x.new_empty((x.size(0), num_heads, *size), dtype=_sum_dtype(x))
+    lse = x.new_empty((x.size(0), num_heads, *size), dtype=dtype)
+    weight, bias, kernel = (t.to(dtype) for t in (weight, bias, kernel))
     scale = scale.expand(out.size(1))
     query_bias, value_bias = _biases(bias, num_heads)
-    out_bias = (scale * value_bias).to(x.dtype)
+    out_bias = (scale * value_bias).to(dtype)
     if kernel_bias is not None:
         out_bias += kernel_bias
     for strip, maps, _ in _projected_strips(x, weight, kernel, *geometry):
         where = (x.size(2), strip.begin, strip.first)
         out_rows, lse_rows = (t[strip.images, :, strip.begin : strip.end] for t in (out, lse))
+        sums = _room_for(out_rows, dtype)
         torch.ops.acmix_mm.group_conv_native_rows_(
-            out_rows, maps, bias, kernel, out_bias, stride, dilation, len(slopes), *where
+            sums, maps, bias, kernel, out_bias, stride, dilation, len(slopes), *where
         )
         query, *others = _split(_projected_heads(maps, num_heads), stride, strip)
         native_backend.local_attention_add_(
-            _heads(out_rows, num_heads), lse_rows, query, query_bias, *others, slopes,
+            _heads(sums, num_heads), lse_rows, query, query_bias, *others, slopes,
             scale.view(num_heads, -1), attn_kernel_size, stride, dilation, len(slopes) ** -0.5,
             *where,
         )  # fmt: skip
+        out_rows.copy_(sums)
     return out, lse
 
 
@@ -424,17 +439,18 @@ def _backward(
     """Gradients of those of x, weight, bias, slopes, kernel and scale that are ``needed``."""
     *of_projection, of_slopes, of_kernel, of_scale = needed
     one_scale = scale.numel() == 1
-    sum_dtype = _sum_dtype(x)
-    grad = grad.contiguous()
-    scaled = grad if one_scale else grad * scale.to(grad.dtype).view(-1, 1, 1)
+    dtype = _sum_dtype(x)
+    inputs = (x, weight, bias, slopes, kernel, scale)
     grad_x = torch.empty(x.shape, dtype=x.dtype)
     grad_weight, grad_bias, grad_slopes, grad_kernel, grad_scale = sums = [
-        torch.zeros(t.shape, dtype=torch.promote_types(sum_dtype, t.dtype))
-        for t in (weight, bias, slopes, kernel, scale)
+        torch.zeros(t.shape, dtype=torch.promote_types(dtype, t.dtype)) for t in inputs[1:]
     ]
+    grad, weight, bias, kernel = (t.to(dtype) for t in (grad, weight, bias, kernel))
+    grad = grad.contiguous()
+    scaled = grad if one_scale else grad * scale.to(dtype).view(-1, 1, 1)
     geometry = (num_heads, attn_kernel_size, stride, dilation)
     query_bias, value_bias = _biases(bias, num_heads)
-    for strip, maps, grad_maps in _projected_strips(x, weight, kernel, *geometry, sum_dtype):
+    for strip, maps, grad_maps in _projected_strips(x, weight, kernel, *geometry, backward=True):
         rows = slice(strip.begin, strip.end)
         where = (x.size(2), strip.begin, strip.first)
         query, *others = _split(_projected_heads(maps, num_heads), stride, strip)
@@ -449,19 +465,15 @@ def _backward(
         if any(of_projection) or of_slopes or (of_scale and one_scale):
             fresh = grad_maps[:, :, strip.fresh - strip.first :]
             if any(of_projection):
-                target = fresh if x.dtype == sum_dtype else torch.empty(fresh.shape, dtype=x.dtype)
                 torch.ops.acmix_mm.group_conv_native_grad_input_rows_(
-                    target, grad[strip.images], kernel, stride, dilation, len(slopes), x.size(2),
+                    fresh, grad[strip.images], kernel, stride, dilation, len(slopes), x.size(2),
                     strip.fresh,
                 )  # fmt: skip
-                if target is not fresh:
-                    fresh.copy_(target)
             else:
                 fresh.zero_()
             grad_query, *targets = _split(_projected_heads(grad_maps, num_heads), stride, strip)
-            # The kernel adds to rows of adjacent columns, queries in the dtype of the maps.
-            direct = stride == 1 and x.dtype == sum_dtype
-            target = grad_query if direct else torch.zeros(query.shape, dtype=x.dtype)
+            # The kernel adds to rows of adjacent columns.
+            target = grad_query if stride == 1 else torch.zeros(query.shape, dtype=dtype)
             of_slope, of_factor = native_backend.local_attention_backward_add_(
                 target,
                 *targets,
@@ -472,7 +484,7 @@ def _backward(
                 lse_rows,
                 *attention,
             )
-            if not direct:
+            if target is not grad_query:
                 grad_query += target
             grad_slopes += of_slope
             if one_scale:
@@ -480,8 +492,8 @@ def _backward(
         if any(of_projection):
             done = slice(strip.first, strip.done)
             _add_projection_gradients(
-                grad_maps[:, :, : strip.done - strip.first].to(x.dtype),
-                x[strip.images, :, done],
+                grad_maps[:, :, : strip.done - strip.first],
+                x[strip.images, :, done].to(dtype),
                 weight,
                 of_projection,
                 grad_x[strip.images, :, done],
@@ -496,12 +508,10 @@ def _backward(
                 _heads(result, num_heads), torch.empty_like(lse_rows), *parts, slopes, ones,
                 *attention,
             )  # fmt: skip
-            products = result.to(sum_dtype) * grad[strip.images, :, rows].to(sum_dtype)
-            grad_scale += products.sum((0, 2, 3))
+            grad_scale += (result * grad[strip.images, :, rows]).sum((0, 2, 3))
     if of_scale:
-        of_value_bias = grad.sum((0, 2, 3), dtype=sum_dtype) * value_bias
+        of_value_bias = grad.sum((0, 2, 3)) * value_bias
         grad_scale += of_value_bias.sum() if one_scale else of_value_bias
-    inputs = (x, weight, bias, slopes, kernel, scale)
     return [
         gradient.to(tensor.dtype)
         for gradient, tensor, need in zip([grad_x, *sums], inputs, needed, strict=True)
@@ -525,7 +535,7 @@ def _add_projection_gradients(
         if of_weight:
             grad_weight += torch.mm(target, source.T).view(weight.shape)
         if of_bias:
-            grad_bias += target.sum(1, dtype=grad_bias.dtype)
+            grad_bias += target.sum(1)
     if of_x:
         back = weight.flatten(1).T
         if merged:
@@ -533,7 +543,9 @@ def _add_projection_gradients(
             grad_x.copy_(torch.mm(back, target).view(-1, *x.movedim(1, 0).shape[1:]).movedim(0, 1))
         else:
             for image, target in zip(grad_x, grad, strict=True):
-                torch.mm(back, target.flatten(1), out=image.flatten(1))
+                product = _room_for(image, grad.dtype)
+                torch.mm(back, target.flatten(1), out=product.flatten(1))
+                image.copy_(product)
 
 
 @_backward.register_fake

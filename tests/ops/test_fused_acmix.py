@@ -63,7 +63,7 @@ def arguments(dtype, stride, size, kernel=3, channels=1, layout=torch.contiguous
 def differentiate(tensors, needed, *geometry, **options):
     out = fused_acmix(*tensors, HEADS, *geometry, **options)
     torch.manual_seed(0)
-    grad = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
+    grad = torch.randint(-9, 10, out.shape).to(out.dtype)  # the same in every dtype
     return [out, *torch.autograd.grad(out, [tensors[i] for i in needed], grad)]
 
 
@@ -97,6 +97,31 @@ def test_strips_of_rows(stride, dilation, kernel, channels, size, dtype, layout,
         error, other_error = ((r.double() - right).norm() / right.norm() for r in (result, other))
         # Some gradients are small sums of large numbers, in PyTorch as here.
         assert error < 10 * other_error.nan_to_num(0) + rounding * torch.finfo(dtype).eps
+
+
+@needs_native
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ('stride', 'size', 'channels', 'strip_bytes'),
+    [(1, (40, 33), 1, 1), (2, (41, 18), CHANNELS, 1), (1, (9, 13), CHANNELS, 1 << 20)],
+)
+def test_half_precision_rounds_once(stride, size, channels, strip_bytes, dtype, monkeypatch):
+    """Results and gradients are the exact ones, rounded: nothing before is in half precision."""
+    monkeypatch.setattr(MODULE, 'STRIP_BYTES', strip_bytes)
+    tensors = arguments(dtype, stride, size, channels=channels)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    got = differentiate(tensors, range(7), 7, stride, 1, backend='native')
+    for result, right in zip(
+        got, differentiate(exact, range(7), 7, stride, 1, backend='torch'), strict=True
+    ):
+        assert result.dtype == dtype
+        # Half a unit in the last place at most, and float32's own errors.
+        torch.testing.assert_close(
+            result.double(),
+            right,
+            rtol=torch.finfo(dtype).eps / 2,
+            atol=1e-5 * right.abs().max().item(),
+        )
 
 
 @needs_native
