@@ -421,6 +421,7 @@ def _(
 
 
 @torch.library.custom_op('acmix_mm::fused_acmix_backward', mutates_args=(), device_types='cpu')
+@torch.autocast('cpu', enabled=False)  # or it casts the products of float32 strips
 def _backward(
     grad: Tensor,
     lse: Tensor,

@@ -100,20 +100,23 @@ def test_strips_of_rows(stride, dilation, kernel, channels, size, dtype, layout,
 
 
 @needs_native
+@pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ('stride', 'size', 'channels', 'strip_bytes'),
     [(1, (40, 33), 1, 1), (2, (41, 18), CHANNELS, 1), (1, (9, 13), CHANNELS, 1 << 20)],
 )
-def test_half_precision_rounds_once(stride, size, channels, strip_bytes, dtype, monkeypatch):
+def test_half_precision_rounds_once(
+    stride, size, channels, strip_bytes, dtype, autocast, monkeypatch
+):
     """Results and gradients are the exact ones, rounded: nothing before is in half precision."""
     monkeypatch.setattr(MODULE, 'STRIP_BYTES', strip_bytes)
     tensors = arguments(dtype, stride, size, channels=channels)
     exact = [t.detach().double().requires_grad_() for t in tensors]
-    got = differentiate(tensors, range(7), 7, stride, 1, backend='native')
-    for result, right in zip(
-        got, differentiate(exact, range(7), 7, stride, 1, backend='torch'), strict=True
-    ):
+    expected = differentiate(exact, range(7), 7, stride, 1, backend='torch')
+    with torch.autocast('cpu', dtype, enabled=autocast):
+        got = differentiate(tensors, range(7), 7, stride, 1, backend='native')
+    for result, right in zip(got, expected, strict=True):
         assert result.dtype == dtype
         # Half a unit in the last place at most, and float32's own errors.
         torch.testing.assert_close(
