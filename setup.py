@@ -57,7 +57,10 @@ def native_kernels() -> dict:
 
     extension = CppExtension(
         'acmix_mm.ops._native',
-        [f'{SOURCES}/{name}.cpp' for name in ('group_conv', 'local_attention', 'patch_weights')],
+        [
+            f'{SOURCES}/{name}.cpp'
+            for name in ('group_conv', 'local_attention', 'patch_weights', 'processor')
+        ],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES).glob('*.h')),
         # Without OpenMP, at::parallel_for runs serially. Debug information would take more than a
         # third of the compiler's time.

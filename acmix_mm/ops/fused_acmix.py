@@ -4,7 +4,7 @@ The native backend has a kernel for it, with what the operators one by one canno
 ``key - position`` nor the attention's result exist as maps of their own, the gradients of both
 paths meet in one map without concatenations, and training saves the input instead of query, key and
 value, which are projected anew in the backward pass. Half precision is computed in float32, a strip
-of the maps at a time, and rounded once.
+of the maps at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -244,14 +244,17 @@ def _projected_strips(
         return weight.new_empty((images, weight.size(0), rows, x.size(3)))
 
     maps, sums = room(), room() if backward else None
+    factor = weight.flatten(1).to(_product_dtype(x.dtype))
     for strip in strips:
-        part = x[strip.images, :, strip.first : strip.last].to(weight.dtype)
+        part = x[strip.images, :, strip.first : strip.last].to(factor.dtype)
         count, height = part.size(0), part.size(2)
         projected = maps[:count, :, :height]
         for source, target in zip(
             _matrices(part, merged), _matrices(projected, merged), strict=True
         ):
-            torch.mm(weight.flatten(1), source, out=target)
+            product = _room_for(target, factor.dtype)
+            torch.mm(factor, source, out=product)
+            target.copy_(product)
         yield strip, projected, None if sums is None else sums[:count, :, :height]
         if sums is not None and strip.done < strip.last:
             kept = strip.last - strip.done
@@ -281,10 +284,19 @@ def _biases(bias: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
 def _sum_dtype(x: Tensor) -> torch.dtype:
     """In which strips are worked off: that of ``x``, or float32 for half precision.
 
-    Few processors multiply matrices of half precision faster, and the maps of a strip stay in
-    caches, so that smaller ones would gain nothing; nor do they have to be rounded.
+    The maps of a strip stay in caches, where smaller numbers would gain nothing.
     """
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which matrices of ``dtype`` are multiplied: half precision in float32, mostly.
+
+    Not bfloat16 where the processor is faster at it: with AMX, or where AVX512_BF16 is fast.
+    """
+    if dtype == torch.bfloat16 and torch.ops.acmix_mm.native_bfloat16_products_pay():
+        return dtype
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _room_for(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -492,10 +504,11 @@ def _backward(
                 grad_scale += of_factor
         if any(of_projection):
             done = slice(strip.first, strip.done)
+            product_dtype = _product_dtype(x.dtype)
             _add_projection_gradients(
-                grad_maps[:, :, : strip.done - strip.first],
-                x[strip.images, :, done].to(dtype),
-                weight,
+                grad_maps[:, :, : strip.done - strip.first].to(product_dtype),
+                x[strip.images, :, done].to(product_dtype),
+                weight.to(product_dtype),
                 of_projection,
                 grad_x[strip.images, :, done],
                 grad_weight,
@@ -536,7 +549,7 @@ def _add_projection_gradients(
         if of_weight:
             grad_weight += torch.mm(target, source.T).view(weight.shape)
         if of_bias:
-            grad_bias += target.sum(1)
+            grad_bias += target.sum(1, dtype=grad_bias.dtype)
     if of_x:
         back = weight.flatten(1).T
         if merged:

@@ -1,6 +1,7 @@
 """The fused operator on the CPU, which works in strips: some images, or some rows of one."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from acmix_mm.ops import fused_acmix
 
 MODULE = sys.modules['acmix_mm.ops.fused_acmix']  # the package's attribute is the function
+CPU_INFO = Path('/proc/cpuinfo')
 HEADS, DIM, INPUTS = 2, 3, 5
 CHANNELS = HEADS * DIM
 
@@ -69,7 +71,11 @@ def differentiate(tensors, needed, *geometry, **options):
 
 @needs_native
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ('dtype', 'product_dtype'),
+    [(dtype, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)]
+    + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+)
 @pytest.mark.parametrize(
     ('stride', 'dilation', 'kernel', 'channels', 'size'),
     [
@@ -80,9 +86,12 @@ def differentiate(tensors, needed, *geometry, **options):
         (2, 1, 9, CHANNELS, (33, 5)),
     ],
 )
-def test_strips_of_rows(stride, dilation, kernel, channels, size, dtype, layout, monkeypatch):
+def test_strips_of_rows(
+    stride, dilation, kernel, channels, size, dtype, product_dtype, layout, monkeypatch
+):
     """Results and gradients are those of PyTorch's operators on whole maps in float64."""
     monkeypatch.setattr(MODULE, 'STRIP_BYTES', 1)
+    monkeypatch.setattr(MODULE, '_product_dtype', lambda dtype: product_dtype)
     tensors = arguments(dtype, stride, size, kernel, channels, layout)
     reach = max(5, kernel) // 2 * dilation
     assert len(MODULE._strips(tensors[0], 3 * CHANNELS, reach, stride)) >= 4
@@ -111,6 +120,7 @@ def test_half_precision_rounds_once(
 ):
     """Results and gradients are the exact ones, rounded: nothing before is in half precision."""
     monkeypatch.setattr(MODULE, 'STRIP_BYTES', strip_bytes)
+    monkeypatch.setattr(MODULE, '_product_dtype', lambda dtype: torch.float32)
     tensors = arguments(dtype, stride, size, channels=channels)
     exact = [t.detach().double().requires_grad_() for t in tensors]
     expected = differentiate(exact, range(7), 7, stride, 1, backend='torch')
@@ -125,6 +135,22 @@ def test_half_precision_rounds_once(
             rtol=torch.finfo(dtype).eps / 2,
             atol=1e-5 * right.abs().max().item(),
         )
+
+
+@needs_native
+@pytest.mark.skipif(not CPU_INFO.is_file(), reason='needs /proc/cpuinfo')
+def test_bfloat16_products_by_processor():
+    """With AMX they are bfloat16's; without it or AVX512_BF16, float32's; else either."""
+    flags = CPU_INFO.read_text().split()
+    allowed = {torch.bfloat16, torch.float32}
+    if torch.backends.cpu.get_cpu_capability() != 'AVX512' or 'avx512_bf16' not in flags:
+        allowed = {torch.float32}
+    elif 'amx_bf16' in flags:
+        allowed = {torch.bfloat16}
+    assert MODULE._product_dtype(torch.bfloat16) in allowed
+    for dtype in (torch.float16, torch.float32):
+        assert MODULE._product_dtype(dtype) == torch.float32
+    assert MODULE._product_dtype(torch.float64) == torch.float64
 
 
 @needs_native
