@@ -43,8 +43,8 @@ bool has_amx_bfloat16() {
 #endif
 
 // Does PyTorch multiply matrices of bfloat16 faster than those of float32? AMX does. AVX512_BF16
-// multiplies twice as many numbers at once, but some processors take four times as long for it and
-// others no longer: far enough apart to be told by a measurement.
+// multiplies twice as many numbers at once, but Emerald Rapids takes four times as long for it, so
+// that it has to be measured where it pays.
 bool bfloat16_products_pay() {
 #ifdef NATIVE_X86
   static const bool pay = [] {
