@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from ..ops._autograd import spread, takes_own_formulas
 from .mixed_operator import ProjectedMixedOperator, gradient_to_add_to
 
+QUERY, KEY, VALUE = range(3)  # the parts of maps
+
 
 class WindowACmix(ProjectedMixedOperator):
     """Mix of window attention and convolution over shared projections.
@@ -200,15 +202,15 @@ class _WindowAttention(torch.autograd.Function):
             if grad_maps is not None and of_maps is not None:
                 of_maps = of_maps + grad_maps
             return of_maps, of_bias, None, None, None
-        query, key, value = _cut(maps, window_size)
         rows, cols = window_size
         grid = (maps.size(4) // rows, rows, maps.size(5) // cols, cols)
         heads = grad.unflatten(3, (maps.size(3), -1)).unflatten(2, grid[2:])
         heads = heads.unflatten(1, grid[:2]).permute(0, 1, 3, 5, 2, 4, 6)
         grad = heads.reshape(len(weights), rows * cols, -1).to(weights.dtype)
         with torch.autocast('cpu', enabled=False):
-            of_weights = torch.bmm(grad, value.mT)
+            of_weights = torch.bmm(grad, _cut(maps, VALUE, window_size).mT)
             of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            del of_weights
             of_bias = of_maps = None
             if needed[1]:
                 of_bias = of_logits.view(-1, *bias.shape).sum(0).to(bias.dtype)
@@ -216,9 +218,14 @@ class _WindowAttention(torch.autograd.Function):
                 of_logits.mul_(scale)
                 of_maps = gradient_to_add_to(maps, grad_maps)
                 targets = _windows(of_maps, window_size)
-                parts = ((key.mT, of_logits.mT), (query.mT, of_logits), (grad.mT, weights))
-                for target, (left, right) in zip(targets, parts, strict=True):
-                    target.add_(torch.bmm(left, right).view(target.shape))
+
+                def add(part: int, gradient: Tensor) -> None:
+                    targets[part].add_(gradient.view(targets.shape[1:]))
+
+                # One after the other, as each needs memory of a map or two.
+                add(VALUE, torch.bmm(grad.mT, weights))
+                add(QUERY, torch.bmm(_cut(maps, KEY, window_size).mT, of_logits.mT))
+                add(KEY, torch.bmm(_cut(maps, QUERY, window_size).mT, of_logits))
         return of_maps, of_bias, None, None, None
 
 
@@ -226,7 +233,7 @@ def _compose(
     maps: Tensor, bias: Tensor, mask: Tensor | None, window_size: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_window_attention`, of products and softmax; also the weights (windows, L, L)."""
-    query, key, value = _cut(maps, window_size)
+    query, key, value = (_cut(maps, part, window_size) for part in (QUERY, KEY, VALUE))
     logits = torch.bmm(query, key.mT)
     added = _with_mask(bias, mask).to(logits.dtype)
     logits = torch.add(added, logits.view(-1, *added.shape), alpha=scale)
@@ -235,8 +242,8 @@ def _compose(
     return _image(out, maps, window_size), weights
 
 
-def _cut(maps: Tensor, window_size: tuple[int, int]) -> list[Tensor]:
-    """Query, key and value of all windows and heads, each (windows, L, d), at least float32."""
+def _cut(maps: Tensor, part: int, window_size: tuple[int, int]) -> Tensor:
+    """Query, key or value of all windows and heads, (windows, L, d), at least float32."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
-    shape = (-1, window_size[0] * window_size[1], maps.size(1))
-    return [part.movedim(4, -1).reshape(shape).to(dtype) for part in _windows(maps, window_size)]
+    windows = _windows(maps, window_size)[part].movedim(4, -1)
+    return windows.reshape(-1, window_size[0] * window_size[1], maps.size(1)).to(dtype)
