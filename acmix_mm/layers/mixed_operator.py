@@ -416,7 +416,7 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, convolution, attention, weight, scale):
         ctx.save_for_backward(attention, weight, scale)
-        out = convolution.permute(0, 2, 3, 1).contiguous()
+        out = convolution.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
         out.flatten(0, 2).addmm_(attention.flatten(0, 2), _scaled(weight, scale).to(out.dtype).t())
         return out
 
