@@ -1,5 +1,7 @@
 """Swin-ACmix: mmdet's Swin transformer with a mixed operator for every window attention."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from mmdet.models.backbones.swin import ShiftWindowMSA, SwinTransformer
@@ -55,9 +57,12 @@ class ShiftWindowACmix(BaseModule):
 def shift_mask(height: int, width: int, window_size: int, shift: int, like: Tensor) -> Tensor:
     """Swin's mask for windows that a cyclic shift filled from opposite sides of the map.
 
+    Swin's own has -100 in place of -inf. That is the same but for weights such as exp(-100), a
+    subnormal number in float32, with which CPUs compute many times more slowly than with zeros.
+
     Returns:
         Tensor: Shape (windows, window_size ** 2, window_size ** 2), 0 for pixels that were
-        neighbours before the shift, -100 for others, in dtype and on the device of ``like``.
+        neighbours before the shift, -inf for others, in dtype and on the device of ``like``.
     """
     rows, cols = (
         torch.arange(size, device=like.device) >= size - shift for size in (height, width)
@@ -65,7 +70,7 @@ def shift_mask(height: int, width: int, window_size: int, shift: int, like: Tens
     region = (2 * rows[:, None] + cols).unflatten(1, (-1, window_size))
     region = region.unflatten(0, (-1, window_size)).transpose(1, 2).flatten(2).flatten(0, 1)
     apart = region[:, :, None] != region[:, None]
-    return torch.zeros(apart.shape, device=like.device, dtype=like.dtype).masked_fill(apart, -100.0)
+    return like.new_zeros(apart.shape).masked_fill(apart, -math.inf)
 
 
 class ACmixSwinTransformer(MixedTransformer, SwinTransformer):

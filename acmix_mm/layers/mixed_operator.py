@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._autograd import takes_own_formulas
 from ..ops._checks import check_positive
-from ..ops._dispatch import check_backend
+from ..ops._dispatch import autocast_tensors, check_backend
 from .deployable import Deployable
 from .mixing_weights import TENSORS, MixingWeights, folding_pays, shift_kernel
 
@@ -298,16 +299,10 @@ class ProjectedMixedOperator(MixedOperator):
         Returns:
             Tensor: Shape (B, d, parts, N, H, W).
         """
-        # Permuting weights costs nothing, permuting maps a pass over memory.
-        order = (-1, self.num_heads, self.head_dim)
-        weight = weight.unflatten(0, order).permute(2, 0, 1, 3).flatten(0, 2)
-        weight = weight.expand(x.size(0), -1, -1)
-        tokens = x.flatten(1, 2).transpose(1, 2)
-        if bias is None:
-            maps = torch.bmm(weight, tokens)
-        else:
-            bias = bias.view(order).permute(2, 0, 1).reshape(-1, 1)
-            maps = torch.baddbmm(bias, weight, tokens)
+        tokens, weight, bias = autocast_tensors(x.flatten(1, 2), weight, bias)
+        order = (len(weight) // self.embed_dims, self.num_heads, self.head_dim)
+        project = _Projection.apply if takes_own_formulas(tokens) else _project
+        maps = project(tokens, weight, bias, order)
         maps = maps.unflatten(1, (self.head_dim, -1, self.num_heads))
         return maps.unflatten(-1, x.shape[1:3])
 
@@ -323,16 +318,19 @@ class ProjectedMixedOperator(MixedOperator):
             Tensor: Shape (B, H, W, C).
         """
         weights = self.mixing_weights()
-        if attention is not None:
-            weight, bias = self.output_projection.weight, self.output_projection.bias
-            if weights.scale is not None:
-                weight = weight * weights.scale[:, None]
-                bias = None if bias is None else bias * weights.scale
-            attention = self.proj_drop(F.linear(attention, weight, bias))
+        if attention is None:
+            return weights.convolve(maps.flatten(2, 3), self.backend).permute(0, 2, 3, 1)
+        weight, bias = self.output_projection.weight, self.output_projection.bias
+        scale = weights.scale
+        bias = None if bias is None else _scaled(bias, scale)
+        drops = self.training and self.proj_drop.p > 0
+        if weights.kernel is not None and not drops and takes_own_formulas(attention):
+            convolution = replace(weights, bias=bias).convolve(maps.flatten(2, 3), self.backend)
+            return _Sum.apply(convolution, attention, weight, scale)
+        attention = self.proj_drop(F.linear(attention, _scaled(weight, scale), bias))
         if weights.kernel is None:
             return attention
-        convolution = weights.convolve(maps.flatten(2, 3), self.backend).permute(0, 2, 3, 1)
-        return convolution if attention is None else attention + convolution
+        return attention + weights.convolve(maps.flatten(2, 3), self.backend).permute(0, 2, 3, 1)
 
     def _stage2_weights(self, norm: nn.Module | None) -> MixingWeights:
         if norm is not None:
@@ -346,3 +344,98 @@ class ProjectedMixedOperator(MixedOperator):
 
     def extra_repr(self) -> str:
         return f'{self.embed_dims}, num_heads={self.num_heads}, {super().extra_repr()}'
+
+
+def planes(tokens: Tensor) -> Tensor:
+    """(B, pixels, C) -> (B, C, pixels), contiguous."""
+    out = tokens.new_empty(tokens.size(0), *tokens.shape[:0:-1])
+    for index, sample in enumerate(tokens):  # PyTorch transposes a matrix in blocks, a batch not
+        out[index].copy_(sample.t())
+    return out
+
+
+def gradient_to_add_to(maps: Tensor, grad: Tensor | None) -> Tensor:
+    """The convolution path's gradient of the maps, which nothing else holds; zeros without it."""
+    if grad is None:
+        return torch.zeros_like(maps, memory_format=torch.contiguous_format)
+    return grad.contiguous()
+
+
+def _project(tokens: Tensor, weight: Tensor, bias: Tensor | None, order: tuple) -> Tensor:
+    """(B, pixels, C) -> (B, d * parts * N, pixels) by weights (parts * N * d, C)."""
+    # Permuting weights costs nothing, permuting maps a pass over memory.
+    weight = _by_position(weight, order).expand(tokens.size(0), -1, -1)
+    if bias is None:
+        return torch.bmm(weight, tokens.transpose(1, 2))
+    return torch.baddbmm(_by_position(bias, order)[:, None], weight, tokens.transpose(1, 2))
+
+
+def _by_position(weight: Tensor, order: tuple) -> Tensor:
+    """Rows of (part, head, head position) -> (head position, part, head)."""
+    return weight.unflatten(0, order).movedim(2, 0).flatten(0, 2)
+
+
+class _Projection(torch.autograd.Function):
+    """:func:`_project`, which saves no permuted weights and gives tokens their gradient as tokens.
+
+    PyTorch's own formula gives planes, which are transposed slowly by what takes them next.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, weight, bias, order):
+        ctx.save_for_backward(tokens, weight)
+        ctx.order = order
+        return _project(tokens, weight, bias, order)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, weight = ctx.saved_tensors
+        part, head, position = ctx.order
+
+        def by_part(gradient: Tensor) -> Tensor:
+            return gradient.unflatten(0, (position, part, head)).movedim(0, 2).flatten(0, 2)
+
+        of_tokens = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            weight = _by_position(weight, ctx.order).expand(len(grad), -1, -1)
+            of_tokens = torch.bmm(grad.transpose(1, 2), weight)
+        if ctx.needs_input_grad[1]:
+            of_weight = by_part(torch.bmm(grad, tokens).sum(0))
+        if ctx.needs_input_grad[2]:
+            of_bias = by_part(grad.sum((0, 2)))
+        return of_tokens, of_weight, of_bias, None
+
+
+class _Sum(torch.autograd.Function):
+    """The convolution path, (B, C, H, W), plus the projection of the attention's result.
+
+    The product is added to what it is summed with, and neither scaled weights nor another map are
+    saved. Results and gradients have the layout in which what takes them is fastest.
+    """
+
+    @staticmethod
+    def forward(ctx, convolution, attention, weight, scale):
+        ctx.save_for_backward(attention, weight, scale)
+        out = convolution.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
+        out.flatten(0, 2).addmm_(attention.flatten(0, 2), _scaled(weight, scale).to(out.dtype).t())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        attention, weight, scale = ctx.saved_tensors
+        tokens = grad.flatten(0, 2)
+        of_convolution = of_attention = of_weight = of_scale = None
+        if ctx.needs_input_grad[0]:
+            of_convolution = planes(grad.flatten(1, 2)).unflatten(2, grad.shape[1:3])
+        if ctx.needs_input_grad[1]:
+            of_attention = (tokens @ _scaled(weight, scale).to(grad.dtype)).view_as(attention)
+        if any(ctx.needs_input_grad[2:]):
+            of_weight = (tokens.t() @ attention.flatten(0, 2)).to(weight.dtype)
+            if ctx.needs_input_grad[3]:
+                of_scale = (of_weight * weight).sum().view(1)
+            of_weight = _scaled(of_weight, scale)
+        return of_convolution, of_attention, of_weight, of_scale
+
+
+def _scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
+    return weight if scale is None else weight * scale

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._autograd import spread, transformed
-from .mixed_operator import ProjectedMixedOperator
+from ..ops._autograd import spread, takes_own_formulas
+from .mixed_operator import ProjectedMixedOperator, gradient_to_add_to, planes
 
 
 class SpatialReductionACmix(ProjectedMixedOperator):
@@ -87,11 +87,9 @@ class SpatialReductionACmix(ProjectedMixedOperator):
         maps = self.project(image, weight[queries], None if bias is None else bias[queries])
         attention = None
         if self.with_attention:
-            tokens = maps.flatten(4).permute(2, 0, 3, 4, 1)  # (3, B, N, H * W, d)
-            query, key, value = (tokens[0], *self.reduced(image)) if reduced else tokens
+            keys = self.reduced(image) if reduced else None
             dropout = self.attn.dropout if self.training else 0.0
-            attention = _attend(query, key, value, dropout)
-            attention = attention.transpose(1, 2).reshape(image.shape)
+            attention, maps = _attend(maps, keys, dropout)
         out = self.mix_paths(maps, attention).flatten(1, 2)
         return identity + self.dropout_layer(out)
 
@@ -107,41 +105,79 @@ class SpatialReductionACmix(ProjectedMixedOperator):
         return keys.unflatten(2, (2, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
-    """Attention of (B, N, tokens, d), with PyTorch's fused kernel where it has one."""
-    trains = query.device.type == 'cpu' and torch.is_grad_enabled() and query.numel() > 0
-    if trains and not dropout and not torch.compiler.is_compiling() and not transformed():
-        return _FusedAttention.apply(query, key, value)
+def _attend(maps: Tensor, keys: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
+    """Attention by PyTorch's fused kernel.
+
+    Args:
+        maps (Tensor): Shape (B, d, parts, N, H, W): query, key and value, or the query alone.
+        keys (Tensor | None): Key and value where not those of the maps, (2, B, N, tokens, d).
+        dropout (float): Of the attention weights.
+
+    Returns:
+        tuple[Tensor, Tensor]: The result, (B, H, W, C), and the maps.
+    """
+    if takes_own_formulas(maps) and not dropout:
+        return _FusedAttention.apply(maps, keys)
     # Of planes, PyTorch would take the composition of products and softmax.
-    tensors = (t.contiguous() for t in (query, key, value))
-    return F.scaled_dot_product_attention(*tensors, dropout_p=dropout)
+    tensors = (t.contiguous() for t in _tokens(maps, keys))
+    return _image(F.scaled_dot_product_attention(*tensors, dropout_p=dropout), maps), maps
+
+
+def _tokens(maps: Tensor, keys: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of maps, views (B, N, tokens, d)."""
+    tokens = maps.flatten(4).permute(2, 0, 3, 4, 1)
+    return (tokens[0], *(tokens[1:] if keys is None else keys))
+
+
+def _image(out: Tensor, maps: Tensor) -> Tensor:
+    """(B, N, H * W, d) -> (B, H, W, C)."""
+    return out.transpose(1, 2).flatten(2).unflatten(1, maps.shape[4:])
 
 
 class _FusedAttention(torch.autograd.Function):
     """PyTorch's fused kernel for CPUs, which may be differentiated any number of times here.
 
-    The query is saved as it comes, a view of the projected maps that are kept anyway.
+    No copy of the query is saved, as the maps are kept anyway: for the convolution path, for which
+    they are returned. So its gradient of them comes here, where that of the query is added.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value):
-        tensors = [t.contiguous() for t in (query, key, value)]
+    def forward(ctx, maps, keys):
+        tensors = [t.contiguous() for t in _tokens(maps, keys)]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors)
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
+        ctx.save_for_backward(maps, keys, out, lse)
+        ctx.set_materialize_grads(False)
+        return _image(out, maps), maps
 
     @staticmethod
-    def backward(ctx, grad):
-        *inputs, out, lse = ctx.saved_tensors
+    def backward(ctx, grad, grad_maps):
+        if grad is None:
+            return grad_maps, None
+        maps, keys, out, lse = ctx.saved_tensors
+        needed = ctx.needs_input_grad
         if torch.is_grad_enabled():  # to be differentiated again: as a composition of operators
-            needed = ctx.needs_input_grad
-            query, key, value = inputs
+            query, key, value = _tokens(maps, keys)
             logits = query @ key.transpose(-1, -2) * query.size(-1) ** -0.5
-            chosen = [t for t, need in zip(inputs, needed, strict=True) if need]
-            result = logits.softmax(-1) @ value
-            gradients = torch.autograd.grad(result, chosen, grad, create_graph=True)
-            return tuple(spread(gradients, needed))
-        tensors = [t.contiguous() for t in inputs]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            chosen = [t for t, need in zip((maps, keys), needed, strict=True) if need]
+            result = _image(logits.softmax(-1) @ value, maps)
+            of_maps, of_keys = spread(
+                torch.autograd.grad(result, chosen, grad, create_graph=True), needed
+            )
+            if grad_maps is not None and of_maps is not None:
+                of_maps = of_maps + grad_maps
+            return of_maps, of_keys
+        grad = grad.flatten(1, 2).unflatten(2, (maps.size(3), -1)).transpose(1, 2)
+        tensors = [t.contiguous() for t in _tokens(maps, keys)]
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, *tensors, out, lse, 0.0, False
         )
+        of_maps = of_keys = None
+        if needed[1]:
+            of_keys = torch.stack(gradients[1:])
+        if needed[0]:
+            of_maps = gradient_to_add_to(maps, grad_maps)
+            for part, gradient in enumerate(gradients if keys is None else gradients[:1]):
+                of_part = planes(gradient.transpose(1, 2).flatten(2))  # (B, N * d, H * W)
+                of_part = of_part.view(len(maps), maps.size(3), -1, *maps.shape[4:])
+                of_maps[:, :, part].add_(of_part.transpose(1, 2))
+        return of_maps, of_keys

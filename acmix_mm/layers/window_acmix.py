@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._autograd import spread, transformed
-from .mixed_operator import ProjectedMixedOperator
+from ..ops._autograd import spread, takes_own_formulas
+from .mixed_operator import ProjectedMixedOperator, gradient_to_add_to
+
+QUERY, KEY, VALUE = range(3)  # the parts of maps
 
 
 class WindowACmix(ProjectedMixedOperator):
@@ -83,7 +85,9 @@ class WindowACmix(ProjectedMixedOperator):
             Tensor: Shape (B, H, W, C).
         """
         maps = self.project(x, self.qkv.weight, self.qkv.bias)
-        attention = self._attend(maps, mask) if self.with_attention else None
+        attention = None
+        if self.with_attention:
+            attention, maps = self._attend(maps, mask)
         if unshift:
             maps = maps.roll((unshift, unshift), (-2, -1))
             if attention is not None:
@@ -93,21 +97,20 @@ class WindowACmix(ProjectedMixedOperator):
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, window_size={self.window_size}'
 
-    def _attend(self, maps: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, d, 3, N, H, W) -> (B, H, W, C), before the output projection."""
+    def _attend(self, maps: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, d, 3, N, H, W) -> (B, H, W, C), before the output projection; and the maps."""
         bias = self.position_bias().to(maps.dtype)
         dropout = self.attn_drop_rate if self.training else 0.0
         arguments = (maps, bias, mask, self.window_size, self.scale_factor)
         # On a CPU, PyTorch has no fused kernel for a bias with gradients.
-        trains = maps.device.type == 'cpu' and torch.is_grad_enabled() and len(maps) > 0
-        if trains and not dropout and not torch.compiler.is_compiling() and not transformed():
+        if takes_own_formulas(maps) and not dropout:
             return _WindowAttention.apply(*arguments)
-        return _window_attention(*arguments, dropout)
+        return _window_attention(*arguments, dropout), maps
 
     def position_bias(self) -> Tensor:
         """What is added to the logits within a window, (N, Wh * Ww, Wh * Ww)."""
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        return bias.unflatten(0, self.relative_position_index.shape).permute(2, 0, 1)
+        return bias.t().contiguous().unflatten(1, self.relative_position_index.shape)
 
 
 def _windows(maps: Tensor, window_size: tuple[int, int]) -> Tensor:
@@ -171,7 +174,8 @@ def _window_attention(
 class _WindowAttention(torch.autograd.Function):
     """:func:`_window_attention`, which saves no windows: they are cut from the maps anew.
 
-    The maps are kept for the convolution path anyway. Sums are float32 for half precision.
+    The maps are kept for the convolution path anyway, and returned for it: so its gradient of them
+    comes here, where that of the windows is added. Sums are float32 for half precision.
     """
 
     @staticmethod
@@ -179,11 +183,14 @@ class _WindowAttention(torch.autograd.Function):
         with torch.autocast('cpu', enabled=False):
             out, weights = _compose(maps, bias, mask, window_size, scale)
         ctx.save_for_backward(maps, bias, mask, weights)
+        ctx.set_materialize_grads(False)
         ctx.arguments = (window_size, scale)
-        return out
+        return out, maps
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, grad_maps):
+        if grad is None:
+            return grad_maps, None, None, None, None
         maps, bias, mask, weights = ctx.saved_tensors
         window_size, scale = ctx.arguments
         needed = ctx.needs_input_grad[:2]
@@ -191,30 +198,34 @@ class _WindowAttention(torch.autograd.Function):
             inputs = [t for t, need in zip((maps, bias), needed, strict=True) if need]
             out, _ = _compose(maps, bias, mask, window_size, scale)
             gradients = torch.autograd.grad(out, inputs, grad, create_graph=True)
-            return *spread(gradients, needed), None, None, None
-        query, key, value = _cut(maps, window_size)
+            of_maps, of_bias = spread(gradients, needed)
+            if grad_maps is not None and of_maps is not None:
+                of_maps = of_maps + grad_maps
+            return of_maps, of_bias, None, None, None
         rows, cols = window_size
         grid = (maps.size(4) // rows, rows, maps.size(5) // cols, cols)
         heads = grad.unflatten(3, (maps.size(3), -1)).unflatten(2, grid[2:])
         heads = heads.unflatten(1, grid[:2]).permute(0, 1, 3, 5, 2, 4, 6)
         grad = heads.reshape(len(weights), rows * cols, -1).to(weights.dtype)
         with torch.autocast('cpu', enabled=False):
-            of_weights = torch.bmm(grad, value)
+            of_weights = torch.bmm(grad, _cut(maps, VALUE, window_size).mT)
             of_logits = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            del of_weights
             of_bias = of_maps = None
             if needed[1]:
                 of_bias = of_logits.view(-1, *bias.shape).sum(0).to(bias.dtype)
             if needed[0]:
                 of_logits.mul_(scale)
-                of_maps = torch.empty_like(maps, memory_format=torch.contiguous_format)
+                of_maps = gradient_to_add_to(maps, grad_maps)
                 targets = _windows(of_maps, window_size)
-                parts = (
-                    (key, of_logits.transpose(1, 2)),
-                    (query, of_logits),
-                    (grad.transpose(1, 2), weights),
-                )
-                for target, (left, right) in zip(targets, parts, strict=True):
-                    target.copy_(torch.bmm(left, right).view(target.shape))
+
+                def add(part: int, gradient: Tensor) -> None:
+                    targets[part].add_(gradient.view(targets.shape[1:]))
+
+                # One after the other, as each needs memory of a map or two.
+                add(VALUE, torch.bmm(grad.mT, weights))
+                add(QUERY, torch.bmm(_cut(maps, KEY, window_size).mT, of_logits.mT))
+                add(KEY, torch.bmm(_cut(maps, QUERY, window_size).mT, of_logits))
         return of_maps, of_bias, None, None, None
 
 
@@ -222,22 +233,17 @@ def _compose(
     maps: Tensor, bias: Tensor, mask: Tensor | None, window_size: tuple[int, int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """As :func:`_window_attention`, of products and softmax; also the weights (windows, L, L)."""
-    query, key, value = _cut(maps, window_size)
-    logits = torch.bmm(query.transpose(1, 2), key)
+    query, key, value = (_cut(maps, part, window_size) for part in (QUERY, KEY, VALUE))
+    logits = torch.bmm(query, key.mT)
     added = _with_mask(bias, mask).to(logits.dtype)
     logits = torch.add(added, logits.view(-1, *added.shape), alpha=scale)
     weights = logits.softmax(-1).flatten(0, 1)
-    out = torch.bmm(weights, value.transpose(1, 2)).to(maps.dtype)
+    out = torch.bmm(weights, value).to(maps.dtype)
     return _image(out, maps, window_size), weights
 
 
-def _cut(maps: Tensor, window_size: tuple[int, int]) -> list[Tensor]:
-    """Query, key and value of all windows and heads, each (windows, d, L), at least float32.
-
-    Pixels stay innermost: that is the cheaper way to cut, and a product takes either order.
-    """
+def _cut(maps: Tensor, part: int, window_size: tuple[int, int]) -> Tensor:
+    """Query, key or value of all windows and heads, (windows, L, d), at least float32."""
     dtype = torch.promote_types(maps.dtype, torch.float32)
-    return [
-        part.reshape(-1, maps.size(1), window_size[0] * window_size[1]).to(dtype)
-        for part in _windows(maps, window_size)
-    ]
+    windows = _windows(maps, window_size)[part].movedim(4, -1)
+    return windows.reshape(-1, window_size[0] * window_size[1], maps.size(1)).to(dtype)

@@ -16,6 +16,12 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
+def takes_own_formulas(tensor: Tensor) -> bool:
+    """May autograd functions of ours, made for training on CPUs, compute with ``tensor``?"""
+    trains = tensor.device.type == 'cpu' and torch.is_grad_enabled() and tensor.numel() > 0
+    return trains and not torch.compiler.is_compiling() and not transformed()
+
+
 def refuse_second_order(backward: str, operator: str, backend: str) -> None:
     """Make the gradients that a custom operator computes raise where they are differentiated.
 

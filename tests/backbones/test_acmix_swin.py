@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -124,7 +125,21 @@ def test_shift_mask():
                     (top + p // window + shift >= height, left + p % window + shift >= width)
                     for p in (i, j)
                 ]
-                assert row[i, j] == (0 if wrapped[0] == wrapped[1] else -100)
+                assert row[i, j] == (0 if wrapped[0] == wrapped[1] else -math.inf)
+
+
+def test_mask_leaves_no_subnormal_weights():
+    """With -100, as in Swin, they are there, and a processor computes slowly with them."""
+    module, tiny = ShiftWindowACmix(ShiftWindowMSA(12, 3, 7, 3), {}, True), 2.0**-126
+    x, subnormal = torch.randn(1, 196, 12), []
+
+    def pack(tensor):
+        subnormal.append(((tensor != 0) & (tensor.abs() < tiny)).any().item())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x, (14, 14))
+    assert not any(subnormal)
 
 
 def test_conv_on_shifted():

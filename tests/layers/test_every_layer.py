@@ -132,6 +132,20 @@ def test_backward_under_another_autocast(name, forward_in_autocast):
     assert all(g.dtype == torch.float32 for g in results[1])
 
 
+@every_layer
+def test_differentiated_twice_from_one_graph(name):
+    """What the backward pass computes in place is nothing that a second one needs."""
+    layer = LAYERS[name]()
+    x, *rest = arguments(name, layer)
+    leaves = (x, *layer.parameters())
+    out = layer(x, *rest)
+    grad = torch.randn_like(out)
+    kept = grad.clone()
+    first = [g.clone() for g in torch.autograd.grad(out, leaves, grad, retain_graph=True)]
+    torch.testing.assert_close(torch.autograd.grad(out, leaves, grad), tuple(first))
+    assert torch.equal(grad, kept)
+
+
 @pytest.mark.parametrize('name', [n for n in LAYERS if 'SpatialReduction' not in n])  # no tokens
 def test_channels_last_changes_nothing(name):
     layer = LAYERS[name]().double()

@@ -145,6 +145,15 @@ def test_second_order_gradients(sr_ratio):
     torch.autograd.gradgradcheck(lambda x: module(x, (4, 5)), x)
 
 
+@pytest.mark.parametrize('batch', [1, 2])
+def test_gradients_of_one_pixel(batch):
+    """Where maps are tokens and planes at once."""
+    module = build()
+    x = torch.randn(batch, 1, 8, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *module.parameters())
+    torch.autograd.gradcheck(lambda x, *parameters: module(x, (1, 1)), leaves)
+
+
 @pytest.mark.parametrize('sr_ratio', [1, 4])
 def test_saves_no_more_than_the_plain_operator(sr_ratio):
     attention = SpatialReductionAttention(32, 2, sr_ratio=sr_ratio)

@@ -83,7 +83,7 @@ class Swin:
                 shift = block.attn.shift_size
                 if shift and side > window:
                     mask = shift_mask(side, side, window, shift, torch.empty(0))
-                    release[f'layers.{i}.blocks.{j}.attn_mask'] = mask
+                    release[f'layers.{i}.blocks.{j}.attn_mask'] = mask.clamp(min=-100)
         return release
 
     @staticmethod
