@@ -28,7 +28,7 @@ from .group_conv import group_conv
 from .local_attention import local_attention
 
 # Of projected maps at a time, on the CPU: a share of its last-level cache.
-STRIP_BYTES = 8 << 20
+STRIP_BYTES = 12 << 20
 
 
 def fused_acmix(
@@ -228,8 +228,9 @@ def _projected_strips(
     """Strips, their projected maps (B, 3 C, h, W), and room for the gradients of these.
 
     The latter where ``sum_dtype`` is given: up to row ``fresh``, they are what the strips before
-    have summed up. All is overwritten when the next strip is asked for. Maps lack their bias, which
-    whoever reads them adds: a pass over them less.
+    have summed up. All is overwritten when the next strip is asked for, which takes over the rows
+    that it sees again: to move them is cheaper than to project them anew. Maps lack their bias,
+    which whoever reads them adds: a pass over them less.
     """
     reach = max(attn_kernel_size, kernel.size(-1)) // 2 * dilation
     strips = _strips(x, weight.size(0), reach, stride)
@@ -244,17 +245,18 @@ def _projected_strips(
 
     maps, sums = room(x.dtype), None if sum_dtype is None else room(sum_dtype)
     for strip in strips:
-        part = x[strip.images, :, strip.first : strip.last]
-        count, height = part.size(0), part.size(2)
+        part = x[strip.images, :, strip.fresh : strip.last]
+        count, height = part.size(0), strip.last - strip.first
         projected = maps[:count, :, :height]
-        for source, target in zip(
-            _matrices(part, merged), _matrices(projected, merged), strict=True
-        ):
+        fresh = projected[:, :, strip.fresh - strip.first :]
+        for source, target in zip(_matrices(part, merged), _matrices(fresh, merged), strict=True):
             torch.mm(weight.flatten(1), source, out=target)
         yield strip, projected, None if sums is None else sums[:count, :, :height]
-        if sums is not None and strip.done < strip.last:
-            kept = strip.last - strip.done
-            sums[:, :, :kept] = sums[:, :, height - kept : height]
+        kept = strip.last - strip.done
+        if kept > 0:
+            for held in (maps,) if sums is None else (maps, sums):
+                rows = held[:, :, height - kept : height]
+                held[:, :, :kept] = rows.clone() if 2 * kept > height else rows
 
 
 def _merged(x: Tensor) -> bool:
