@@ -153,18 +153,17 @@ class ACmix(MixedOperator):
         if self.deployed:
             return {'weight': self.weight, 'weight_bias': self.weight_bias, 'slopes': self.slopes}
         projections = (self.conv1, self.conv2, self.conv3)
-        weight = torch.stack([p['weight'] for p in projections]).flatten(2)
+        weights = [p['weight'].flatten(1) for p in projections]
         if self.groups > 1:
             # One dense product is faster than three products of groups, whose channels are few.
-            blocks = weight.unflatten(1, (self.groups, -1))
-            weight = torch.stack([torch.block_diag(*block) for block in blocks])
-        bias = torch.stack([p['bias'] for p in projections])
-        layout = (self.num_heads, self.head_dim)
+            weights = [torch.block_diag(*weight.chunk(self.groups)) for weight in weights]
+        weight, bias = (
+            torch.stack([p.unflatten(0, (self.num_heads, -1)).transpose(0, 1) for p in parts], 1)
+            for parts in (weights, [p['bias'] for p in projections])
+        )
         return {
-            'weight': weight.unflatten(1, layout)
-            .permute(2, 0, 1, 3)
-            .flatten(0, 2)[..., None, None],
-            'weight_bias': bias.unflatten(1, layout).permute(2, 0, 1).flatten(),
+            'weight': weight.flatten(0, 2)[..., None, None],
+            'weight_bias': bias.flatten(),
             'slopes': self.conv_p['weight'].flatten(1) if self.with_attention else None,
         }
 

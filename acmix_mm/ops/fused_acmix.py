@@ -29,7 +29,7 @@ from .group_conv import group_conv
 from .local_attention import local_attention
 
 # Of projected maps at a time, on the CPU: a share of its last-level cache.
-STRIP_BYTES = 8 << 20
+STRIP_BYTES = 12 << 20
 
 
 def fused_acmix(
@@ -199,7 +199,7 @@ def _strips(x: Tensor, channels: int, reach: int, stride: int) -> list[_Strip]:
     batch, _, height, width = x.shape
     rows = STRIP_BYTES // max(channels * width * _sum_dtype(x).itemsize, 1)
     outputs = (height - 1) // stride + 1
-    if rows >= height or height <= 6 * reach:
+    if rows >= height or height <= 6 * reach or _merged(x):
         images = max(rows // height, 1)
         return [
             _Strip(slice(i, i + images), 0, outputs, 0, height, 0, height)
@@ -229,7 +229,8 @@ def _projected_strips(
     """Strips, their projected maps (B, 3 C, h, W), and room for the gradients of these.
 
     The latter where ``backward``: up to row ``fresh``, they are what the strips before have summed
-    up. All is of the dtype of ``weight``, and overwritten when the next strip is asked for. Maps
+    up. All is of the dtype of ``weight``, and overwritten when the next strip is asked for, which
+    takes over the rows that it sees again: to move them is cheaper than to project them anew. Maps
     lack their bias, which whoever reads them adds: a pass over them less.
     """
     reach = max(attn_kernel_size, kernel.size(-1)) // 2 * dilation
@@ -246,19 +247,20 @@ def _projected_strips(
     maps, sums = room(), room() if backward else None
     factor = weight.flatten(1).to(_product_dtype(x.dtype))
     for strip in strips:
-        part = x[strip.images, :, strip.first : strip.last].to(factor.dtype)
-        count, height = part.size(0), part.size(2)
+        part = x[strip.images, :, strip.fresh : strip.last].to(factor.dtype)
+        count, height = part.size(0), strip.last - strip.first
         projected = maps[:count, :, :height]
-        for source, target in zip(
-            _matrices(part, merged), _matrices(projected, merged), strict=True
-        ):
+        fresh = projected[:, :, strip.fresh - strip.first :]
+        for source, target in zip(_matrices(part, merged), _matrices(fresh, merged), strict=True):
             product = _room_for(target, factor.dtype)
             torch.mm(factor, source, out=product)
             target.copy_(product)
         yield strip, projected, None if sums is None else sums[:count, :, :height]
-        if sums is not None and strip.done < strip.last:
-            kept = strip.last - strip.done
-            sums[:, :, :kept] = sums[:, :, height - kept : height]
+        kept = strip.last - strip.done
+        if kept > 0:
+            for held in (maps,) if sums is None else (maps, sums):
+                rows = held[:, :, height - kept : height]
+                held[:, :, :kept] = rows.clone() if 2 * kept > height else rows
 
 
 def _merged(x: Tensor) -> bool:

@@ -154,6 +154,25 @@ def test_bfloat16_products_by_processor():
 
 
 @needs_native
+@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 4), (3, 2)])
+def test_rows_are_projected_once(stride, dilation, monkeypatch):
+    """A strip takes over the rows that it shares with the one before."""
+    monkeypatch.setattr(MODULE, 'STRIP_BYTES', 1)
+    tensors = arguments(torch.float32, stride, (90, 11))
+    pixels = []
+
+    def mm(left, right, out):
+        pixels.append(right.size(1))
+        return torch.addmm(out, left, right, beta=0, out=out)
+
+    monkeypatch.setattr(torch, 'mm', mm)
+    with torch.no_grad():
+        fused_acmix(*tensors, HEADS, 5, stride, dilation, backend='native')
+    assert len(pixels) > 4
+    assert sum(pixels) == 2 * 90 * 11
+
+
+@needs_native
 @pytest.mark.parametrize('needed', [[0], [1], [2], [3], [4], [5], [6], [3, 6], [0, 4]])
 def test_needed_gradients_of_strips(needed, monkeypatch):
     monkeypatch.setattr(MODULE, 'STRIP_BYTES', 1)

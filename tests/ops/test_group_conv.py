@@ -77,8 +77,8 @@ def test_equals_conv2d(channels, kernel_size, size, stride, dilation, layout, us
     check([input, weight, bias if use_bias else None], (stride, dilation, channels[1]), tolerance)
 
 
-# (batch, groups, inputs, outputs, kernel_size, size), (stride, dilation): several blocks of rows,
-# several chunks of sums, every width of register tiles.
+# (batch, groups, inputs, outputs, kernel_size, size), (stride, dilation): several blocks of rows
+# and of columns, several chunks of sums, every width of register tiles.
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ('shape', 'stride', 'dilation'),
@@ -89,6 +89,8 @@ def test_equals_conv2d(channels, kernel_size, size, stride, dilation, layout, us
         ((8, 3, 9, 3, 3, (7, 7)), 1, 1),
         ((3, 1, 2, 2, 5, (70, 140)), 3, 2),
         ((2, 5, 1, 1, 3, (40, 31)), 1, 1),
+        ((1, 2, 3, 2, 5, (9, 200)), 1, 9),
+        ((1, 1, 2, 3, 3, (5, 181)), 3, 4),
         ((1, 2, 4, 10, 1, (9, 33)), 2, 1),
         ((1, 1, 3, 5, 3, (4, 6)), 7, 1),
         ((1, 1, 3, 5, 3, (4, 6)), 1, 50),
@@ -149,9 +151,10 @@ def test_repeats_bit_for_bit(size):
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
-def test_other_pixels_do_not_leak():
+@pytest.mark.parametrize('width', [8, 70])
+def test_other_pixels_do_not_leak(width):
     """An infinite pixel of one sample and group reaches its neighbours only."""
-    input, weight, _ = make(2, 2, 3, 2, 3, (9, 8), torch.float32)
+    input, weight, _ = make(2, 2, 3, 2, 3, (9, width), torch.float32)
     with torch.no_grad():
         input[0, 0, 4, 7] = torch.inf
     out = native_backend.group_conv(input, weight, None, 1, 1, 2)
