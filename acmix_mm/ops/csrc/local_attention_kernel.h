@@ -81,7 +81,6 @@ struct Scratch {
   T* lse;                      // by query of a group
   T* columns;                  // column coordinate of every packed key
   T *weights, *grad_logits;    // by offset and query of a group
-  T* sums;                     // by query row of a group, channel and lane
   T** key_rows;                // rows of the group at hand, in the rings
   T** value_rows;
   T** grad_key_rows;
@@ -101,7 +100,6 @@ struct Scratch {
     scratch.value_rows = arena.take<T*>(plan.ring_rows);
     scratch.taps = arena.take<const T*>(plan.ring_rows * plan.cols.kernel);
     scratch.columns = arena.take<T>(plan.slots * plan.slot_pitch);
-    scratch.sums = arena.take<T>(kMaxRows * plan.dim * Simd<T>::lanes);
     if (!backward) {
       scratch.weights = arena.take<T>(plan.group_rows * offsets * Simd<T>::lanes);
       return scratch;
@@ -192,30 +190,26 @@ void fill_columns(const Plan& plan, T* columns) {
   }
 }
 
-// to[i] = from[i * step] - (slope * x[i] + offset).
+// to[i] = from[i * step] for i < count, which is 0 or at least a vector.
 template <typename S, typename T>
-INLINE void copy_less(const S* __restrict from, int64_t step, int64_t count, T slope, T offset,
-                      const T* __restrict x, T* __restrict to) {
+INLINE void copy(const S* __restrict from, int64_t step, int64_t count, T* __restrict to) {
   constexpr int64_t lanes = Simd<T>::lanes;
-  if (step == 1 && count >= lanes) {
+  if (step == 1 && count > 0) {
     // Vectors may overlap: all but the first and the last are aligned, since stores across cache
     // lines are slow.
-    const auto copy = [&](int64_t i) {
-      store<T>(to + i, read<S, T>(from + i, lanes) - (slope * load(x + i) + offset));
-    };
-    copy(0);
+    store<T>(to, read<S, T>(from, lanes));
     const int64_t misaligned = reinterpret_cast<uintptr_t>(to) / sizeof(T) % lanes;
     for (int64_t i = lanes - misaligned; i < count - lanes; i += lanes) {
-      copy(i);
+      store<T>(to + i, read<S, T>(from + i, lanes));
     }
-    copy(count - lanes);
+    store<T>(to + count - lanes, read<S, T>(from + count - lanes, lanes));
   } else if (step == 2) {
     for (int64_t i = 0; i < count; ++i) {
-      to[i] = static_cast<T>(from[2 * i]) - (slope * x[i] + offset);
+      to[i] = static_cast<T>(from[2 * i]);
     }
   } else {
     for (int64_t i = 0; i < count; ++i) {
-      to[i] = static_cast<T>(from[i * step]) - (slope * x[i] + offset);
+      to[i] = static_cast<T>(from[i * step]);
     }
   }
 }
@@ -229,25 +223,25 @@ void pack_key(const Plan& plan, const Map& map, const void* slopes, int64_t plan
   const int64_t step = map.strides[4];
   const T y = static_cast<T>(coordinate(row, plan.rows.size));
   for (int64_t c = 0; c < plan.dim; ++c, from += map.strides[2], to += plan.key_pitch) {
-    T slope = 0, offset = 0;
-    if (slopes != nullptr) {
-      slope = static_cast<const T*>(slopes)[2 * c];
-      offset = static_cast<const T*>(slopes)[2 * c + 1] * y;
-    }
     for (int64_t slot = 0; slot < plan.slots; ++slot) {
       const int64_t* source = plan.source.data() + slot * plan.slot_length;
       const Span inside = plan.inside.data()[slot];
-      const T* x = columns + slot * plan.slot_pitch;
       T* keys = to + slot * plan.slot_pitch;
-      const auto reflect = [&](int64_t begin, int64_t end) {
-        for (int64_t z = begin; z < end; ++z) {
-          keys[z] = static_cast<T>(from[source[z] * step]) - (slope * x[z] + offset);
-        }
-      };
-      reflect(0, inside.begin);
-      copy_less(from + source[inside.begin] * step, plan.cols.stride * step,
-                inside.end - inside.begin, slope, offset, x + inside.begin, keys + inside.begin);
-      reflect(inside.end, plan.slot_length);
+      for (int64_t z = 0; z < inside.begin; ++z) {
+        keys[z] = static_cast<T>(from[source[z] * step]);
+      }
+      copy(from + source[inside.begin] * step, plan.cols.stride * step, inside.end - inside.begin,
+           keys + inside.begin);
+      for (int64_t z = inside.end; z < plan.slot_length; ++z) {
+        keys[z] = static_cast<T>(from[source[z] * step]);
+      }
+    }
+    if (slopes != nullptr) {
+      const Vec<T> slope = static_cast<const T*>(slopes)[2 * c] - Vec<T>{};
+      const Vec<T> at_row = static_cast<const T*>(slopes)[2 * c + 1] * y - Vec<T>{};
+      for (int64_t z = 0; z < plan.slots * plan.slot_pitch; z += Simd<T>::lanes) {
+        store<T>(to + z, load(to + z) - (slope * load(columns + z) + at_row));
+      }
     }
   }
 }
@@ -468,49 +462,76 @@ INLINE void add_weighted(const Plan& plan, int64_t count, Vec<T> (&sum)[kMaxRows
   }
 }
 
-// Weighted sums over the neighbourhoods of the query rows of a group, for the vector at column x:
-// channels from `channel` on, C at a time, to sums (rows, channels, lanes). The adjoint of dot_block
-// with respect to the query.
+// Weighted sums over the neighbourhoods of the query rows of a group, for the vector at column x, of
+// channels [begin, end), C at a time: to sums (rows, channels, lanes). The adjoint of dot_block with
+// respect to the query.
 template <typename T, int C = kMaxChannels>
 void sum_block(const Plan& plan, int64_t count, const T* const* keys, int64_t x, const T* weights,
-               int64_t weight_row, int64_t pitch, T* sums, int64_t channel = 0) {
+               int64_t weight_row, int64_t pitch, int64_t begin, int64_t end, T* sums) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t next_row = weight_row - plan.rows.step * plan.cols.kernel * pitch;  // dot_block's
-  for (; channel + C <= plan.dim; channel += C) {
+  for (; begin + C <= end; begin += C, sums += C * lanes) {
     Vec<T> sum[kMaxRows][C] = {};
-    const int64_t at = channel * plan.key_pitch + x;
+    const int64_t at = begin * plan.key_pitch + x;
     add_weighted<T, C>(plan, count, sum, keys, at, weights, next_row, pitch);
     UNROLL
     for (int r = 0; r < kMaxRows; ++r) {
       UNROLL
       for (int c = 0; c < C; ++c) {
-        store<T>(sums + (r * plan.dim + channel + c) * lanes, sum[r][c]);
+        store<T>(sums + (r * kMaxChannels + c) * lanes, sum[r][c]);
       }
     }
   }
   if constexpr (C > 1) {
-    if (channel < plan.dim) {
-      sum_block<T, C / 2>(plan, count, keys, x, weights, weight_row, pitch, sums, channel);
+    if (begin < end) {
+      sum_block<T, C / 2>(plan, count, keys, x, weights, weight_row, pitch, begin, end, sums);
     }
   }
 }
 
-// Sums of one query row (channels, lanes), times factor and, unless they are null, the factors of
-// channels, to or, where `add`, into column x and the following of a row of a target.
+// Rows of a target that a group of queries writes or, where `add`, adds to; null rows are left out.
 template <typename S, typename T>
-void write_sums(const Plan& plan, const T* sums, const Vec<T>& factor, const T* factors, S* to,
-                int64_t pitch, bool add, int64_t x) {
+struct TargetRows {
+  S* row[kMaxRows];
+  int64_t channel_pitch;
+  bool add;
+  const T* factors;  // by channel, or null
+};
+
+// The sums of sum_block over all channels, times factor[row], to a target.
+template <typename S, typename T>
+void write_sums(const Plan& plan, int64_t count, const T* const* keys, int64_t x, const T* weights,
+                int64_t weight_row, int64_t pitch, const Vec<T>* factor,
+                const TargetRows<S, T>& out) {
   constexpr int lanes = Simd<T>::lanes;
-  const int64_t count = plan.cols.queries - x;
-  for (int64_t c = 0; c < plan.dim; ++c, sums += lanes, to += pitch) {
-    Vec<T> result = load(sums) * factor;
-    if (factors != nullptr) {
-      result *= factors[c];
+  T sums[kMaxRows * kMaxChannels * lanes] __attribute__((aligned(64)));
+  for (int64_t begin = 0; begin < plan.dim; begin += kMaxChannels) {
+    const int64_t end = std::min<int64_t>(begin + kMaxChannels, plan.dim);
+    const auto place = [&](int64_t row, int64_t channel) {
+      return out.row[row] + channel * out.channel_pitch + x;
+    };
+    if (out.add) {
+      // There is time until the sums are there.
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t c = begin; c < end && out.row[r] != nullptr; ++c) {
+          __builtin_prefetch(place(r, c) + lanes - 1, 1);
+        }
+      }
     }
-    if (add) {
-      result += read<S, T>(to + x, count);
+    sum_block<T>(plan, count, keys, x, weights, weight_row, pitch, begin, end, sums);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = sums + r * kMaxChannels * lanes;
+      for (int64_t c = begin; c < end && out.row[r] != nullptr; ++c, from += lanes) {
+        Vec<T> result = load(from) * factor[r];
+        if (out.factors != nullptr) {
+          result *= out.factors[c];
+        }
+        if (out.add) {
+          result += read<S, T>(place(r, c), plan.cols.queries - x);
+        }
+        write<S, T>(place(r, c), result, plan.cols.queries - x);
+      }
     }
-    write<S, T>(to + x, result, count);
   }
 }
 
@@ -551,16 +572,16 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
   constexpr int lanes = Simd<T>::lanes;
   const int64_t offsets = plan.rows.kernel * plan.cols.kernel;
   const T* factors = static_cast<const T*>(args.factor);
-  if (factors != nullptr) {
-    factors += plane % plan.heads * plan.dim;
-  }
-  S* out[kMaxRows];
+  TargetRows<S, T> out{{},
+                       args.output.strides[2],
+                       args.output.add,
+                       factors ? factors + plane % plan.heads * plan.dim : nullptr};
   T* lse[kMaxRows];
   for (int64_t r = 0; r < group.count; ++r) {
     const int64_t y = plan.query_row(group, r);
     pack_query<S, T>(plan, args.query, args.query_bias, plane, y, static_cast<T>(plan.scale),
                      scratch.query + r * plan.dim * plan.query_pitch);
-    out[r] = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
+    out.row[r] = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
     lse[r] = plane_of<T>(args.lse, plan, plane) + y * args.lse.strides[3];
   }
   list_taps(plan, scratch.value_rows, scratch.taps);
@@ -574,12 +595,8 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
       factor[r] = T(1) / total;
       write<T, T>(lse[r] + x, maximum + vector_log(total), plan.cols.queries - x);
     }
-    sum_block<T>(plan, group.count, scratch.taps, x, scratch.weights, offsets * lanes, lanes,
-                 scratch.sums);
-    for (int64_t r = 0; r < group.count; ++r) {
-      write_sums<S, T>(plan, scratch.sums + r * plan.dim * lanes, factor[r], factors, out[r],
-                       args.output.strides[2], args.output.add, x);
-    }
+    write_sums<S, T>(plan, group.count, scratch.taps, x, scratch.weights, offsets * lanes, lanes,
+                     factor, out);
   }
 }
 
@@ -775,13 +792,15 @@ INLINE Vec<T> differentiate(const Plan& plan, int64_t x, int64_t row, T factor,
 
 template <typename S, typename T, bool unit>
 void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t task,
-                    const Group& group, S* const* grad_query, const Scratch<T>& scratch) {
+                    const Group& group, const TargetRows<S, T>& grad_query,
+                    const Scratch<T>& scratch) {
   constexpr int lanes = Simd<T>::lanes;
   const int64_t weight_row = plan.rows.kernel * plan.cols.kernel * plan.query_pitch;
   for (int64_t r = 0; r < group.count; ++r) {
     pack_row_gradient<S, T>(plan, args, plane, plan.query_row(group, r), r, scratch);
   }
-  const Vec<T> scale = static_cast<T>(plan.scale) - Vec<T>{};
+  Vec<T> factor[kMaxRows];
+  std::fill_n(factor, kMaxRows, static_cast<T>(plan.scale) - Vec<T>{});
   list_taps(plan, scratch.key_rows, scratch.taps);
   for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
     T* weights = scratch.weights + plan.margin + x;
@@ -792,21 +811,15 @@ void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, i
                        weight_row, plan.query_pitch);
     for (int64_t r = 0; r < group.count; ++r) {
       const Vec<T> total = differentiate(plan, x, r, static_cast<T>(args.factor), scratch);
-      if (grad_query[r] != nullptr) {
+      if (grad_query.row[r] != nullptr) {
         const int64_t valid = std::min<int64_t>(lanes, plan.cols.queries - x);
         for (int64_t i = 0; i < valid; ++i) {
           args.factor_sums[task] += total[i];
         }
       }
     }
-    sum_block<T>(plan, group.count, scratch.taps, x, grad_logits, weight_row, plan.query_pitch,
-                 scratch.sums);
-    for (int64_t r = 0; r < group.count; ++r) {
-      if (grad_query[r] != nullptr) {
-        write_sums<S, T>(plan, scratch.sums + r * plan.dim * lanes, scale, nullptr, grad_query[r],
-                         args.grad_query.strides[2], args.grad_query.add, x);
-      }
-    }
+    write_sums<S, T>(plan, group.count, scratch.taps, x, grad_logits, weight_row, plan.query_pitch,
+                     factor, grad_query);
   }
   for (int64_t r = 0; r < group.count; ++r) {
     scatter(plan, r, scratch);
@@ -851,11 +864,11 @@ void backward(const Plan& plan, const BackwardArgs& args, int64_t plane, int64_t
       scratch.grad_value_rows[u] = scratch.grad_values + place;
     }
     grads = keys;
-    S* out[kMaxRows] = {};
+    TargetRows<S, T> out{{}, args.grad_query.strides[2], args.grad_query.add, nullptr};
     for (int64_t r = 0; r < group.count; ++r) {
       const int64_t y = plan.query_row(group, r);
       if (begin <= y * plan.rows.stride && y * plan.rows.stride < end) {
-        out[r] = plane_of<S>(args.grad_query, plan, plane) + y * args.grad_query.strides[3];
+        out.row[r] = plane_of<S>(args.grad_query, plan, plane) + y * args.grad_query.strides[3];
       }
     }
     if (plan.unit) {

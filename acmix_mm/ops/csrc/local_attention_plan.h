@@ -74,7 +74,7 @@ struct Plan {
   std::vector<int64_t> slot, shift;  // by offset: its slot, and where query 0 sees its key there
   std::vector<int64_t> offset;       // both in one: slot * slot_pitch + shift
   std::vector<int64_t> source;       // by slot and key: column of the map
-  std::vector<Span> inside;          // by slot: keys that are no reflections
+  std::vector<Span> inside;          // by slot: its keys that are no reflections, if many
 
   // Of query rows [begin, end).
   Plan(int64_t planes_, int64_t heads_, int64_t dim_, double scale_, const Axis& rows_,
@@ -127,7 +127,8 @@ struct Plan {
       const int64_t before = cols.before - residue;
       const int64_t begin = std::max<int64_t>(before + cols.stride - 1, 0) / cols.stride;
       const int64_t end = std::min((before + cols.size - 1) / cols.stride + 1, slot_length);
-      inside.push_back(begin < end ? Span{begin, end} : Span{0, 0});
+      // Of short rows all keys may be gathered as well.
+      inside.push_back(end - begin >= lanes ? Span{begin, end} : Span{0, 0});
     }
   }
 
