@@ -279,31 +279,45 @@ template <typename T>
 void unpack_key(const Plan& plan, const T* from, int64_t plane, int64_t row, T factor,
                 const Target& target) {
   const int64_t stride = plan.cols.stride;
-  T* to = plane_of<T>(target, plan, plane) + row * target.strides[3];
+  const int64_t* source = plan.source.data();
+  const Span* inside = plan.inside.data();
+  const int64_t length = plan.slot_length;
+  // With stride 2, columns 2 i and 2 i + 1 lie in two slots; together they are adjacent.
+  int64_t pairs = 0, even = 0, odd = 0;
+  if (stride == 2 && plan.slots == 2) {
+    const int64_t first[2] = {source[inside[0].begin], source[length + inside[1].begin]};
+    even = first[0] < first[1] ? 0 : 1;
+    odd = 1 - even;
+    if (first[even] == 0 && first[odd] == 1) {
+      pairs = std::min(inside[0].end - inside[0].begin, inside[1].end - inside[1].begin);
+    }
+    even = even * plan.slot_pitch + inside[even].begin;
+    odd = odd * plan.slot_pitch + inside[odd].begin;
+  }
+  T* __restrict to = plane_of<T>(target, plan, plane) + row * target.strides[3];
   for (int64_t c = 0; c < plan.dim; ++c, from += plan.key_pitch, to += target.strides[2]) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      to[2 * i] += factor * from[even + i];
+      to[2 * i + 1] += factor * from[odd + i];
+    }
     for (int64_t slot = 0; slot < plan.slots; ++slot) {
-      const int64_t* source = plan.source.data() + slot * plan.slot_length;
-      const Span inside = plan.inside.data()[slot];
+      const int64_t* column = source + slot * length;
       const T* keys = from + slot * plan.slot_pitch;
-      const auto reflect = [&](int64_t begin, int64_t end) {
-        for (int64_t z = begin; z < end; ++z) {
-          to[source[z]] += factor * keys[z];
-        }
-      };
-      T* __restrict first = to + source[inside.begin];
-      const T* __restrict key = keys + inside.begin;
-      const int64_t count = inside.end - inside.begin;
+      const Span span = inside[slot];
+      int64_t z = 0;
+      for (; z < span.begin; ++z) {
+        to[column[z]] += factor * keys[z];
+      }
+      z += pairs;
       if (stride == 1) {
-        for (int64_t i = 0; i < count; ++i) {
-          first[i] += factor * key[i];
-        }
-      } else {
-        for (int64_t i = 0; i < count; ++i) {
-          first[i * stride] += factor * key[i];
+        T* __restrict first = to + column[span.begin] - span.begin;
+        for (; z < span.end; ++z) {
+          first[z] += factor * keys[z];
         }
       }
-      reflect(0, inside.begin);
-      reflect(inside.end, plan.slot_length);
+      for (; z < length; ++z) {
+        to[column[z]] += factor * keys[z];
+      }
     }
   }
 }
