@@ -439,8 +439,8 @@ void dot_block(const Plan& plan, int64_t count, const T* query, T* const* rows, 
   }
 }
 
-// Adds weighted keys to the sums of C channels: first the keys, from the n-th of the group's on, that
-// query rows R0 to R1 - 1 of the group see, then, as rows come and go, the others.
+// Adds weighted keys to the sums of C channels: first the keys, from the n-th of the group's on,
+// that query rows R0 to R1 - 1 of the group see, then, as rows come and go, the others.
 template <typename T, int C, int R0 = 0, int R1 = 1>
 INLINE void add_weighted(const Plan& plan, int64_t count, Vec<T> (&sum)[kMaxRows][C],
                          const T* const* keys, int64_t at, const T* weights, int64_t weight_row,
@@ -476,9 +476,9 @@ INLINE void add_weighted(const Plan& plan, int64_t count, Vec<T> (&sum)[kMaxRows
   }
 }
 
-// Weighted sums over the neighbourhoods of the query rows of a group, for the vector at column x, of
-// channels [begin, end), C at a time: to sums (rows, channels, lanes). The adjoint of dot_block with
-// respect to the query.
+// Weighted sums over the neighbourhoods of the query rows of a group, for the vector at column x,
+// of channels [begin, end), C at a time: to sums (rows, kMaxChannels, lanes). The adjoint of
+// dot_block with respect to the query.
 template <typename T, int C = kMaxChannels>
 void sum_block(const Plan& plan, int64_t count, const T* const* keys, int64_t x, const T* weights,
                int64_t weight_row, int64_t pitch, int64_t begin, int64_t end, T* sums) {
