@@ -85,7 +85,8 @@ struct Scratch {
   T** value_rows;
   T** grad_key_rows;
   T** grad_value_rows;
-  int64_t* taps;
+  const T** taps;  // every key of query 0 of the group at hand, row by row
+  int64_t* reached;
 
   static Scratch lay_out(Arena& arena, const Plan& plan, bool backward) {
     Scratch scratch;
@@ -97,6 +98,7 @@ struct Scratch {
     scratch.query = arena.take<T>(rows * plan.dim);
     scratch.key_rows = arena.take<T*>(plan.ring_rows);
     scratch.value_rows = arena.take<T*>(plan.ring_rows);
+    scratch.taps = arena.take<const T*>(plan.ring_rows * plan.cols.kernel);
     scratch.columns = arena.take<T>(plan.slots * plan.slot_pitch);
     if (!backward) {
       scratch.weights = arena.take<T>(plan.group_rows * offsets * Simd<T>::lanes);
@@ -110,7 +112,7 @@ struct Scratch {
     scratch.grad_logits = arena.take<T>(rows * offsets);
     scratch.grad_key_rows = arena.take<T*>(plan.ring_rows);
     scratch.grad_value_rows = arena.take<T*>(plan.ring_rows);
-    scratch.taps = arena.take<int64_t>(plan.cols.kernel);
+    scratch.reached = arena.take<int64_t>(plan.cols.kernel);
     return scratch;
   }
 };
@@ -132,6 +134,26 @@ template <typename S>
 INLINE S* plane_of(const Target& target, const Plan& plan, int64_t plane) {
   return static_cast<S*>(target.data) + plane / plan.heads * target.strides[0] +
          plane % plan.heads * target.strides[1];
+}
+
+template <typename S, typename T>
+INLINE Vec<T> read(const S* from, int64_t count) {
+  Vec<T> value = {};
+  if constexpr (std::is_same_v<S, T>) {
+    if (count >= Simd<T>::lanes) {
+      return load(from);
+    }
+  }
+  if (count >= Simd<T>::lanes) {
+    for (int i = 0; i < Simd<T>::lanes; ++i) {
+      value[i] = static_cast<T>(from[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      value[i] = static_cast<T>(from[i]);
+    }
+  }
+  return value;
 }
 
 // One query row of every channel, plus bias (N, d) where it is not null -> packed row, times factor.
@@ -158,36 +180,6 @@ void pack_query(const Plan& plan, const Map& map, const void* bias, int64_t plan
   }
 }
 
-// One key row of every channel -> packed row with reflected borders.
-template <typename S, typename T>
-void pack_key(const Plan& plan, const Map& map, int64_t plane, int64_t row, T* to) {
-  const S* from = plane_of<S>(map, plan, plane) + row * map.strides[3];
-  const int64_t step = map.strides[4];
-  const int64_t* source = plan.source.data();
-  const int64_t length = plan.slot_length;
-  for (int64_t c = 0; c < plan.dim; ++c, from += map.strides[2], to += plan.key_pitch) {
-    if (plan.cols.stride == 1 && step == 1) {
-      const int64_t before = plan.cols.before;
-      const int64_t size = plan.cols.size;
-      for (int64_t z = 0; z < before; ++z) {
-        to[z] = static_cast<T>(from[source[z]]);
-      }
-      for (int64_t x = 0; x < size; ++x) {
-        to[before + x] = static_cast<T>(from[x]);
-      }
-      for (int64_t z = before + size; z < length; ++z) {
-        to[z] = static_cast<T>(from[source[z]]);
-      }
-      continue;
-    }
-    for (int64_t slot = 0; slot < plan.slots; ++slot) {
-      for (int64_t z = 0; z < length; ++z) {
-        to[slot * plan.slot_pitch + z] = static_cast<T>(from[source[slot * length + z] * step]);
-      }
-    }
-  }
-}
-
 template <typename T>
 void fill_columns(const Plan& plan, T* columns) {
   for (int64_t slot = 0; slot < plan.slots; ++slot) {
@@ -198,22 +190,63 @@ void fill_columns(const Plan& plan, T* columns) {
   }
 }
 
-// Subtracts slopes . (x, y) from a packed key row.
-template <typename T>
-void subtract_positions(const Plan& plan, const T* slopes, int64_t row, const T* columns, T* to) {
+// to[i] = from[i * step] for i < count, which is 0 or at least a vector.
+template <typename S, typename T>
+INLINE void copy(const S* __restrict from, int64_t step, int64_t count, T* __restrict to) {
+  constexpr int64_t lanes = Simd<T>::lanes;
+  if (step == 1 && count > 0) {
+    // Vectors may overlap: all but the first and the last are aligned, since stores across cache
+    // lines are slow.
+    store<T>(to, read<S, T>(from, lanes));
+    const int64_t misaligned = reinterpret_cast<uintptr_t>(to) / sizeof(T) % lanes;
+    for (int64_t i = lanes - misaligned; i < count - lanes; i += lanes) {
+      store<T>(to + i, read<S, T>(from + i, lanes));
+    }
+    store<T>(to + count - lanes, read<S, T>(from + count - lanes, lanes));
+  } else if (step == 2) {
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = static_cast<T>(from[2 * i]);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = static_cast<T>(from[i * step]);
+    }
+  }
+}
+
+// One key row of every channel, less slopes . (x, y) unless they are null -> packed row with
+// reflected borders.
+template <typename S, typename T>
+void pack_key(const Plan& plan, const Map& map, const void* slopes, int64_t plane, int64_t row,
+              const T* columns, T* to) {
+  const S* from = plane_of<S>(map, plan, plane) + row * map.strides[3];
+  const int64_t step = map.strides[4];
   const T y = static_cast<T>(coordinate(row, plan.rows.size));
-  for (int64_t c = 0; c < plan.dim; ++c, to += plan.key_pitch) {
-    const T slope = slopes[2 * c];
-    const T at_row = slopes[2 * c + 1] * y;
+  for (int64_t c = 0; c < plan.dim; ++c, from += map.strides[2], to += plan.key_pitch) {
     for (int64_t slot = 0; slot < plan.slots; ++slot) {
-      for (int64_t z = slot * plan.slot_pitch; z < slot * plan.slot_pitch + plan.slot_length; ++z) {
-        to[z] -= slope * columns[z] + at_row;
+      const int64_t* source = plan.source.data() + slot * plan.slot_length;
+      const Span inside = plan.inside.data()[slot];
+      T* keys = to + slot * plan.slot_pitch;
+      for (int64_t z = 0; z < inside.begin; ++z) {
+        keys[z] = static_cast<T>(from[source[z] * step]);
+      }
+      copy(from + source[inside.begin] * step, plan.cols.stride * step, inside.end - inside.begin,
+           keys + inside.begin);
+      for (int64_t z = inside.end; z < plan.slot_length; ++z) {
+        keys[z] = static_cast<T>(from[source[z] * step]);
+      }
+    }
+    if (slopes != nullptr) {
+      const Vec<T> slope = static_cast<const T*>(slopes)[2 * c] - Vec<T>{};
+      const Vec<T> at_row = static_cast<const T*>(slopes)[2 * c + 1] * y - Vec<T>{};
+      for (int64_t z = 0; z < plan.slots * plan.slot_pitch; z += Simd<T>::lanes) {
+        store<T>(to + z, load(to + z) - (slope * load(columns + z) + at_row));
       }
     }
   }
 }
 
-// Adjoint of subtract_positions: adds to the sums (d, 2).
+// Adjoint of the positions that pack_key subtracts: adds to the sums (d, 2).
 template <typename T>
 void sum_positions(const Plan& plan, const T* from, int64_t row, const T* columns, double* sums) {
   constexpr int lanes = Simd<T>::lanes;
@@ -245,27 +278,45 @@ void sum_positions(const Plan& plan, const T* from, int64_t row, const T* column
 template <typename T>
 void unpack_key(const Plan& plan, const T* from, int64_t plane, int64_t row, T factor,
                 const Target& target) {
-  const int64_t size = plan.cols.size;
+  const int64_t stride = plan.cols.stride;
   const int64_t* source = plan.source.data();
+  const Span* inside = plan.inside.data();
   const int64_t length = plan.slot_length;
-  T* to = plane_of<T>(target, plan, plane) + row * target.strides[3];
+  // With stride 2, columns 2 i and 2 i + 1 lie in two slots; together they are adjacent.
+  int64_t pairs = 0, even = 0, odd = 0;
+  if (stride == 2 && plan.slots == 2) {
+    const int64_t first[2] = {source[inside[0].begin], source[length + inside[1].begin]};
+    even = first[0] < first[1] ? 0 : 1;
+    odd = 1 - even;
+    if (first[even] == 0 && first[odd] == 1) {
+      pairs = std::min(inside[0].end - inside[0].begin, inside[1].end - inside[1].begin);
+    }
+    even = even * plan.slot_pitch + inside[even].begin;
+    odd = odd * plan.slot_pitch + inside[odd].begin;
+  }
+  T* __restrict to = plane_of<T>(target, plan, plane) + row * target.strides[3];
   for (int64_t c = 0; c < plan.dim; ++c, from += plan.key_pitch, to += target.strides[2]) {
-    if (plan.cols.stride == 1) {
-      const int64_t before = plan.cols.before;
-      for (int64_t x = 0; x < size; ++x) {
-        to[x] += factor * from[before + x];
-      }
-      for (int64_t z = 0; z < before; ++z) {
-        to[source[z]] += factor * from[z];
-      }
-      for (int64_t z = before + size; z < length; ++z) {
-        to[source[z]] += factor * from[z];
-      }
-      continue;
+    for (int64_t i = 0; i < pairs; ++i) {
+      to[2 * i] += factor * from[even + i];
+      to[2 * i + 1] += factor * from[odd + i];
     }
     for (int64_t slot = 0; slot < plan.slots; ++slot) {
-      for (int64_t z = 0; z < length; ++z) {
-        to[source[slot * length + z]] += factor * from[slot * plan.slot_pitch + z];
+      const int64_t* column = source + slot * length;
+      const T* keys = from + slot * plan.slot_pitch;
+      const Span span = inside[slot];
+      int64_t z = 0;
+      for (; z < span.begin; ++z) {
+        to[column[z]] += factor * keys[z];
+      }
+      z += pairs;
+      if (stride == 1) {
+        T* __restrict first = to + column[span.begin] - span.begin;
+        for (; z < span.end; ++z) {
+          first[z] += factor * keys[z];
+        }
+      }
+      for (; z < length; ++z) {
+        to[column[z]] += factor * keys[z];
       }
     }
   }
@@ -293,18 +344,24 @@ void fill_rings(const Plan& plan, const Map& key, const Map& value, const void* 
     scratch.value_rows[row - begin] = scratch.values + place;
     if (row < needed && !window.holds(plane, group.phase, row)) {
       const int64_t y = plan.rows.key(group.phase, row);
-      pack_key<S, T>(plan, key, plane, y, scratch.keys + place);
-      if (slopes != nullptr) {
-        subtract_positions(plan, static_cast<const T*>(slopes), y, scratch.columns,
-                           scratch.keys + place);
-      }
-      pack_key<S, T>(plan, value, plane, y, scratch.values + place);
+      pack_key<S, T>(plan, key, slopes, plane, y, scratch.columns, scratch.keys + place);
+      pack_key<S, T>(plan, value, nullptr, plane, y, scratch.columns, scratch.values + place);
     }
   }
   window.plane = plane;
   window.phase = group.phase;
   window.begin = begin;
   window.end = needed;
+}
+
+// Lists the keys of a group's first query, row by row.
+template <typename T>
+void list_taps(const Plan& plan, T* const* rows, const T** taps) {
+  for (int64_t u = 0; u < plan.ring_rows; ++u) {
+    for (int64_t j = 0; j < plan.cols.kernel; ++j) {
+      *taps++ = rows[u] + plan.offset.data()[j];
+    }
+  }
 }
 
 // Products of R query rows with J offsets of a key row, for one vector of queries.
@@ -382,122 +439,112 @@ void dot_block(const Plan& plan, int64_t count, const T* query, T* const* rows, 
   }
 }
 
-// Adds weighted keys to the sums of C channels: first the key rows from u on that query rows R0 to
-// R1 - 1 of the group see, then, as rows come and go, the others.
-template <typename T, bool unit, int C, int R0 = 0, int R1 = 1>
+// Adds weighted keys to the sums of C channels: first the keys, from the n-th of the group's on,
+// that query rows R0 to R1 - 1 of the group see, then, as rows come and go, the others.
+template <typename T, int C, int R0 = 0, int R1 = 1>
 INLINE void add_weighted(const Plan& plan, int64_t count, Vec<T> (&sum)[kMaxRows][C],
-                         T* const* rows, int64_t at, const T* weights, int64_t weight_row,
-                         int64_t pitch, int64_t u = 0) {
+                         const T* const* keys, int64_t at, const T* weights, int64_t weight_row,
+                         int64_t pitch, int64_t n = 0) {
   const int64_t step = plan.rows.step;
-  const int64_t taps = plan.cols.kernel;
-  const int64_t* offset = plan.offset.data();
   const bool grows = R0 == 0 && R1 < count;
-  const int64_t until = grows ? R1 * step : plan.rows.kernel + R0 * step;
-  for (; u < until; ++u) {
-    const T* from = weights + u * taps * pitch;
-    for (int64_t j = 0; j < taps; ++j, from += pitch) {
-      const T* tap = rows[u] + at + (unit ? j : offset[j]);
-      Vec<T> w[R1];
+  const int64_t until = (grows ? R1 * step : plan.rows.kernel + R0 * step) * plan.cols.kernel;
+  for (; n < until; ++n) {
+    const T* key = keys[n] + at;
+    Vec<T> w[R1];
+    UNROLL
+    for (int r = R0; r < R1; ++r) {
+      w[r] = load(weights + n * pitch + r * weight_row);
+    }
+    UNROLL
+    for (int c = 0; c < C; ++c) {
+      Vec<T> k = load(key + c * plan.key_pitch);
+      KEEP(k);
       UNROLL
       for (int r = R0; r < R1; ++r) {
-        w[r] = load(from + r * weight_row);
-      }
-      UNROLL
-      for (int c = 0; c < C; ++c) {
-        Vec<T> k = load(tap + c * plan.key_pitch);
-        KEEP(k);
-        UNROLL
-        for (int r = R0; r < R1; ++r) {
-          sum[r][c] += w[r] * k;
-        }
+        sum[r][c] += w[r] * k;
       }
     }
   }
   if constexpr (R0 == 0 && R1 < kMaxRows) {
     if (grows) {
-      add_weighted<T, unit, C, 0, R1 + 1>(plan, count, sum, rows, at, weights, weight_row, pitch,
-                                          u);
+      add_weighted<T, C, 0, R1 + 1>(plan, count, sum, keys, at, weights, weight_row, pitch, n);
       return;
     }
   }
   if constexpr (R0 + 1 < R1) {
-    add_weighted<T, unit, C, R0 + 1, R1>(plan, count, sum, rows, at, weights, weight_row, pitch,
-                                         u);
+    add_weighted<T, C, R0 + 1, R1>(plan, count, sum, keys, at, weights, weight_row, pitch, n);
   }
 }
 
-template <typename S, typename T>
-INLINE Vec<T> read(const S* from, int64_t count) {
-  Vec<T> value = {};
-  if (count >= Simd<T>::lanes) {
-    for (int i = 0; i < Simd<T>::lanes; ++i) {
-      value[i] = static_cast<T>(from[i]);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      value[i] = static_cast<T>(from[i]);
+// Weighted sums over the neighbourhoods of the query rows of a group, for the vector at column x,
+// of channels [begin, end), C at a time: to sums (rows, kMaxChannels, lanes). The adjoint of
+// dot_block with respect to the query.
+template <typename T, int C = kMaxChannels>
+void sum_block(const Plan& plan, int64_t count, const T* const* keys, int64_t x, const T* weights,
+               int64_t weight_row, int64_t pitch, int64_t begin, int64_t end, T* sums) {
+  constexpr int lanes = Simd<T>::lanes;
+  const int64_t next_row = weight_row - plan.rows.step * plan.cols.kernel * pitch;  // dot_block's
+  for (; begin + C <= end; begin += C, sums += C * lanes) {
+    Vec<T> sum[kMaxRows][C] = {};
+    const int64_t at = begin * plan.key_pitch + x;
+    add_weighted<T, C>(plan, count, sum, keys, at, weights, next_row, pitch);
+    UNROLL
+    for (int r = 0; r < kMaxRows; ++r) {
+      UNROLL
+      for (int c = 0; c < C; ++c) {
+        store<T>(sums + (r * kMaxChannels + c) * lanes, sum[r][c]);
+      }
     }
   }
-  return value;
+  if constexpr (C > 1) {
+    if (begin < end) {
+      sum_block<T, C / 2>(plan, count, keys, x, weights, weight_row, pitch, begin, end, sums);
+    }
+  }
 }
 
-// Rows of a target that a group of queries writes; null rows are left out.
+// Rows of a target that a group of queries writes or, where `add`, adds to; null rows are left out.
 template <typename S, typename T>
 struct TargetRows {
   S* row[kMaxRows];
   int64_t channel_pitch;
   bool add;
-  const T* factor;  // by channel, or null
+  const T* factors;  // by channel, or null
 };
 
-// Sums, times factor, of C channels to one row, unless it is null. The sums of that row alone are
-// passed: to choose among rows by an index, they would have to lie in memory.
-template <typename S, typename T, int C>
-INLINE void write_sums(const Plan& plan, const Vec<T> (&sum)[C], const Vec<T>& factor, int64_t x,
-                       int64_t channel, const TargetRows<S, T>& out, int64_t row) {
-  if (out.row[row] == nullptr) {
-    return;
-  }
-  UNROLL
-  for (int c = 0; c < C; ++c) {
-    Vec<T> result = sum[c] * factor;
-    S* to = out.row[row] + (channel + c) * out.channel_pitch + x;
-    if (out.factor != nullptr) {
-      result *= out.factor[channel + c];
-    }
+// The sums of sum_block over all channels, times factor[row], to a target.
+template <typename S, typename T>
+void write_sums(const Plan& plan, int64_t count, const T* const* keys, int64_t x, const T* weights,
+                int64_t weight_row, int64_t pitch, const Vec<T>* factor,
+                const TargetRows<S, T>& out) {
+  constexpr int lanes = Simd<T>::lanes;
+  T sums[kMaxRows * kMaxChannels * lanes] __attribute__((aligned(64)));
+  for (int64_t begin = 0; begin < plan.dim; begin += kMaxChannels) {
+    const int64_t end = std::min<int64_t>(begin + kMaxChannels, plan.dim);
+    const auto place = [&](int64_t row, int64_t channel) {
+      return out.row[row] + channel * out.channel_pitch + x;
+    };
     if (out.add) {
-      result += read<S, T>(to, plan.cols.queries - x);
-    }
-    write<S, T>(to, result, plan.cols.queries - x);
-  }
-}
-
-// Weighted sums over the neighbourhoods, times factor[row], for the vector at column x: channels
-// from `channel` on, C at a time, to the rows whose `out` is not null. The adjoint of dot_block
-// with respect to the query.
-template <typename S, typename T, bool unit, int C = kMaxChannels>
-void sum_block(const Plan& plan, int64_t count, T* const* rows, int64_t x, const T* weights,
-               int64_t weight_row, int64_t pitch, const Vec<T>* factor,
-               const TargetRows<S, T>& out, int64_t channel = 0) {
-  const int64_t next_row = weight_row - plan.rows.step * plan.cols.kernel * pitch;  // dot_block's
-  for (; channel + C <= plan.dim; channel += C) {
-    Vec<T> sum[kMaxRows][C] = {};
-    const int64_t at = channel * plan.key_pitch + x;
-    add_weighted<T, unit, C>(plan, count, sum, rows, at, weights, next_row, pitch);
-    write_sums<S, T, C>(plan, sum[0], factor[0], x, channel, out, 0);
-    if (count > 1) {
-      write_sums<S, T, C>(plan, sum[1], factor[1], x, channel, out, 1);
-    }
-    if constexpr (kMaxRows > 2) {
-      if (count > 2) {
-        write_sums<S, T, C>(plan, sum[2], factor[2], x, channel, out, 2);
+      // There is time until the sums are there.
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t c = begin; c < end && out.row[r] != nullptr; ++c) {
+          __builtin_prefetch(place(r, c) + lanes - 1, 1);
+        }
       }
     }
-  }
-  if constexpr (C > 1) {
-    if (channel < plan.dim) {
-      sum_block<S, T, unit, C / 2>(plan, count, rows, x, weights, weight_row, pitch, factor, out,
-                                   channel);
+    sum_block<T>(plan, count, keys, x, weights, weight_row, pitch, begin, end, sums);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = sums + r * kMaxChannels * lanes;
+      for (int64_t c = begin; c < end && out.row[r] != nullptr; ++c, from += lanes) {
+        Vec<T> result = load(from) * factor[r];
+        if (out.factors != nullptr) {
+          result *= out.factors[c];
+        }
+        if (out.add) {
+          result += read<S, T>(place(r, c), plan.cols.queries - x);
+        }
+        write<S, T>(place(r, c), result, plan.cols.queries - x);
+      }
     }
   }
 }
@@ -506,11 +553,24 @@ void sum_block(const Plan& plan, int64_t count, T* const* rows, int64_t x, const
 template <typename T>
 INLINE Vec<T> exponentials(T* logits, int64_t count, Vec<T>& maximum) {
   constexpr int lanes = Simd<T>::lanes;
-  maximum = load(logits);
-  for (int64_t o = 1; o < count; ++o) {
-    const Vec<T> logit = load(logits + o * lanes);
-    maximum = logit > maximum ? logit : maximum;
+  // Several maxima, lest each wait for the one before.
+  Vec<T> maxima[4];
+  std::fill_n(maxima, 4, load(logits));
+  int64_t o = 1;
+  for (; o + 4 <= count; o += 4) {
+    UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Vec<T> logit = load(logits + (o + i) * lanes);
+      maxima[i] = logit > maxima[i] ? logit : maxima[i];
+    }
   }
+  for (; o < count; ++o) {
+    const Vec<T> logit = load(logits + o * lanes);
+    maxima[0] = logit > maxima[0] ? logit : maxima[0];
+  }
+  maxima[0] = maxima[1] > maxima[0] ? maxima[1] : maxima[0];
+  maxima[2] = maxima[3] > maxima[2] ? maxima[3] : maxima[2];
+  maximum = maxima[2] > maxima[0] ? maxima[2] : maxima[0];
   Vec<T> total = {};
   for (int64_t o = 0; o < count; ++o) {
     const Vec<T> weight = vector_exp(load(logits + o * lanes) - maximum);
@@ -538,6 +598,7 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
     out.row[r] = plane_of<S>(args.output, plan, plane) + y * args.output.strides[3];
     lse[r] = plane_of<T>(args.lse, plan, plane) + y * args.lse.strides[3];
   }
+  list_taps(plan, scratch.value_rows, scratch.taps);
   for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
     dot_block<T, unit>(plan, group.count, scratch.query, scratch.key_rows, x, scratch.weights,
                        offsets * lanes, lanes);
@@ -548,8 +609,8 @@ void forward_group(const Plan& plan, const ForwardArgs& args, int64_t plane, con
       factor[r] = T(1) / total;
       write<T, T>(lse[r] + x, maximum + vector_log(total), plan.cols.queries - x);
     }
-    sum_block<S, T, unit>(plan, group.count, scratch.value_rows, x, scratch.weights,
-                          offsets * lanes, lanes, factor, out);
+    write_sums<S, T>(plan, group.count, scratch.taps, x, scratch.weights, offsets * lanes, lanes,
+                     factor, out);
   }
 }
 
@@ -661,7 +722,7 @@ void scatter(const Plan& plan, int64_t row, const Scratch<T>& scratch) {
       for (int64_t j = 0; j < plan.cols.kernel; ++j) {
         const bool reached = z + lanes > shift[j] && z - shift[j] < plan.cols.queries;
         if (plan.slot.data()[j] == slot && reached) {
-          scratch.taps[num_taps++] = j;
+          scratch.reached[num_taps++] = j;
         }
       }
       if (num_taps == 0) {
@@ -669,9 +730,9 @@ void scatter(const Plan& plan, int64_t row, const Scratch<T>& scratch) {
       }
       const int64_t at = slot * plan.slot_pitch + z;
       scatter_channels<T>(plan, key_rows, at, scratch.query + query_row + z,
-                          scratch.grad_logits + weight_row + z, num_taps, scratch.taps);
+                          scratch.grad_logits + weight_row + z, num_taps, scratch.reached);
       scatter_channels<T>(plan, value_rows, at, scratch.grad + query_row + z,
-                          scratch.weights + weight_row + z, num_taps, scratch.taps);
+                          scratch.weights + weight_row + z, num_taps, scratch.reached);
     }
   }
 }
@@ -752,9 +813,9 @@ void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, i
   for (int64_t r = 0; r < group.count; ++r) {
     pack_row_gradient<S, T>(plan, args, plane, plan.query_row(group, r), r, scratch);
   }
-  const T scale = static_cast<T>(plan.scale);
   Vec<T> factor[kMaxRows];
-  std::fill_n(factor, kMaxRows, scale - Vec<T>{});
+  std::fill_n(factor, kMaxRows, static_cast<T>(plan.scale) - Vec<T>{});
+  list_taps(plan, scratch.key_rows, scratch.taps);
   for (int64_t x = 0; x < plan.cols.queries; x += lanes) {
     T* weights = scratch.weights + plan.margin + x;
     T* grad_logits = scratch.grad_logits + plan.margin + x;
@@ -771,8 +832,8 @@ void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, i
         }
       }
     }
-    sum_block<S, T, unit>(plan, group.count, scratch.key_rows, x, grad_logits, weight_row,
-                          plan.query_pitch, factor, grad_query);
+    write_sums<S, T>(plan, group.count, scratch.taps, x, grad_logits, weight_row, plan.query_pitch,
+                     factor, grad_query);
   }
   for (int64_t r = 0; r < group.count; ++r) {
     scatter(plan, r, scratch);

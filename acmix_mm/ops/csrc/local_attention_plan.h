@@ -49,6 +49,11 @@ struct Group {
   int64_t phase, first, count;
 };
 
+// From begin on, before end.
+struct Span {
+  int64_t begin, end;
+};
+
 struct Plan {
   int64_t planes, heads, dim;
   double scale;
@@ -69,6 +74,7 @@ struct Plan {
   std::vector<int64_t> slot, shift;  // by offset: its slot, and where query 0 sees its key there
   std::vector<int64_t> offset;       // both in one: slot * slot_pitch + shift
   std::vector<int64_t> source;       // by slot and key: column of the map
+  std::vector<Span> inside;          // by slot: its keys that are no reflections, if many
 
   // Of query rows [begin, end).
   Plan(int64_t planes_, int64_t heads_, int64_t dim_, double scale_, const Axis& rows_,
@@ -117,6 +123,12 @@ struct Plan {
       for (int64_t z = 0; z < slot_length; ++z) {
         source.push_back(reflect(z * cols.stride + residue - cols.before, cols.size));
       }
+      // Keys z with 0 <= z * stride - before < size, where before is:
+      const int64_t before = cols.before - residue;
+      const int64_t begin = std::max<int64_t>(before + cols.stride - 1, 0) / cols.stride;
+      const int64_t end = std::min((before + cols.size - 1) / cols.stride + 1, slot_length);
+      // Of short rows all keys may be gathered as well.
+      inside.push_back(end - begin >= lanes ? Span{begin, end} : Span{0, 0});
     }
   }
 

@@ -34,6 +34,12 @@ INLINE void clear(T* to, int64_t count) {
 // The first `count` numbers of a vector.
 template <typename S, typename T>
 INLINE void write(S* to, const Vec<T>& value, int64_t count) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (count >= Simd<T>::lanes) {
+      store<T>(to, value);
+      return;
+    }
+  }
   if (count >= Simd<T>::lanes) {
     for (int i = 0; i < Simd<T>::lanes; ++i) {
       to[i] = static_cast<S>(value[i]);
