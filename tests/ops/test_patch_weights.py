@@ -202,8 +202,8 @@ def test_native_patch_weights(
     torch.testing.assert_close(out, expected)
 
 
-def off_zero(norm, conv, query, key, kernel_size, margin):
-    """Zeros where a number before the ReLU is nearer than that: rounding would decide gradients."""
+def off_zero(norm, query, key, kernel_size, margin):
+    """False where a number before a ReLU is nearer to 0: rounding would decide gradients."""
     index = oracles.neighbours(*key.shape[-2:], kernel_size, 1, 1)
     patch = key.flatten(2)[..., index].permute(0, 1, 4, 2, 3).flatten(1, 2)
     return (norm(torch.cat([query, patch], 1)).abs() > margin).all(1, keepdim=True)
@@ -221,7 +221,7 @@ def test_native_rounding_of_each_dtype(dtype, training):
     leaves = [t.double().requires_grad_() for t in (query, key)]
     conv.weight.data = conv.weight.data.to(dtype).double()
     exact = copy.deepcopy(norm)
-    keep = off_zero(copy.deepcopy(norm), conv, *leaves, 3, 1e-4)
+    keep = off_zero(copy.deepcopy(norm), *leaves, 3, 1e-4)
     grad = (torch.randn(2, 5, 24, 40) * keep).to(dtype)
     parameters = (conv.weight, *exact.parameters())
     expected = unfolded(*leaves, conv, exact, 3, 1, 1)
