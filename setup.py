@@ -11,6 +11,7 @@ VERSION: dict[str, str] = {}
 exec((ROOT / 'acmix_mm' / 'version.py').read_text(), VERSION)
 
 SOURCES = 'acmix_mm/ops/csrc'
+KERNELS = ('group_conv', 'local_aggregation', 'local_attention', 'patch_weights', 'processor')
 REASON_FILE = 'acmix_mm/ops/native_build.txt'  # read by acmix_mm/ops/backends/native_backend.py
 WARNING = """
 acmix_mm: the native CPU kernels were NOT built: {}
@@ -57,10 +58,7 @@ def native_kernels() -> dict:
 
     extension = CppExtension(
         'acmix_mm.ops._native',
-        [
-            f'{SOURCES}/{name}.cpp'
-            for name in ('group_conv', 'local_attention', 'patch_weights', 'processor')
-        ],
+        [f'{SOURCES}/{name}.cpp' for name in KERNELS],
         depends=sorted(str(path.relative_to(ROOT)) for path in (ROOT / SOURCES).glob('*.h')),
         # Without OpenMP, at::parallel_for runs serially. Debug information would take more than a
         # third of the compiler's time.

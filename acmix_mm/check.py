@@ -145,7 +145,9 @@ def local_aggregation(shape: Shape, numbers: Numbers) -> Iterator[Case]:
     for mode in ('reflect', 'zeros'):
         yield Case(
             [numbers.normal(2, shape.heads * shape.dim, *shape.size), numbers.normal(*weights)],
-            lambda _, v, w, mode=mode: ops.local_aggregation(v, w, *shape.geometry, mode),
+            lambda backend, v, w, mode=mode: ops.local_aggregation(
+                v, w, *shape.geometry, mode, backend
+            ),
             lambda v, w, mode=mode: reference.local_aggregation(v, w, *shape.geometry, mode),
             shape.kernel_size**2,
         )

@@ -70,6 +70,8 @@ class DWNet(Backbone, SwinTransformer):
         frozen_stages (int): Without gradient, in evaluation mode: -1 nothing, 0 the patch
             embedding, 1 to 4 also as many stages. Default: -1.
         with_cp (bool): Compute blocks anew in the backward pass, to save memory. Default: False.
+        backend (str | None): Of :func:`acmix_mm.ops.local_aggregation`, for 'inhomogeneous'.
+            Default: None.
         convert_weights (bool): Whether ``init_cfg`` names a checkpoint of the release. Default:
             False.
         init_cfg (dict | None): ``dict(type='Pretrained', checkpoint=...)``. Default: None, for
@@ -100,6 +102,7 @@ class DWNet(Backbone, SwinTransformer):
         out_indices: Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         with_cp: bool = False,
+        backend: str | None = None,
         convert_weights: bool = False,
         init_cfg: dict | None = None,
     ):
@@ -130,7 +133,7 @@ class DWNet(Backbone, SwinTransformer):
 
         for channels, stage in zip(self.num_features, self.stages, strict=True):
             for i, block in enumerate(stage.blocks):
-                operator = DepthwiseBlock(channels, kernel_size, dynamic, norm_layer)
+                operator = DepthwiseBlock(channels, kernel_size, dynamic, norm_layer, backend)
                 stage.blocks[i] = DWNetBlock(block, operator, norm_layer(channels))
         for i in self.out_indices:
             setattr(self, f'norm{i}', norm_layer(self.num_features[i]))

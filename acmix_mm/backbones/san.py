@@ -13,15 +13,21 @@ from ..layers.checkpoint import checkpoint_module
 from ..layers.norms import build_batch_norm
 from ..models import deploy
 from ..ops import norm_relu_conv
-from ..ops._batch_norm import batch_norm
+from ..ops._batch_norm import batch_norm, conv_batch_norm
 from .base import Backbone, WarmStart, check_warm_start
 
 
 def _halve(x: Tensor) -> Tensor:
     """2x2 max pool, sizes rounded up."""
+    height, width = x.shape[-2:]
     if torch.compiler.is_compiling():  # sizes may be symbols, which ceil_mode would compare
         return F.max_pool2d(F.pad(x, (0, 1, 0, 1), value=-torch.inf), 2)
-    return F.max_pool2d(x, 2, ceil_mode=True)
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    if differentiated or x.device.type != 'cpu' or height % 2 or width % 2:
+        return F.max_pool2d(x, 2, ceil_mode=True)
+    # PyTorch's kernel for CPUs, which also finds gradients their way, takes eight times as long.
+    rows = torch.maximum(x[..., ::2, :], x[..., 1::2, :])
+    return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 class SANBlock(nn.Module):
@@ -59,7 +65,7 @@ class SANBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         out = self.sam(x, self.bn1)
-        return x + norm_relu_conv(out, self.bn2, self.conv.weight, self.conv.bias)
+        return norm_relu_conv(out, self.bn2, self.conv.weight, self.conv.bias).add_(x)
 
 
 class SAN(Backbone, BaseModule):
@@ -84,7 +90,8 @@ class SAN(Backbone, BaseModule):
         norm_cfg (dict | None): Of all norms: ``type`` 'BN' or 'SyncBN', and their arguments, as
             OpenMMLab writes it. Default: None, for dict(type='BN').
         with_cp (bool): Compute blocks anew in the backward pass, to save memory. Default: False.
-        backend (str | None): Of :func:`acmix_mm.ops.patch_weights`, and in ACmixSAN of
+        backend (str | None): Of :func:`acmix_mm.ops.patch_weights` and
+            :func:`acmix_mm.ops.local_aggregation`, and in ACmixSAN of
             :func:`acmix_mm.ops.group_conv`. Default: None.
         init_cfg (dict | list[dict] | None): Initialisation, as of all OpenMMLab modules.
             Default: None, for the layers' own.
@@ -164,7 +171,7 @@ class SAN(Backbone, BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Outputs of the stages in ``out_indices``."""
-        x = self.relu(batch_norm(self.conv_in(x), self.bn_in))
+        x = self.relu(conv_batch_norm(x, self.conv_in, self.bn_in))
         outputs = []
         for i in range(5):
             conv, norm, layer = (getattr(self, f'{name}{i}') for name in ('conv', 'bn', 'layer'))

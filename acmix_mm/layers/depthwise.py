@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from ..ops import local_aggregation
 from ..ops._checks import check_positive
+from ..ops._dispatch import check_backend
 
 REDUCTION = 4  # channels over hidden channels of the networks that predict kernels
 GROUPS = 32  # of adjacent channels that share an inhomogeneous kernel
+DYNAMIC = ('homogeneous', 'inhomogeneous')
 
 
 class HomogeneousDepthwiseConv(nn.Module):
@@ -81,9 +83,10 @@ class InhomogeneousDepthwiseConv(nn.Module):
         kernel_size (int): Side of the kernel, odd. Default: 7.
         norm_layer (Callable[[int], nn.Module]): Makes the norm of so many channels. Default:
             ``nn.BatchNorm2d``.
+        backend (str | None): Of :func:`acmix_mm.ops.local_aggregation`. Default: None.
 
     Raises:
-        ValueError: If channels is not a multiple of 32.
+        ValueError: If channels is not a multiple of 32, or backend no backend's name.
     """
 
     def __init__(
@@ -91,11 +94,14 @@ class InhomogeneousDepthwiseConv(nn.Module):
         channels: int,
         kernel_size: int = 7,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        backend: str | None = None,
     ):
         super().__init__()
         if channels % GROUPS:
             raise ValueError(f'channels must be a multiple of {GROUPS}, got {channels}')
+        check_backend(backend)
         self.kernel_size = kernel_size
+        self.backend = backend
         hidden = channels // REDUCTION
         self.conv1 = nn.Sequential(
             nn.Conv2d(channels, hidden, 1),
@@ -110,14 +116,13 @@ class InhomogeneousDepthwiseConv(nn.Module):
         # Groups count as images: adjacent channels share, where local_aggregation interleaves.
         weight = weight.unflatten(1, (GROUPS, 1, -1)).flatten(0, 1)
         value = x.unflatten(1, (GROUPS, -1)).flatten(0, 1)
-        out = local_aggregation(value, weight, self.kernel_size, padding_mode='zeros')
+        out = local_aggregation(
+            value, weight, self.kernel_size, padding_mode='zeros', backend=self.backend
+        )
         return out.view(x.shape)
 
     def extra_repr(self) -> str:
-        return f'kernel_size={self.kernel_size}'
-
-
-DYNAMIC = {'homogeneous': HomogeneousDepthwiseConv, 'inhomogeneous': InhomogeneousDepthwiseConv}
+        return f'kernel_size={self.kernel_size}, backend={self.backend!r}'
 
 
 class DepthwiseBlock(nn.Module):
@@ -134,6 +139,8 @@ class DepthwiseBlock(nn.Module):
             multiple of 32. Default: None.
         norm_layer (Callable[[int], nn.Module]): Makes the norms, of so many channels. Default:
             ``nn.BatchNorm2d``.
+        backend (str | None): Of :func:`acmix_mm.ops.local_aggregation`, for 'inhomogeneous'.
+            Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -145,18 +152,22 @@ class DepthwiseBlock(nn.Module):
         kernel_size: int = 7,
         dynamic: str | None = None,
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        backend: str | None = None,
     ):
         super().__init__()
         check_positive('kernel_size', kernel_size, odd=True)
         if dynamic is not None and dynamic not in DYNAMIC:
-            raise ValueError(f'dynamic must be None or one of {tuple(DYNAMIC)}, got {dynamic!r}')
+            raise ValueError(f'dynamic must be None or one of {DYNAMIC}, got {dynamic!r}')
         check_positive('channels', channels)
+        check_backend(backend)
         if dynamic and channels < REDUCTION:
             raise ValueError(f'channels must be at least {REDUCTION}, got {channels}')
         self.conv0 = nn.Conv2d(channels, channels, 1, bias=False)
         self.bn0 = norm_layer(channels)
-        if dynamic:
-            self.conv = DYNAMIC[dynamic](channels, kernel_size, norm_layer)
+        if dynamic == 'inhomogeneous':
+            self.conv = InhomogeneousDepthwiseConv(channels, kernel_size, norm_layer, backend)
+        elif dynamic:
+            self.conv = HomogeneousDepthwiseConv(channels, kernel_size, norm_layer)
         else:
             self.conv = nn.Conv2d(
                 channels, channels, kernel_size, padding=kernel_size // 2, groups=channels

@@ -27,7 +27,8 @@ class PatchAttention(nn.Module):
             takes C / 4.
         qk_channels (int): Channels of query and key each. SAN takes C / 16.
         kernel_size (int): Side of the neighbourhood, odd. Default: 7.
-        backend (str | None): Of :func:`acmix_mm.ops.patch_weights`. Default: None.
+        backend (str | None): Of :func:`acmix_mm.ops.patch_weights` and
+            :func:`acmix_mm.ops.local_aggregation`. Default: None.
         norm_layer (Callable[[int], nn.Module]): Makes a norm of so many channels: nn.BatchNorm2d,
             nn.SyncBatchNorm or a subclass that keeps their forward. Default: nn.BatchNorm2d.
 
@@ -142,7 +143,7 @@ def attend(
 
     def aggregate(weights: Tensor, value: Tensor) -> Tensor:
         weights = weights.unflatten(1, (-1, kernel_size**2)).to(value.dtype)
-        return local_aggregation(value.flatten(1, -3), weights, kernel_size)
+        return local_aggregation(value.flatten(1, -3), weights, kernel_size, backend=backend)
 
     return patchwise_weights(conv_w, query, key, kernel_size, backend, aggregate, value)
 
@@ -162,8 +163,9 @@ class PatchACmix(MixedOperator):
         attn_kernel_size (int): Side of the attention's neighbourhood, odd. Default: 7.
         kernel_size (int): Side of the convolution path's kernel, odd. Default: 3.
         mix (str): See :class:`MixedOperator`. Default: 'learned'.
-        backend (str | None): Of :func:`acmix_mm.ops.group_conv` and
-            :func:`acmix_mm.ops.patch_weights`. Default: None.
+        backend (str | None): Of :func:`acmix_mm.ops.group_conv`,
+            :func:`acmix_mm.ops.patch_weights` and :func:`acmix_mm.ops.local_aggregation`.
+            Default: None.
         norm_layer (Callable[[int], nn.Module]): See :class:`PatchAttention`.
             Default: nn.BatchNorm2d.
         shift (str): See :class:`MixedOperator`. Default: 'learned'.

@@ -31,6 +31,24 @@ def batch_norm(x: Tensor, norm: nn.Module) -> Tensor:
     return out
 
 
+def conv_batch_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """``norm(conv(x))``; one convolution, with gradients, where the norm takes fixed statistics.
+
+    Args:
+        x (Tensor): Shape (B, I, H, W).
+        conv (nn.Conv2d): The convolution.
+        norm (nn.Module): Any module.
+
+    Returns:
+        Tensor: What ``norm`` returns.
+    """
+    if not is_batch_norm(norm) or norm.training or norm.running_var is None:
+        return batch_norm(conv(x), norm)
+    factor, shift = batch_norm_affine(norm)
+    bias = shift if conv.bias is None else shift + conv.bias * factor
+    return conv._conv_forward(x, conv.weight * factor.view(-1, 1, 1, 1), bias)
+
+
 def is_batch_norm(norm: nn.Module | type[nn.Module]) -> bool:
     """Whether a module, or a class, computes what nn.BatchNorm2d or nn.SyncBatchNorm does.
 

@@ -119,9 +119,19 @@ def _local_aggregation_backward(
     return sum(needed) * _local_aggregation(kernel_size, grad)
 
 
+def _local_aggregation_gradient(grad: Shape, kernel_size: int, **_) -> int:
+    """As much as the forward pass."""
+    return _local_aggregation(kernel_size, grad)
+
+
 def _patch_weights(weight: Shape, out: Shape, **_) -> int:
-    """``2 B O Hq Wq R k^2`` for a weight (R k^2, O)."""
+    """``2 B O Hq Wq R (1 + k^2)`` for a weight (R (1 + k^2), O)."""
     return 2 * prod(out) * weight[0]
+
+
+def _patch_weights_backward(grad: Shape, weight: Shape, **_) -> int:
+    """The gradients of maps and weight, as much as the forward pass each."""
+    return 2 * _patch_weights(weight, grad)
 
 
 FORMULAS = {
@@ -135,6 +145,9 @@ FORMULAS = {
     'group_conv_native_rows_': _group_conv_rows,
     'local_aggregation': _local_aggregation,
     'local_aggregation_backward': _local_aggregation_backward,
+    'local_aggregation_native': _local_aggregation,
+    'local_aggregation_native_grad_value': _local_aggregation_gradient,
+    'local_aggregation_native_grad_weight': _local_aggregation_gradient,
     'local_attention_native_backward': _local_attention_backward,
     'local_attention_native_backward_add_': _local_attention_backward,
     'local_attention_native_forward': _local_attention,
@@ -144,6 +157,7 @@ FORMULAS = {
     'local_attention_triton_backward': _local_attention_backward,
     'local_attention_triton_forward': _local_attention,
     'patch_weights_native': _patch_weights,
+    'patch_weights_native_backward': _patch_weights_backward,
 }
 
 # PyTorch's attention kernel for the CPU, which its counter leaves out, and kernels that have the

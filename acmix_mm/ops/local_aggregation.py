@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ._autograd import refuse_second_order, spread, transformed
 from ._checks import check_dtypes, check_geometry, check_tensors, strided_size
+from ._dispatch import OPERATORS, Implementation, dispatch
 from ._reflection import reflect_pad
+from .backends import native_backend
 from .export import unrolled_local_aggregation
 
 
@@ -19,6 +21,7 @@ def local_aggregation(
     stride: int = 1,
     dilation: int = 1,
     padding_mode: str = 'reflect',
+    backend: str | None = None,
 ) -> Tensor:
     """``out[c, i] = sum_j weight[c mod G, j, i] value[c, i + j]`` over a k x k neighbourhood.
 
@@ -35,6 +38,8 @@ def local_aggregation(
         dilation (int): Distance between the values of a neighbourhood. Default: 1.
         padding_mode (str): What is beyond the border: 'reflect' (the map reflected, as often as
             needed) or 'zeros'. Default: 'reflect'.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel of
+            its own here, all else is PyTorch. Default: None.
 
     Returns:
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)).
@@ -64,10 +69,23 @@ def local_aggregation(
             f'weight must have a number of groups that divides {channels}, got {weight.size(1)}'
         )
     check_dtypes(value=value, weight=weight)
+    geometry = (kernel_size, stride, dilation, padding_mode)
+    return dispatch('local_aggregation', backend, value, weight, *geometry)
+
+
+def _in_torch(
+    value: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int, padding_mode: str
+) -> Tensor:
     pixels = kernel_size // 2 * dilation
     padded = reflect_pad(value, pixels) if padding_mode == 'reflect' else F.pad(value, [pixels] * 4)
     function = unrolled_local_aggregation if transformed() else _forward
     return function(padded, weight, kernel_size, stride, dilation)
+
+
+OPERATORS['local_aggregation'] = {
+    'torch': Implementation(_in_torch),
+    'native': Implementation(native_backend.local_aggregation, native_backend.refuses),
+}
 
 
 def _windows(

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._batch_norm import (
-    batch_norm_affine,
     is_batch_norm,
     local_statistics,
     prepare_statistics,
@@ -15,7 +13,7 @@ from ._batch_norm import (
     update_statistics,
 )
 from ._checks import check_dtypes, check_geometry, check_shape, check_tensors, strided_size
-from ._dispatch import OPERATORS, Implementation, autocasts, dispatch
+from ._dispatch import OPERATORS, Implementation, autocast_tensors, autocasts, dispatch
 from ._reflection import reflect_pad
 from .backends import native_backend
 from .norm_relu_conv import normalised_conv
@@ -40,6 +38,8 @@ def patch_weights(
     the neighbourhood, and the backward pass computes each row anew: nothing of the patch's size
     ever exists, and training keeps query and padded key only.
 
+    By 'native', there are no second-order gradients.
+
     Args:
         query (Tensor): Shape (B, R, ceil(H / stride), ceil(W / stride)).
         key (Tensor): Shape (B, R, H, W), H, W >= 1; reflected at the border.
@@ -51,8 +51,8 @@ def patch_weights(
         kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
         stride (int): Keys between adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
-        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel for
-            inference, all else is PyTorch. Default: None.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has kernels of
+            its own here, all else is PyTorch. Default: None.
 
     Returns:
         Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
@@ -91,16 +91,41 @@ def patch_weights(
     geometry = (kernel_size, stride, dilation)
 
     def local() -> tuple[Tensor, Tensor]:
-        """Of the query and of each of the patch's rows, in the order of the channels."""
-        parts = [recomputed(local_statistics, query)]
-        for row in range(kernel_size):
-            size = query.shape[-2:]
-            parts.append(recomputed(_row_statistics, padded, row, (*geometry, *size)))
-        means, variances = zip(*parts, strict=True)
-        return _join(means, kernel_size), _join(variances, kernel_size)
+        return recomputed(_patch_statistics, query, padded, *geometry)
 
     statistics = prepare_statistics(norm, query[:, 0].numel(), local)
     return dispatch('patch_weights', backend, query, padded, weight, norm, statistics, geometry)
+
+
+def _patch_statistics(
+    query: Tensor, padded: Tensor, kernel_size: int, stride: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (R (1 + k k),), of the query's channels and of the patch's.
+
+    Each copy of a key's channel is a window of it, and sums over all windows are two products of
+    the map with matrices of zeros and ones. In float64: a variance is the difference of two sums.
+    """
+    mean, variance = local_statistics(query.double())
+
+    def windows(length: int, count: int) -> Tensor:
+        """(length, k): 1 where a position belongs to a window."""
+        offsets = torch.arange(kernel_size, device=padded.device) * dilation
+        positions = torch.arange(length, device=padded.device)[:, None] - offsets
+        inside = (positions >= 0) & (positions <= (count - 1) * stride)
+        return (inside & (positions % stride == 0)).double()
+
+    rows, columns = map(windows, padded.shape[-2:], query.shape[-2:])
+    key = padded.double()
+    centre = key.detach().sum((0, 2, 3), keepdim=True) / max(1, key[:, 0].numel())
+    centred = key - centre
+    first, second = (
+        (rows.T @ (maps @ columns)).sum(0) / max(1, query[:, 0].numel())
+        for maps in (centred, centred.square())
+    )
+    means = (mean, (first + centre[0]).flatten())
+    variances = (variance, (second - first.square()).flatten())
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return torch.cat(means).to(dtype), torch.cat(variances).to(dtype)
 
 
 def _rows(tensor: Tensor | None, channels: int, kernel_size: int) -> list[Tensor | None]:
@@ -156,18 +181,23 @@ def _by_kernel(
     statistics: tuple,
     geometry: tuple[int, int, int],
 ) -> Tensor:
-    """The same; in inference by the native kernel, which has one dtype and no gradients."""
-    source = statistics[0]
-    same = query.dtype == padded.dtype == weight.dtype in (torch.float32, torch.float64)
-    lower = torch.is_autocast_enabled('cpu')
-    if source != 'fixed' or torch.is_grad_enabled() or not same or lower:
+    """The same by the native kernels."""
+    source, mean, variance = statistics
+    count = query[:, 0].numel()
+    if source == 'batch' and count < 2:  # which is refused, or empty
         return _by_rows(query, padded, weight, norm, statistics, geometry)
-    scale, shift = batch_norm_affine(norm)
-    weight, channels = weight.flatten(1), query.size(1)
-    own = [t[:channels].view(-1, 1, 1) for t in (scale, shift)]
-    out = F.conv2d((query * own[0] + own[1]).relu_(), weight[:, :channels, None, None])
-    rest = (scale[channels:], shift[channels:], weight.T[channels:])
-    return out + native_backend.patch_weights(padded, *rest, *geometry)
+    if source == 'batch':
+        tracked = mean is not None
+        mean, variance = recomputed(_patch_statistics, query, padded, *geometry)
+        if tracked:
+            update_statistics(norm, mean, variance * (count / (count - 1)))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    factor = (variance.to(dtype) + norm.eps).rsqrt()
+    factor = factor if norm.weight is None else factor * norm.weight
+    shift = torch.zeros_like(mean) if norm.bias is None else norm.bias
+    parameters = (t.to(dtype) for t in (mean, factor, shift, weight.flatten(1).T))
+    out = native_backend.patch_weights(query, padded, *parameters, *geometry)
+    return autocast_tensors(out)[0]
 
 
 OPERATORS['patch_weights'] = {
@@ -180,10 +210,6 @@ def _patch_row(
     padded: Tensor, row: int, geometry: tuple[int, ...], *arguments
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return normalised_conv(_row(padded, row, geometry), *arguments)
-
-
-def _row_statistics(padded: Tensor, row: int, geometry: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    return local_statistics(_row(padded, row, geometry))
 
 
 def _row(padded: Tensor, row: int, geometry: tuple[int, ...]) -> Tensor:

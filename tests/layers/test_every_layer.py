@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import acmix_mm
 from acmix_mm.layers import ACmix, DepthwiseBlock, PatchACmix, PatchAttention, XVolution
+from acmix_mm.ops import _dispatch
 
 SIZE = (7, 14)
 
@@ -224,6 +225,22 @@ def test_backend_of_a_model():
     assert acmix_mm.set_backend(Mine(8, 8), 'torch').backend == 'torch'
     with pytest.raises(ValueError, match=r"backend must be None or one of .* got 'fast'"):
         acmix_mm.set_backend(model, 'fast')
+
+
+@every_layer
+def test_every_operator_gets_the_backend(name, monkeypatch):
+    asked = []
+    select = _dispatch.select
+    monkeypatch.setattr(
+        _dispatch,
+        'select',
+        lambda operator, backend, *a: asked.append(backend) or select(operator, backend, *a),
+    )
+    layer = acmix_mm.set_backend(LAYERS[name](), 'torch')
+    layer(*arguments(name, layer))
+    assert set(asked) <= {'torch'}
+    if name in ('ACmix', 'PatchACmix', 'PatchAttention', 'DepthwiseBlock, inhomogeneous'):
+        assert asked
 
 
 def test_a_backend_of_another_machine_is_accepted_when_built():

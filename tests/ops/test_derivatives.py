@@ -51,7 +51,7 @@ def operator(name: str, backend: str, dtype=torch.float64) -> tuple[Callable, tu
         return lambda *t: fused_acmix(*t, HEADS, 3, backend=backend), tensors
     if name == 'local_aggregation':
         tensors = random(1, 4, *SIZE, **options), random(1, 2, 9, *SIZE, **options)
-        return lambda v, w: local_aggregation(v, w, 3), tensors
+        return lambda v, w: local_aggregation(v, w, 3, backend=backend), tensors
     if name == 'norm_relu_conv':
         norm = nn.BatchNorm2d(4).to(**options)
         tensors = random(2, 4, *SIZE, **options), random(3, 4, 1, 1, **options)
@@ -64,15 +64,19 @@ def operator(name: str, backend: str, dtype=torch.float64) -> tuple[Callable, tu
 
 # Whose gradients may be differentiated again; the others refuse.
 TWICE = {('group_conv', backend) for backend in BACKENDS}
-TWICE |= {('norm_relu_conv', 'torch'), ('patch_weights', 'torch')}
+TWICE |= {('norm_relu_conv', 'torch'), ('patch_weights', 'torch'), ('local_aggregation', 'native')}
 OPERATORS = [
     *(
         (name, backend)
         for name in ('local_attention', 'group_conv', 'fused_acmix')
         for backend in BACKENDS
     ),
-    ('patch_weights', 'torch'),  # gradients are PyTorch's with every backend
-    ('local_aggregation', 'torch'),
+    *(
+        (name, backend)
+        for name in ('patch_weights', 'local_aggregation')
+        for backend in BACKENDS
+        if backend != 'triton'
+    ),
     ('norm_relu_conv', 'torch'),
 ]
 every_operator = pytest.mark.parametrize(('name', 'backend'), OPERATORS)
@@ -161,7 +165,7 @@ def test_transforms(name):
 
 
 @needs_native
-@pytest.mark.parametrize('name', ['local_attention', 'group_conv', 'fused_acmix', 'patch_weights'])
+@pytest.mark.parametrize('name', NAMES[:-1])
 def test_kernels_refuse_forward_mode(name):
     """On demand; left to choose, another backend is taken."""
     function, tensors = in_evaluation(name, 'native')
@@ -215,6 +219,10 @@ def custom_operators(dtype=torch.float32) -> dict[str, tuple]:
     )  # fmt: skip
     geometry = (HEADS, 3, 1, 1)
     scale = torch.randn(1)
+    patch = (
+        torch.randn(2, 2, *SIZE), torch.randn(2, 2, 7, 8), *torch.randn(3, 20), torch.randn(20, 4),
+        3, 1, 1,
+    )  # fmt: skip
     everything = {
         'group_conv_native': (image, weight, torch.randn(channels), 1, 1, DIM),
         'group_conv_native_grad_input': (out, weight, *SIZE, 1, 1, DIM),
@@ -226,14 +234,23 @@ def custom_operators(dtype=torch.float32) -> dict[str, tuple]:
             torch.randn(2, 4, *SIZE), torch.randn(2, 4, 7, 8), torch.randn(2, 2, 9, *SIZE),
             3, 1, 1, [True, True],
         ),
-        'patch_weights_native': (
-            torch.randn(2, 2, 7, 8), torch.randn(18), torch.randn(18), torch.randn(18, 4), 3, 1, 1,
+        'local_aggregation_native': (
+            torch.randn(2, 4, *SIZE), torch.randn(2, 2, 9, *SIZE), 3, 1, 1, False,
         ),
+        'local_aggregation_native_grad_value': (
+            torch.randn(2, 4, *SIZE), torch.randn(2, 2, 9, *SIZE), *SIZE, 3, 1, 1, True,
+        ),
+        'local_aggregation_native_grad_weight': (
+            torch.randn(2, 4, *SIZE), torch.randn(2, 4, *SIZE), 2, 3, 1, 1, False,
+        ),
+        'patch_weights_native': patch,
+        'patch_weights_native_backward': (torch.randn(2, 4, *SIZE), *patch),
         'local_attention_native_forward': (*maps, 3, 1, 1, 0.5),
         'local_attention_native_backward': (maps[0], *maps, lse, 3, 1, 1, 0.5),
     }  # fmt: skip
     if 'native' not in BACKENDS:
-        everything = {n: a for n, a in everything.items() if n.startswith('local_aggregation')}
+        plain = ('local_aggregation', 'local_aggregation_backward')
+        everything = {n: a for n, a in everything.items() if n in plain}
     return everything
 
 
@@ -257,7 +274,7 @@ def test_opcheck(name, layout):
     arguments = custom_operators()[name]
     if layout == 'channels last':
         arguments = tuple(map(channels_last, arguments))
-    differentiable = 'backward' not in name and name != 'patch_weights_native'
+    differentiable = 'backward' not in name
     arguments = [
         a.requires_grad_() if differentiable and isinstance(a, Tensor) else a for a in arguments
     ]
@@ -407,9 +424,11 @@ def test_hostile_calls_of_triton(changes, message):
 @pytest.mark.parametrize('dilation', [2**62, 2**63 - 1, 4])
 def test_reach_beyond_the_map(dilation):
     """A product that overflowed, and read from before the map."""
-    padded, weights = torch.randn(1, 1, 7, 7), (torch.ones(9), torch.ones(9), torch.ones(9, 4))
+    query, padded, *vectors = torch.randn(1, 1, 5, 5), torch.randn(1, 1, 7, 7), *torch.randn(3, 10)
     with pytest.raises(RuntimeError, match='padded must have more rows and columns than'):
-        torch.ops.acmix_mm.patch_weights_native(padded, *weights, 3, 1, dilation)
+        torch.ops.acmix_mm.patch_weights_native(
+            query, padded, *vectors, torch.ones(10, 4), 3, 1, dilation
+        )
 
 
 @needs_native

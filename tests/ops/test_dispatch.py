@@ -31,7 +31,9 @@ def on_gpu(*shape: int) -> torch.Tensor:
 
 
 def test_every_operator_has_a_backend_for_everything():
-    assert {'local_attention', 'group_conv', 'fused_acmix', 'patch_weights'} <= set(OPERATORS)
+    assert set(OPERATORS) == {
+        'local_attention', 'group_conv', 'fused_acmix', 'local_aggregation', 'patch_weights'
+    }  # fmt: skip
     for implementations in OPERATORS.values():
         assert set(implementations) <= set(BACKENDS)
         assert implementations['torch'].refuses(QUERY.to(torch.complex64)) is None

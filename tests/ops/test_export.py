@@ -39,7 +39,7 @@ def test_aggregation_decomposes(kernel_size, stride, dilation, padding_mode):
 
     class Aggregation(torch.nn.Module):
         def forward(self, value, weight):
-            return local_aggregation(value, weight, *geometry, padding_mode)
+            return local_aggregation(value, weight, *geometry, padding_mode, 'torch')
 
     def inputs(height, width):
         value = torch.randn(2, 6, height, width)

@@ -176,12 +176,15 @@ def test_masks_of_fused_acmix(channels):
     assert flops('scale') == projection + (backward if channels == 1 else attention)
 
 
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 3)])
-def test_local_aggregation(stride, dilation):
+def test_local_aggregation(stride, dilation, backend):
     size = (math.ceil(H / stride), math.ceil(W / stride))
     value, weight = torch.randn(B, C, H, W), torch.randn(B, N, 9, *size)
     product = 2 * 9 * B * C * math.prod(size)
-    got = count(lambda *t: local_aggregation(*t, 3, stride, dilation), value, weight)
+    got = count(
+        lambda *t: local_aggregation(*t, 3, stride, dilation, backend=backend), value, weight
+    )
     assert got == (product, 3 * product)
 
     def unfolded(value, weight):
@@ -199,8 +202,11 @@ def test_patch_weights(backend):
     inputs, outputs = D * 10, 6
     query, key = torch.randn(B, D, 3, 4), torch.randn(B, D, H, W)
     weight, norm = torch.randn(outputs, inputs, 1, 1), nn.BatchNorm2d(inputs).eval()
-    forward, _ = count(lambda q, k: patch_weights(q, k, weight, norm, 3, 2, 1, backend), query, key)
-    assert forward == 2 * inputs * outputs * B * 3 * 4
+    function = partial(patch_weights, norm=norm, kernel_size=3, stride=2, backend=backend)
+    forward, both = count(function, query, key, weight)
+    product = 2 * inputs * outputs * B * 3 * 4
+    assert forward == product
+    assert both == 3 * product
 
 
 def test_attention_of_pytorch_on_the_cpu():

@@ -95,7 +95,7 @@ def draw_local_aggregation(data, backend, dtype):
     tensors = [make(data, s, dtype) for s in ((batch, groups * share, *size), weights)]
     return (
         tensors,
-        lambda v, w: ops.local_aggregation(v, w, *geometry, mode),
+        lambda v, w: ops.local_aggregation(v, w, *geometry, mode, backend),
         lambda v, w: oracles.local_aggregation(v, w, *geometry, mode),
     )
 
@@ -151,8 +151,8 @@ OPERATORS = {
 }
 WITH_RELU = ('patch_weights', 'norm_relu_conv')
 CALLS = [(name, b) for name in list(OPERATORS)[:3] for b in BACKENDS if b != 'triton']
-CALLS += [('patch_weights', b) for b in BACKENDS if b != 'triton']
-CALLS += [('local_aggregation', None), ('norm_relu_conv', None)]
+CALLS += [(n, b) for n in ('patch_weights', 'local_aggregation') for b in BACKENDS if b != 'triton']
+CALLS += [('norm_relu_conv', None)]
 
 
 def check_call(data, name: str, backend: str | None, dtype: torch.dtype) -> None:

@@ -8,9 +8,12 @@ from hypothesis import strategies as st
 from norms import BATCH_NORMS, OtherForward
 from torch import nn
 
-from acmix_mm.ops import patch_weights
+from acmix_mm.ops import available_backends, patch_weights
 from acmix_mm.ops import reference as oracles
 from acmix_mm.ops.backends import native_backend
+
+BACKENDS = [backend for backend in available_backends() if backend != 'triton']
+every_backend = pytest.mark.parametrize('backend', BACKENDS)
 
 
 def modules(channels, kernel_size, outputs=4, **norm):
@@ -31,6 +34,7 @@ def unfolded(query, key, conv, norm, kernel_size, stride, dilation):
     return conv(norm(torch.cat([query, patch], 1)).relu())
 
 
+@every_backend
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize(
     ('size', 'kernel_size', 'stride', 'dilation', 'norm'),
@@ -43,7 +47,7 @@ def unfolded(query, key, conv, norm, kernel_size, stride, dilation):
         ((4, 5), 3, 1, 1, {'affine': False}),
     ],
 )
-def test_equals_its_definition(size, kernel_size, stride, dilation, norm, training):
+def test_equals_its_definition(size, kernel_size, stride, dilation, norm, training, backend):
     """Outputs, all gradients and running statistics."""
     norm, conv = modules(3, kernel_size, **norm)
     norm.train(training)
@@ -51,8 +55,9 @@ def test_equals_its_definition(size, kernel_size, stride, dilation, norm, traini
     query = torch.randn_like(key)[..., ::stride, ::stride].contiguous().requires_grad_()
     other = copy.deepcopy(norm)
     inputs = (query, key, conv.weight, *norm.parameters())
-    expected = unfolded(query, key, conv, other, kernel_size, stride, dilation)
-    out = patch_weights(query, key, conv.weight, norm, kernel_size, stride, dilation)
+    geometry = (kernel_size, stride, dilation)
+    expected = unfolded(query, key, conv, other, *geometry)
+    out = patch_weights(query, key, conv.weight, norm, *geometry, backend)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
     theirs = torch.autograd.grad(expected, (query, key, conv.weight, *other.parameters()), grad)
@@ -62,6 +67,7 @@ def test_equals_its_definition(size, kernel_size, stride, dilation, norm, traini
         torch.testing.assert_close(value, other.state_dict()[name])
 
 
+@every_backend
 @settings(deadline=None)
 @given(
     kind=st.sampled_from(BATCH_NORMS),
@@ -76,7 +82,7 @@ def test_equals_its_definition(size, kernel_size, stride, dilation, norm, traini
     with_gradients=st.booleans(),
 )
 def test_any_norm_and_batch(
-    kind, training, affine, bias, tracked, counted, momentum, batch, size, with_gradients
+    backend, kind, training, affine, bias, tracked, counted, momentum, batch, size, with_gradients
 ):  # fmt: skip
     """As the modules, or refused as by them: one value a channel, where the batch's are taken."""
     norm = kind(20, affine=affine, track_running_stats=tracked, momentum=momentum)
@@ -94,9 +100,9 @@ def test_any_norm_and_batch(
             expected = unfolded(query, key, conv, other, 3, 1, 1)
         except ValueError:
             with pytest.raises(ValueError, match='more than 1 value per channel'):
-                patch_weights(query, key, conv.weight, norm, 3)
+                patch_weights(query, key, conv.weight, norm, 3, backend=backend)
             return
-        out = patch_weights(query, key, conv.weight, norm, 3)
+        out = patch_weights(query, key, conv.weight, norm, 3, backend=backend)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(norm.state_dict(), other.state_dict())
     if with_gradients:
@@ -164,61 +170,157 @@ def test_meta(training, momentum):
 @needs_native
 @settings(deadline=None)
 @given(
-    batch=st.integers(0, 2),
-    channels=st.integers(1, 5),
+    training=st.booleans(),
+    batch=st.integers(0, 3),
+    channels=st.integers(1, 9),
     outputs=st.integers(1, 35),
     size=st.tuples(st.integers(1, 20), st.integers(1, 40)),
-    kernel_size=st.sampled_from([1, 3, 5, 7]),
+    kernel_size=st.sampled_from([1, 3, 5, 7, 9]),
     stride=st.integers(1, 3),
     dilation=st.integers(1, 3),
-    dtype=st.sampled_from([torch.float64, torch.float32]),
-    affine=st.booleans(),
 )
 def test_native_patch_weights(
-    batch, channels, outputs, size, kernel_size, stride, dilation, dtype, affine
+    training, batch, channels, outputs, size, kernel_size, stride, dilation
 ):
-    """The kernel for inference, against the definition in float64."""
-    norm, conv = modules(channels, kernel_size, outputs, affine=affine)
-    norm.eval()
-    key = torch.randn(batch, channels, *size, dtype=torch.float64)
-    query = torch.randn_like(key)[..., ::stride, ::stride]
+    """Results, gradients and running statistics: against the definition, every width of a tile."""
+    norm, conv = modules(channels, kernel_size, outputs)
+    norm.train(training and batch * size[0] * size[1] > 4 * stride**2)
+    other = copy.deepcopy(norm)
+    key = torch.randn(batch, channels, *size, dtype=torch.float64, requires_grad=True)
+    query = torch.randn_like(key)[..., ::stride, ::stride].requires_grad_()
     geometry = (kernel_size, stride, dilation)
+    expected = unfolded(query, key, conv, other, *geometry)
+    out = patch_weights(query, key, conv.weight, norm, *geometry, 'native')
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(norm.state_dict(), other.state_dict())
+    grad, inputs = torch.randn_like(out), (query, key, conv.weight)
+    ours = torch.autograd.grad(out, (*inputs, *norm.parameters()), grad)
+    theirs = torch.autograd.grad(expected, (*inputs, *other.parameters()), grad)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     with torch.no_grad():
-        expected = unfolded(query, key, conv, norm, *geometry)
-        norm.to(dtype)
-        out = patch_weights(
-            query.to(dtype), key.to(dtype), conv.weight.to(dtype), norm, *geometry, 'native'
-        )
-    assert out.dtype == dtype
-    tolerance = {'rtol': 1e-4, 'atol': 1e-3} if dtype == torch.float32 else {}
-    torch.testing.assert_close(out.double(), expected, **tolerance)
+        out = patch_weights(query, key, conv.weight, other, *geometry, 'native')
+    torch.testing.assert_close(out, expected)
+
+
+def off_zero(norm, query, key, kernel_size, margin):
+    """False where a number before a ReLU is nearer to 0: rounding would decide gradients."""
+    index = oracles.neighbours(*key.shape[-2:], kernel_size, 1, 1)
+    patch = key.flatten(2)[..., index].permute(0, 1, 4, 2, 3).flatten(1, 2)
+    return (norm(torch.cat([query, patch], 1)).abs() > margin).all(1, keepdim=True)
 
 
 @needs_native
-def test_native_is_taken_for_inference(monkeypatch):
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+def test_native_rounding_of_each_dtype(dtype, training):
+    """Far from zero, where the gradients of the norm are differences of large sums."""
+    norm, conv = modules(2, 3, 5)
+    norm.train(training)
+    norm.running_mean += 30
+    query, key = ((torch.randn(2, 2, 24, 40) + 30).to(dtype) for _ in range(2))
+    leaves = [t.double().requires_grad_() for t in (query, key)]
+    conv.weight.data = conv.weight.data.to(dtype).double()
+    exact = copy.deepcopy(norm)
+    keep = off_zero(copy.deepcopy(norm), *leaves, 3, 1e-4)
+    grad = (torch.randn(2, 5, 24, 40) * keep).to(dtype)
+    parameters = (conv.weight, *exact.parameters())
+    expected = unfolded(*leaves, conv, exact, 3, 1, 1)
+    theirs = torch.autograd.grad(expected, (*leaves, *parameters), grad.double())
+    tensors = [query.requires_grad_(), key.requires_grad_()]
+    weight = conv.weight.detach().to(dtype).requires_grad_()
+    norm.float()
+    out = patch_weights(*tensors, weight, norm, 3, backend='native')
+    ours = torch.autograd.grad(out, (*tensors, weight, *norm.parameters()), grad)
+    assert out.dtype == ours[0].dtype == ours[1].dtype == dtype
+    for result, right in zip((out, *ours), (expected, *theirs), strict=True):
+        error = (result.double() - right).abs().max() / right.abs().max()
+        assert error < max(4 * torch.finfo(result.dtype).eps, 2e-5)
+
+
+@needs_native
+def test_native_in_autocast():
+    """As the convolution that it takes in: of its dtype."""
     norm, conv = modules(2, 3)
-    norm.eval()
+    norm.float().eval(), conv.float()
+    key = torch.randn(2, 2, 6, 7, requires_grad=True)
+    plain = patch_weights(key, key, conv.weight, norm, 3)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = patch_weights(key, key, conv.weight, norm, 3, backend='native')
+        assert out.dtype == patch_weights(key, key, conv.weight, norm, 3, backend='torch').dtype
+    torch.testing.assert_close(out.float(), plain, rtol=2**-7, atol=1e-3)
+
+
+@needs_native
+@pytest.mark.parametrize('training', [True, False])
+def test_native_repeats_bit_for_bit(training):
+    """Two runs, and runs with other numbers of threads."""
+    norm, conv = modules(9, 5, 6)
+    norm.float().train(training), conv.float()
+    query, key = (torch.randn(2, 9, 21, 37, requires_grad=True) for _ in range(2))
+    leaves = (query, key, conv.weight, *norm.parameters())
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (threads, threads, 1, 3):
+            torch.set_num_threads(count)
+            out = patch_weights(query, key, conv.weight, norm, 5, backend='native')
+            results.append((out, *torch.autograd.grad(out.square().sum(), leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({0: torch.ones(1, 2, 5, 5)}, r'query must have shape \[1, 2, 5, 6\]'),
+        ({0: torch.ones(1, 2, 5, 6).long()}, 'query must be a floating-point tensor'),
+        ({1: torch.ones(1, 2, 7, 8).double()}, 'padded must be of dtype'),
+        ({1: torch.ones(2, 7, 8)}, 'padded and weight must have 4 and 2 dimensions'),
+        ({2: torch.ones(18)}, r'mean must have shape \[20\]'),
+        ({3: torch.ones(20).half()}, 'factor must be of dtype'),
+        ({4: torch.ones(1, 20)}, r'shift must have shape \[20\]'),
+        ({5: torch.ones(18, 4)}, r'weight must have shape \[20, 4\]'),
+        ({6: 9}, 'padded must have more rows and columns'),
+        ({7: 0}, 'must be positive'),
+    ],
+)
+def test_native_refuses(change, message):
+    vectors = [torch.ones(20) for _ in range(3)]
+    maps = torch.ones(1, 2, 5, 6), torch.ones(1, 2, 7, 8)
+    arguments = [*maps, *vectors, torch.ones(20, 4), 3, 1, 1]
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.acmix_mm.patch_weights_native(*arguments)
+
+
+@needs_native
+@pytest.mark.parametrize('training', [True, False])
+def test_native_is_taken(monkeypatch, training):
+    norm, conv = modules(2, 3)
+    norm.train(training)
     key = torch.randn(1, 2, 5, 6, dtype=torch.float64)
     calls = []
     kernel = native_backend.patch_weights
     monkeypatch.setattr(native_backend, 'patch_weights', lambda *a: calls.append(a) or kernel(*a))
-    patch_weights(key, key, conv.weight, norm, 3)
-    assert not calls
-    with torch.no_grad():
-        ours = patch_weights(key, key, conv.weight, norm, 3)
-        assert len(calls) == 1
-        plain = patch_weights(key, key, conv.weight, norm, 3, backend='torch')
-        patch_weights(key, key, conv.weight, norm.train(), 3)
+    ours = patch_weights(key, key, conv.weight, norm, 3)
     assert len(calls) == 1
-    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(ours, patch_weights(key, key, conv.weight, norm, 3, backend='torch'))
+    with torch.no_grad():
+        patch_weights(key, key, conv.weight, norm, 3)
+    assert len(calls) == 2
 
 
-def test_training_keeps_nothing_of_the_patchs_size():
+@every_backend
+def test_training_keeps_nothing_of_the_patchs_size(backend):
     norm, conv = modules(8, 7)
     query, key = (torch.randn(1, 8, 40, 40).double().requires_grad_() for _ in range(2))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        patch_weights(query, key, conv.weight, norm)
+        patch_weights(query, key, conv.weight, norm, backend=backend)
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     patch = 49 * key.numel() * key.element_size()
     assert sum(sizes.values()) < patch / 5

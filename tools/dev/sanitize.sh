@@ -57,9 +57,9 @@ for capability in default avx2 avx512; do
         LD_PRELOAD="$($CXX -print-file-name=libasan.so) $($CXX -print-file-name=libubsan.so) $($CXX -print-file-name=libstdc++.so.6)" \
         ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
         "$python" -m pytest -q --capture=sys -p sanitized -p no:cacheprovider \
-        -k 'native or group_conv or hostile or beyond or ACmix' \
+        -k 'native or group_conv or hostile or beyond or ACmix or PatchAttention' \
         tests/ops/test_local_attention.py tests/ops/test_group_conv.py \
-        tests/ops/test_fused_acmix.py \
+        tests/ops/test_fused_acmix.py tests/ops/test_local_aggregation.py \
         tests/ops/test_patch_weights.py tests/ops/test_fuzzing.py tests/ops/test_derivatives.py \
         tests/layers/test_fuzzing.py "$@"
 done

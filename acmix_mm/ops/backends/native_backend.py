@@ -1,7 +1,7 @@
 """Operators in C++ for the CPU: float64, float32, bfloat16 and float16.
 
-Neighbourhood attention, a grouped convolution for few channels a group, and, for inference, the
-weights of patchwise attention.
+Neighbourhood attention, a grouped convolution for few channels a group, the weights of patchwise
+attention and the sum of values by them.
 
 The library is compiled from ``csrc`` when the package is installed; where that failed,
 :data:`MISSING` says why and the PyTorch backend serves. Kernels for AVX-512, AVX2 and baseline
@@ -10,6 +10,7 @@ PyTorch's own.
 """
 
 import importlib.util
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -83,83 +84,149 @@ def _register_local_attention() -> None:
     refuse_second_order(backward, 'local_attention', 'native')
 
 
-def _register_group_conv() -> None:
-    """The convolution and its two gradients, of which each is linear in both of its tensors.
+def _register_bilinear(
+    names: tuple[str, str, str],
+    num_options: int,
+    function: Callable[..., Tensor],
+    grad_first: Callable[..., Tensor],
+    grad_second: Callable[..., Tensor],
+) -> None:
+    """Derivatives of a function that is linear in each of two tensors, and of its two gradients.
 
-    So all derivatives, of any order, are made of these three.
+    They are linear in each of their tensors likewise, so that all derivatives, of any order, are
+    made of these three.
+
+    Args:
+        names (tuple[str, str, str]): Of the operators: the function and its gradients with respect
+            to its first and to its second tensor.
+        num_options (int): How many arguments, the last, all three have in common.
+        function (Callable[..., Tensor]): (first, second, options) -> result.
+        grad_first (Callable[..., Tensor]): (gradient of the result, second, first, options) ->
+            gradient of the first, of which the shape is looked at only.
+        grad_second (Callable[..., Tensor]): (gradient of the result, first, second, options) ->
+            gradient of the second, likewise.
     """
-    ops = torch.ops.acmix_mm
-
-    @torch.library.register_fake('acmix_mm::group_conv_native')
-    def _(input, weight, bias, stride, dilation, groups):
-        size = ((length - 1) // stride + 1 for length in input.shape[2:])
-        return input.new_empty((input.size(0), weight.size(0), *size))
-
-    @torch.library.register_fake('acmix_mm::group_conv_native_grad_input')
-    def _(grad, weight, height, width, stride, dilation, groups):
-        return grad.new_empty((grad.size(0), weight.size(1) * groups, height, width))
-
-    @torch.library.register_fake('acmix_mm::group_conv_native_grad_weight')
-    def _(grad, input, kernel_size, stride, dilation, groups):
-        shape = (grad.size(1), input.size(1) // groups, kernel_size, kernel_size)
-        return grad.new_empty(shape)
-
-    def convolve(input, weight, geometry):
-        return ops.group_conv_native(input, weight, None, *geometry)
-
-    def grad_input(grad, weight, input, geometry):
-        return ops.group_conv_native_grad_input(grad, weight, *input.shape[2:], *geometry)
-
-    def grad_weight(grad, input, weight, geometry):
-        return ops.group_conv_native_grad_weight(grad, input, weight.size(-1), *geometry)
-
     # By operator: the gradient g of the result, taken to its first tensor a and to its second, b.
-    formulas = {
-        'group_conv_native': (
-            lambda g, a, b, geometry: grad_input(g, b, a, geometry),
-            lambda g, a, b, geometry: grad_weight(g, a, b, geometry),
-        ),
-        'group_conv_native_grad_input': (
-            lambda g, a, b, geometry: convolve(g, b, geometry),
-            lambda g, a, b, geometry: grad_weight(a, g, b, geometry),
-        ),
-        'group_conv_native_grad_weight': (
-            lambda g, a, b, geometry: convolve(b, g, geometry),
-            lambda g, a, b, geometry: grad_input(a, g, b, geometry),
-        ),
-    }
+    formulas = (
+        (lambda g, a, b, o: grad_first(g, b, a, o), grad_second),
+        (lambda g, a, b, o: function(g, b, o), lambda g, a, b, o: grad_second(a, g, b, o)),
+        (lambda g, a, b, o: function(b, g, o), lambda g, a, b, o: grad_first(a, g, b, o)),
+    )
 
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:2])
-        ctx.inputs, ctx.geometry = len(inputs), inputs[-3:]
+        ctx.inputs, ctx.options = len(inputs), inputs[-num_options:]
 
     def differentiate(to_first, to_second, ctx, grad):
-        arguments = (grad, *ctx.saved_tensors, ctx.geometry)
+        arguments = (grad, *ctx.saved_tensors, ctx.options)
         of_first, of_second, of_bias, *_ = ctx.needs_input_grad
         return (
             to_first(*arguments) if of_first else None,
             to_second(*arguments) if of_second else None,
-            grad.sum((0, 2, 3)) if of_bias else None,  # the third is a tensor in the first alone
+            grad.sum((0, 2, 3)) if of_bias else None,  # the third is a tensor in a convolution
             *(None,) * (ctx.inputs - 3),
         )
 
-    for name, formula in formulas.items():
+    for name, formula in zip(names, formulas, strict=True):
         torch.library.register_autograd(
             f'acmix_mm::{name}', partial(differentiate, *formula), setup_context=setup_context
         )
 
 
+def _register_group_conv() -> None:
+    ops = torch.ops.acmix_mm
+    names = ('group_conv_native', 'group_conv_native_grad_input', 'group_conv_native_grad_weight')
+
+    @torch.library.register_fake(f'acmix_mm::{names[0]}')
+    def _(input, weight, bias, stride, dilation, groups):
+        size = ((length - 1) // stride + 1 for length in input.shape[2:])
+        return input.new_empty((input.size(0), weight.size(0), *size))
+
+    @torch.library.register_fake(f'acmix_mm::{names[1]}')
+    def _(grad, weight, height, width, stride, dilation, groups):
+        return grad.new_empty((grad.size(0), weight.size(1) * groups, height, width))
+
+    @torch.library.register_fake(f'acmix_mm::{names[2]}')
+    def _(grad, input, kernel_size, stride, dilation, groups):
+        shape = (grad.size(1), input.size(1) // groups, kernel_size, kernel_size)
+        return grad.new_empty(shape)
+
+    _register_bilinear(
+        names,
+        3,
+        lambda input, weight, options: ops.group_conv_native(input, weight, None, *options),
+        lambda grad, weight, input, options: ops.group_conv_native_grad_input(
+            grad, weight, *input.shape[2:], *options
+        ),
+        lambda grad, input, weight, options: ops.group_conv_native_grad_weight(
+            grad, input, weight.size(-1), *options
+        ),
+    )
+
+
+def _register_local_aggregation() -> None:
+    ops = torch.ops.acmix_mm
+    names = (
+        'local_aggregation_native',
+        'local_aggregation_native_grad_value',
+        'local_aggregation_native_grad_weight',
+    )
+
+    @torch.library.register_fake(f'acmix_mm::{names[0]}')
+    def _(value, weight, kernel_size, stride, dilation, zeros):
+        return value.new_empty((*value.shape[:2], *weight.shape[-2:]))
+
+    @torch.library.register_fake(f'acmix_mm::{names[1]}')
+    def _(grad, weight, height, width, kernel_size, stride, dilation, zeros):
+        return grad.new_empty((*grad.shape[:2], height, width))
+
+    @torch.library.register_fake(f'acmix_mm::{names[2]}')
+    def _(grad, value, groups, kernel_size, stride, dilation, zeros):
+        return grad.new_empty((grad.size(0), groups, kernel_size**2, *grad.shape[2:]))
+
+    _register_bilinear(
+        names,
+        4,
+        lambda value, weight, options: ops.local_aggregation_native(value, weight, *options),
+        lambda grad, weight, value, options: ops.local_aggregation_native_grad_value(
+            grad, weight, *value.shape[2:], *options
+        ),
+        lambda grad, value, weight, options: ops.local_aggregation_native_grad_weight(
+            grad, value, weight.size(1), *options
+        ),
+    )
+
+
 def _register_patch_weights() -> None:
-    @torch.library.register_fake('acmix_mm::patch_weights_native')
-    def _(padded, scale, shift, weight, kernel_size, stride, dilation):
-        reach = (kernel_size - 1) * dilation
-        size = ((length - reach - 1) // stride + 1 for length in padded.shape[2:])
-        return padded.new_empty((padded.size(0), weight.size(1), *size))
+    forward, backward = 'acmix_mm::patch_weights_native', 'acmix_mm::patch_weights_native_backward'
+
+    @torch.library.register_fake(forward)
+    def _(query, padded, mean, factor, shift, weight, kernel_size, stride, dilation):
+        return query.new_empty((query.size(0), weight.size(1), *query.shape[2:]))
+
+    @torch.library.register_fake(backward)
+    def _(grad, query, padded, mean, factor, shift, weight, kernel_size, stride, dilation):
+        return tuple(t.new_empty(t.shape) for t in (query, padded, factor, shift, weight))
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:6])
+        ctx.geometry = inputs[6:]
+
+    def differentiate(ctx, grad):
+        query, padded, factor, shift, weight = torch.ops.acmix_mm.patch_weights_native_backward(
+            grad, *ctx.saved_tensors, *ctx.geometry
+        )
+        mean = -shift * ctx.saved_tensors[3]
+        return query, padded, mean, factor, shift, weight, None, None, None
+
+    torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
+    refuse_second_order(backward, 'patch_weights', 'native')
 
 
 if MISSING is None:
     _register_local_attention()
     _register_group_conv()
+    _register_local_aggregation()
     _register_patch_weights()
 
 
@@ -260,30 +327,56 @@ def group_conv(
     return torch.ops.acmix_mm.group_conv_native(input, weight, bias, stride, dilation, groups)
 
 
+def local_aggregation(
+    value: Tensor,
+    weight: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    padding_mode: str,
+) -> Tensor:
+    """Arguments, already checked, and result as in :func:`acmix_mm.ops.local_aggregation`.
+
+    It may be differentiated any number of times. Memory beyond inputs and results: some packed rows
+    a thread; for half precision, gradients of values are also summed in float32.
+    """
+    return torch.ops.acmix_mm.local_aggregation_native(
+        value, weight, kernel_size, stride, dilation, padding_mode == 'zeros'
+    )
+
+
 def patch_weights(
+    query: Tensor,
     padded: Tensor,
-    scale: Tensor,
+    mean: Tensor,
+    factor: Tensor,
     shift: Tensor,
     weight: Tensor,
     kernel_size: int,
     stride: int,
     dilation: int,
 ) -> Tensor:
-    """1x1 convolution of the ReLU of the scaled and shifted patch of a map; no gradients.
+    """1x1 convolution of the ReLU of ``(x - mean) * factor + shift``, x a query beside the patch.
+
+    Training keeps the arguments. Memory beyond them and results: the maps in float32 for half
+    precision, and some chunks of pixels a thread.
 
     Args:
-        padded (Tensor): Map (B, R, H + 2 p, W + 2 p), p = dilation * (kernel_size // 2), float32 or
-            float64.
-        scale (Tensor): Shape (R * k * k,); input channels are ``channel * k * k + position``.
-        shift (Tensor): Shape (R * k * k,).
-        weight (Tensor): Shape (R * k * k, O).
+        query (Tensor): Shape (B, R, ceil(H / stride), ceil(W / stride)).
+        padded (Tensor): Map (B, R, H + 2 p, W + 2 p), p = dilation * (kernel_size // 2), dtype of
+            ``query``.
+        mean (Tensor): Shape (R * (1 + k * k),), float64 for such maps and float32 for others, as
+            all that follow; input channels are the query's, then ``channel * k * k + position``.
+        factor (Tensor): As ``mean``.
+        shift (Tensor): As ``mean``.
+        weight (Tensor): Shape (R * (1 + k * k), O).
         kernel_size (int): Side k of the patch.
         stride (int): Pixels between patches.
         dilation (int): Pixels between the positions of a patch.
 
     Returns:
-        Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
+        Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)), dtype of ``query``.
     """
     return torch.ops.acmix_mm.patch_weights_native(
-        padded, scale, shift, weight, kernel_size, stride, dilation
+        query, padded, mean, factor, shift, weight, kernel_size, stride, dilation
     )

@@ -18,40 +18,6 @@ constexpr int kChunk = 32;
 // Such sums that are added up before the total goes to double precision.
 constexpr int kChunks = 32;
 
-template <typename P, bool zero, typename T>
-INLINE void copy_piece(T* to, const T* from, T add) {
-  P piece = {};
-  if constexpr (!zero) {
-    __builtin_memcpy(&piece, from, sizeof(P));
-    piece += add;
-  }
-  KEEP(piece);  // or GCC makes the loop such a call
-  __builtin_memcpy(to, &piece, sizeof(P));
-}
-
-// Copies `count` numbers, plus `add`, or writes zeros; rows are often too short for calls of memcpy
-// and memset.
-template <bool zero, typename T>
-INLINE void copy_row(T* to, const T* from, int64_t count, T add = 0) {
-  typedef T Quad __attribute__((vector_size(16)));
-  constexpr int lanes = Simd<T>::lanes, quad = 16 / sizeof(T);
-  if (count >= lanes) {
-    for (int64_t x = 0; x + lanes <= count; x += lanes) {
-      copy_piece<Vec<T>, zero>(to + x, from + x, add);
-    }
-    copy_piece<Vec<T>, zero>(to + count - lanes, from + count - lanes, add);
-  } else if (count >= quad) {
-    for (int64_t x = 0; x + quad <= count; x += quad) {
-      copy_piece<Quad, zero>(to + x, from + x, add);
-    }
-    copy_piece<Quad, zero>(to + count - quad, from + count - quad, add);
-  } else {
-    for (int64_t x = 0; x < count; ++x) {
-      copy_piece<T, zero>(to + x, from + x, add);
-    }
-  }
-}
-
 template <typename S, typename T>
 INLINE void copy(T* __restrict to, int64_t to_step, const S* __restrict from, int64_t from_step,
                  int64_t count, T add = 0) {

@@ -204,15 +204,6 @@ void run_forward(const Attention& attention, const at::Tensor& factor, const at:
   }
 }
 
-// Into how many row blocks the backward pass cuts the rows of a plane: as few as keep all threads busy, since
-// queries near a cut are computed twice.
-int64_t row_blocks(const Plan& plan, int64_t rows) {
-  const int64_t threads = at::get_num_threads();
-  const int64_t even = threads / std::gcd(plan.planes, threads);
-  const int64_t enough = 2 * ((threads + plan.planes - 1) / plan.planes);
-  return plan.planes >= 4 * threads ? 1 : std::min({even, enough, rows});
-}
-
 // What the backward pass adds to or writes.
 struct Gradients {
   at::Tensor query, key, value;

@@ -706,15 +706,12 @@ void scatter_channels(const Plan& plan, T* const* rows, int64_t at, const T* que
   }
 }
 
-// One query row's contribution to the gradients of its key rows and value rows.
-template <typename T>
-void scatter(const Plan& plan, int64_t row, const Scratch<T>& scratch) {
+// Calls visit(at, z, taps) for every vector of packed keys that some query of a row sees: at
+// element `at` of a packed row, keys z and on of their slot, and how many taps reach it, which are
+// listed in `taps`.
+template <typename T, typename Visit>
+INLINE void for_each_seen(const Plan& plan, int64_t* taps, Visit visit) {
   constexpr int lanes = Simd<T>::lanes;
-  const int64_t query_row = row * plan.dim * plan.query_pitch + plan.margin;
-  const int64_t weight_row =
-      row * plan.rows.kernel * plan.cols.kernel * plan.query_pitch + plan.margin;
-  T* const* key_rows = scratch.grad_key_rows + row * plan.rows.step;
-  T* const* value_rows = scratch.grad_value_rows + row * plan.rows.step;
   const int64_t* shift = plan.shift.data();
   for (int64_t slot = 0; slot < plan.slots; ++slot) {
     for (int64_t z = 0; z < plan.slot_length; z += lanes) {
@@ -722,19 +719,30 @@ void scatter(const Plan& plan, int64_t row, const Scratch<T>& scratch) {
       for (int64_t j = 0; j < plan.cols.kernel; ++j) {
         const bool reached = z + lanes > shift[j] && z - shift[j] < plan.cols.queries;
         if (plan.slot.data()[j] == slot && reached) {
-          scratch.reached[num_taps++] = j;
+          taps[num_taps++] = j;
         }
       }
-      if (num_taps == 0) {
-        continue;
+      if (num_taps > 0) {
+        visit(slot * plan.slot_pitch + z, z, num_taps);
       }
-      const int64_t at = slot * plan.slot_pitch + z;
-      scatter_channels<T>(plan, key_rows, at, scratch.query + query_row + z,
-                          scratch.grad_logits + weight_row + z, num_taps, scratch.reached);
-      scatter_channels<T>(plan, value_rows, at, scratch.grad + query_row + z,
-                          scratch.weights + weight_row + z, num_taps, scratch.reached);
     }
   }
+}
+
+// One query row's contribution to the gradients of its key rows and value rows.
+template <typename T>
+void scatter(const Plan& plan, int64_t row, const Scratch<T>& scratch) {
+  const int64_t query_row = row * plan.dim * plan.query_pitch + plan.margin;
+  const int64_t weight_row =
+      row * plan.rows.kernel * plan.cols.kernel * plan.query_pitch + plan.margin;
+  T* const* key_rows = scratch.grad_key_rows + row * plan.rows.step;
+  T* const* value_rows = scratch.grad_value_rows + row * plan.rows.step;
+  for_each_seen<T>(plan, scratch.reached, [&](int64_t at, int64_t z, int64_t num_taps) {
+    scatter_channels<T>(plan, key_rows, at, scratch.query + query_row + z,
+                        scratch.grad_logits + weight_row + z, num_taps, scratch.reached);
+    scatter_channels<T>(plan, value_rows, at, scratch.grad + query_row + z,
+                        scratch.weights + weight_row + z, num_taps, scratch.reached);
+  });
 }
 
 // Adds the gradient rows before `until` to the rows [begin, end) of the map, and clears them.

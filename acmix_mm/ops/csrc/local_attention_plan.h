@@ -24,20 +24,29 @@ inline int64_t reflect(int64_t position, int64_t size) {
 // of the t-th of them is keys t * step + 0 .. kernel - 1 of the keys `key(phase, .)`.
 struct Axis {
   int64_t size, queries, kernel, stride, dilation, before, phases, step;
+  bool zeros;  // beyond the border, in place of the map reflected
 
-  Axis(int64_t size_, int64_t kernel_, int64_t stride_, int64_t dilation_)
-      : size(size_), kernel(kernel_), stride(std::min(stride_, size_)) {
+  Axis(int64_t size_, int64_t kernel_, int64_t stride_, int64_t dilation_, bool zeros_ = false)
+      : size(size_), kernel(kernel_), stride(std::min(stride_, size_)), zeros(zeros_) {
     queries = (size + stride - 1) / stride;
-    // Reflection is periodic, so a dilation beyond the period only wastes scratch.
+    // Reflection is periodic, and zeros are zeros: a larger dilation only wastes scratch.
     const int64_t period = std::max<int64_t>(1, 2 * (size - 1));
-    dilation = (dilation_ - 1) % period + 1;
+    dilation = zeros ? std::min(dilation_, size) : (dilation_ - 1) % period + 1;
     before = kernel / 2 * dilation;
     phases = dilation / std::gcd(dilation, stride);
     step = stride / std::gcd(dilation, stride);
   }
 
+  // Where a position of the padded axis comes from; -1 is a zero.
+  int64_t source(int64_t position) const {
+    if (zeros) {
+      return 0 <= position && position < size ? position : -1;
+    }
+    return reflect(position, size);
+  }
+
   int64_t key(int64_t phase, int64_t index) const {
-    return reflect(phase * stride + index * dilation - before, size);
+    return source(phase * stride + index * dilation - before);
   }
 };
 
@@ -74,7 +83,8 @@ struct Plan {
   std::vector<int64_t> slot, shift;  // by offset: its slot, and where query 0 sees its key there
   std::vector<int64_t> offset;       // both in one: slot * slot_pitch + shift
   std::vector<int64_t> source;       // by slot and key: column of the map
-  std::vector<Span> inside;          // by slot: its keys that are no reflections, if many
+  std::vector<Span> inside;          // by slot: its keys that lie within the map, if many
+  std::vector<int64_t> blanks;       // packed keys that are zeros, with some column as source
 
   // Of query rows [begin, end).
   Plan(int64_t planes_, int64_t heads_, int64_t dim_, double scale_, const Axis& rows_,
@@ -119,12 +129,16 @@ struct Plan {
     for (int64_t j = 0; j < cols.kernel; ++j) {
       offset.push_back(slot[j] * slot_pitch + shift[j]);
     }
-    for (const int64_t residue : residues) {
+    for (int64_t u = 0; u < slots; ++u) {
       for (int64_t z = 0; z < slot_length; ++z) {
-        source.push_back(reflect(z * cols.stride + residue - cols.before, cols.size));
+        const int64_t column = cols.source(z * cols.stride + residues[u] - cols.before);
+        source.push_back(std::max<int64_t>(column, 0));
+        if (column < 0) {
+          blanks.push_back(u * slot_pitch + z);
+        }
       }
       // Keys z with 0 <= z * stride - before < size, where before is:
-      const int64_t before = cols.before - residue;
+      const int64_t before = cols.before - residues[u];
       const int64_t begin = std::max<int64_t>(before + cols.stride - 1, 0) / cols.stride;
       const int64_t end = std::min((before + cols.size - 1) / cols.stride + 1, slot_length);
       // Of short rows all keys may be gathered as well.
@@ -136,6 +150,15 @@ struct Plan {
     return group.phase + (group.first + row) * rows.phases;
   }
 };
+
+// Into how many row blocks a backward pass cuts the rows of a plane: as few as keep all threads
+// busy, since queries near a cut are computed twice.
+inline int64_t row_blocks(const Plan& plan, int64_t rows) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t even = threads / std::gcd(plan.planes, threads);
+  const int64_t enough = 2 * ((threads + plan.planes - 1) / plan.planes);
+  return plan.planes >= 4 * threads ? 1 : std::min({even, enough, rows});
+}
 
 // A (B, N, d, rows, columns) tensor with adjacent columns, to write or to add to.
 struct Target {
