@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import pytest
+import torch
 
 from acmix_mm.ops import available_backends
 from acmix_mm.ops.backends import triton_backend
@@ -28,3 +29,9 @@ def slow_if_interpreted(backends: Iterable[str]) -> list:
         pytest.param(name, marks=[pytest.mark.slow] if slow and name == 'triton' else [])
         for name in backends
     ]
+
+
+def operators_on_tensors() -> set[str]:
+    """Qualified names of this package's custom operators, but for questions about the processor."""
+    ours = [s for s in torch._C._jit_get_all_schemas() if s.name.startswith('acmix_mm::')]
+    return {s.name for s in ours if s.arguments}

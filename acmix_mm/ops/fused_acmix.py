@@ -29,7 +29,7 @@ from .group_conv import group_conv
 from .local_attention import local_attention
 
 # Of projected maps at a time, on the CPU: a share of its last-level cache.
-STRIP_BYTES = 12 << 20
+STRIP_BYTES = 8 << 20
 
 
 def fused_acmix(
@@ -199,7 +199,7 @@ def _strips(x: Tensor, channels: int, reach: int, stride: int) -> list[_Strip]:
     batch, _, height, width = x.shape
     rows = STRIP_BYTES // max(channels * width * _sum_dtype(x).itemsize, 1)
     outputs = (height - 1) // stride + 1
-    if rows >= height or height <= 6 * reach or _merged(x):
+    if rows >= height or height <= 6 * reach:
         images = max(rows // height, 1)
         return [
             _Strip(slice(i, i + images), 0, outputs, 0, height, 0, height)
@@ -237,7 +237,8 @@ def _projected_strips(
     strips = _strips(x, weight.size(0), reach, stride)
     images = max((len(range(len(x))[s.images]) for s in strips), default=0)
     rows = max((s.last - s.first for s in strips), default=0)
-    merged = _merged(x)
+    # Of a part of their rows, matrices of all images would be copies.
+    merged = _merged(x) and all(s.last - s.first == x.size(2) for s in strips)
 
     def room() -> Tensor:
         if merged:

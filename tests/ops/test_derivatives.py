@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from devices import device_of, needs_native, needs_triton
+from devices import device_of, needs_native, needs_triton, operators_on_tensors
 from fuzzing import LAYOUTS, fuzz, fuzzed
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -255,8 +255,7 @@ def custom_operators(dtype=torch.float32) -> dict[str, tuple]:
 
 
 def native_operators() -> set[str]:
-    schemas = torch._C._jit_get_all_schemas()
-    names = {s.name.removeprefix('acmix_mm::') for s in schemas if s.name.startswith('acmix_mm::')}
+    names = {name.removeprefix('acmix_mm::') for name in operators_on_tensors()}
     return {n for n in names if '_torch' not in n and '_triton' not in n}
 
 
