@@ -191,7 +191,10 @@ def _by_kernel(
         mean, variance = recomputed(_patch_statistics, query, padded, *geometry)
         if tracked:
             update_statistics(norm, mean, variance * (count / (count - 1)))
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    # Under autocast, one of them may be in half precision.
+    dtype = torch.promote_types(query.dtype, padded.dtype)
+    query, padded = query.to(dtype), padded.to(dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
     factor = (variance.to(dtype) + norm.eps).rsqrt()
     factor = factor if norm.weight is None else factor * norm.weight
     shift = torch.zeros_like(mean) if norm.bias is None else norm.bias

@@ -213,10 +213,11 @@ def _register_patch_weights() -> None:
         ctx.geometry = inputs[6:]
 
     def differentiate(ctx, grad):
+        tensors = ctx.saved_tensors  # once: torch.utils.checkpoint computes them anew
         query, padded, factor, shift, weight = torch.ops.acmix_mm.patch_weights_native_backward(
-            grad, *ctx.saved_tensors, *ctx.geometry
+            grad, *tensors, *ctx.geometry
         )
-        mean = -shift * ctx.saved_tensors[3]
+        mean = -shift * tensors[3]
         return query, padded, mean, factor, shift, weight, None, None, None
 
     torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
