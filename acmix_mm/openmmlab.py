@@ -201,6 +201,10 @@ def _layer_type(layer: type[nn.Module]) -> Callable[..., nn.Module]:
         kwargs = {k: v for k, v in kwargs.items() if k in plain or k not in arguments}
         return nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)
 
+    signature = inspect.signature(layer)
+    flag = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=False)
+    parameters = [*signature.parameters.values(), flag('replace_1x1'), flag('deploy')]
+    build.__signature__ = signature.replace(parameters=parameters)
     return build
 
 

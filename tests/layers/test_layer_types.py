@@ -161,7 +161,7 @@ def test_conv_cfg_of_a_backbone(deep_stem):
 
 @pytest.mark.parametrize('name', LAYERS)
 def test_form_for_inference(name):
-    """Of a model whose config has deploy=True in the layer's place, for checkpoints of that form."""
+    """A model whose config has deploy=True in the layer's place takes checkpoints of that form."""
     cfg = {'type': name, **LAYERS[name]}
     neck = FPN([8, 16], 8, num_outs=2, conv_cfg=cfg).eval()
     maps = [torch.randn(1, 8, 12, 10), torch.randn(1, 16, 6, 5)]
