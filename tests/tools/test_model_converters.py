@@ -165,7 +165,12 @@ model = dict(
         pytest.param(
             PROPOSALS, 'backbone, roi_head.mask_head', 4 + 2, id='backbone and head of regions'
         ),
-        pytest.param(SEGMENTOR, 'backbone, decode_head', 16 + 2 + 3, id='backbone and head'),
+        pytest.param(
+            SEGMENTOR,
+            'backbone, decode_head.convs, decode_head.conv_cat',
+            16 + 2 + 3,
+            id='backbone and head',
+        ),
     ],
 )
 def test_operators_anywhere(text, parts, operators, tmp_path, capsys):
