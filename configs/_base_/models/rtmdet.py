@@ -1,5 +1,5 @@
-# RTMDet as MMDetection's rtmdet_tiny, for ten classes and three maps at strides 4, 8 and 16. A config
-# adds the backbone and the neck's in_channels.
+# RTMDet as MMDetection's rtmdet_tiny, for ten classes and three maps at strides 4, 8 and 16. A
+# config adds the backbone and the neck's in_channels.
 model = dict(
     type='RTMDet',
     data_preprocessor=dict(
