@@ -126,6 +126,8 @@ def find_packages_by_module() -> None:
     from mmengine.config.utils import MODULE2PACKAGE
     from mmengine.utils import is_installed
 
+    MODULE2PACKAGE.setdefault(__package__, __package__)  # for mmengine.hub
+
     for module, package in MODULE2PACKAGE.items():
         if not is_installed(package) and importlib.util.find_spec(module) is not None:
             MODULE2PACKAGE[module] = module
@@ -170,8 +172,7 @@ def _imported(module: str, name: str) -> Callable:
     return build
 
 
-# A layer that is wider than this is none of images, with colours, depth or opacity.
-IMAGE_CHANNELS = 4
+IMAGE_CHANNELS = 4  # at most, with depth or opacity beside colours
 
 
 def _layer_type(layer: type[nn.Module]) -> Callable[..., nn.Module]:
@@ -213,22 +214,27 @@ def _is_replaced(
     kernel_size: int | Sequence[int],
     least: int,
     stride: int | Sequence[int] = 1,
-    padding: str | int | Sequence[int] = 'same',
+    padding: str | int | Sequence[int] | None = None,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     **kwargs,
 ) -> bool:
-    """Whether a layer type takes the place of such a convolution, see :func:`_layer_type`."""
-    if padding != 'same' and isinstance(padding, str):
+    """Whether a layer type takes the place of such a convolution, see :func:`_layer_type`.
+
+    Without ``padding`` it is no convolution's place, and the layer's own default holds.
+    """
+    geometry = [
+        {*value} if isinstance(value, (tuple, list)) else {value}
+        for value in (kernel_size, stride, dilation, padding)
+    ]
+    if any(len(sides) > 1 for sides in geometry):
         return False
-    geometry = (kernel_size, stride, dilation, 0 if padding == 'same' else padding)
-    sides = [{*value} if isinstance(value, (tuple, list)) else {value} for value in geometry]
-    if any(len(side) > 1 for side in sides):
+    (kernel,), _, (dilation,), (padding,) = geometry
+    if kernel % 2 == 0 or kernel < least:
         return False
-    (kernel,), _, (dilation,), (pad,) = sides
-    same = padding == 'same' or pad == dilation * (kernel // 2)
-    of_maps = in_channels > IMAGE_CHANNELS and not 1 < groups == in_channels
-    return kernel % 2 == 1 and kernel >= least and same and of_maps
+    same = padding in ('same', dilation * (kernel // 2))
+    depthwise = 1 < groups == in_channels
+    return padding is None or (same and in_channels > IMAGE_CHANNELS and not depthwise)
 
 
 def register_flop_formulas() -> None:

@@ -13,6 +13,7 @@ pytest.importorskip('mmdet')
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmdet.models.backbones import ResNet, ResNeXt
 from mmdet.models.necks import FPN
+from mmengine.registry import MODELS
 
 LAYERS = {
     'ACmix': {'num_heads': 2, 'attn_kernel_size': 5, 'mix': 'sum', 'backend': 'torch'},
@@ -144,6 +145,14 @@ def test_what_the_layer_stands_for(name, kind, arguments):
     assert isinstance(layer, kind)
     stride = 2 if 'stride' in arguments else 1
     assert layer.eval()(torch.randn(1, 8, 9, 8)).shape[-2:] == (-(-9 // stride), 8 // stride)
+
+
+@pytest.mark.parametrize(('name', 'kind'), [('ACmix', ACmix), ('XVolution', XVolution)])
+def test_built_by_itself(name, kind):
+    """Not in a convolution's place, which would have a padding: as by its class."""
+    cfg = {'type': name, 'in_channels': 3, 'out_channels': 8}
+    assert MODELS.build(cfg)(torch.randn(2, 3, 7, 6)).shape == (2, 8, 7, 6)
+    assert isinstance(MODELS.build(cfg), kind)
 
 
 @pytest.mark.parametrize('deep_stem', [False, True])
