@@ -44,9 +44,8 @@ def run(file, *arguments) -> list[torch.Tensor]:
     return [torch.from_numpy(value) for value in session.run(None, given)]
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param(n, marks=[pytest.mark.slow] * (n != 'ACmix')) for n in NETS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', NETS)
 def test_any_size(name, tmp_path):
     pytest.importorskip('onnxscript', reason='the extra onnx is not installed')
     net, file = NETS[name](), tmp_path / 'net.onnx'
