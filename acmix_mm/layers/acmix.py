@@ -132,6 +132,12 @@ class ACmix(MixedOperator):
         """
         if x.ndim == 3:
             return self.forward(x[None])[0]
+        channels = self.in_channels
+        if x.ndim != 4 or x.size(1) != channels:
+            raise ValueError(
+                f'x must have shape (B, {channels}, H, W) or ({channels}, H, W), got '
+                f'{tuple(x.shape)}'
+            )
         geometry = (self.attn_kernel_size, self.stride[0], self.dilation[0])
         weight, bias, slopes = self.projection_weights().values()
         mixing = self.mixing_weights()
