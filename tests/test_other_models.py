@@ -98,7 +98,9 @@ def test_table_has_every_backbone():
 
 @torch.no_grad()
 @pytest.mark.parametrize('row', rows(), ids=lambda row: row[0])
-def test_table_of_backbones(row):
+def test_table_of_backbones(row, monkeypatch):
+    for method in ('uniform_', 'normal_'):  # no matter here, and most of the time
+        monkeypatch.setattr(torch.Tensor, method, lambda tensor, *args, **kwargs: tensor)
     call, channels, strides, rounding = row
     kind, arguments, depths = re.fullmatch(r'`(\w+)\((.*)\)`(.*)', call).groups()
     channels, strides = ([int(n) for n in numbers.split(', ')] for numbers in (channels, strides))
