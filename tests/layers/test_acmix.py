@@ -264,6 +264,14 @@ def test_wrong_arguments(arguments, message):
         ACmix(**{'in_channels': 8, 'out_channels': 8, **arguments})
 
 
+@pytest.mark.parametrize('shape', [(8,), (8, 5), (2, 7, 5, 6), (7, 5, 6), (1, 1, 8, 5, 6)])
+@pytest.mark.parametrize('num_heads', [4, 8])
+def test_wrong_input(shape, num_heads):
+    message = r'x must have shape \(B, 8, H, W\) or \(8, H, W\), got \('
+    with pytest.raises(ValueError, match=message):
+        ACmix(8, 8, num_heads=num_heads)(torch.randn(shape))
+
+
 @pytest.mark.parametrize('mix', MIX_MODES)
 @pytest.mark.parametrize('arguments', [{}, {'stride': 2, 'bias': True}, {'num_heads': 8}])
 def test_deploy_form(mix, arguments):

@@ -312,6 +312,39 @@ FILES = {
     ),
     'merged with no dict': (DETECTOR, 'train_cfg = dict(max_epochs=dict(a=1))', 'max_epochs'),
     'exception': (DETECTOR, 'raise RuntimeError("no\\nluck")', 'line 2: RuntimeError: no luck'),
+    'channels that a neck is not for': (
+        DETECTOR,
+        "model = dict(backbone=dict(_delete_=True, type='ACmixSwinTransformer'))",
+        'model.neck.in_channels is [128, 256, 512, 1024], but model.backbone '
+        '(ACmixSwinTransformer) gives 4 maps with [96, 192, 384, 768] channels at strides 4, 8, 16',
+    ),
+    'more maps than a neck is for': (
+        DETECTOR,
+        'model = dict(neck=dict(in_channels=[256, 512, 1024]))',
+        'model.neck.in_channels is [256, 512, 1024], but model.backbone (ACmixResNet) gives 4 maps',
+    ),
+    'channels that a head is not for': (
+        DETECTOR,
+        'model = dict(bbox_head=dict(in_channels=32))',
+        'model.bbox_head.in_channels is 32, but model.neck (FPN) gives 4 maps with [64, 64, 64',
+    ),
+    'channels that a decode head is not for': (
+        SEGMENTOR,
+        'model = dict(decode_head=dict(in_channels=[32, 64, 128, 512]))',
+        'model.decode_head.in_channels is [32, 64, 128, 512] of in_index [0, 1, 2, 3], but '
+        'model.backbone (ACmixSwinTransformer) gives 4 maps with [32, 64, 128, 256] channels',
+    ),
+    'maps that a decode head does not get': (
+        SEGMENTOR,
+        'model = dict(backbone=dict(out_indices=(0, 1, 2)))',
+        'in_index [0, 1, 2, 3], but model.backbone (ACmixSwinTransformer) gives 3 maps',
+    ),
+    'channels that the first of two necks is not for': (
+        DETECTOR,
+        "model = dict(neck=[dict(type='FPN', in_channels=[64] * 4, out_channels=64, num_outs=4),"
+        " dict(type='DyHead', in_channels=64, out_channels=64)])",
+        'model.neck.0.in_channels is [64, 64, 64, 64], but model.backbone',
+    ),
 }
 
 
