@@ -79,8 +79,7 @@ def set_length(
     scale(loop, LOOP_KEYS)
     if 'dynamic_intervals' in loop:  # from when on, and the interval
         loop.dynamic_intervals = [
-            (scaled(begin), max(1, scaled(interval)))
-            for begin, interval in loop.dynamic_intervals
+            (scaled(begin), max(1, scaled(interval))) for begin, interval in loop.dynamic_intervals
         ]
     scale(setting(cfg, 'default_hooks.checkpoint') or {}, CHECKPOINT_KEYS)
     for hook in cfg.get('custom_hooks') or []:

@@ -360,9 +360,9 @@ def test_coco_recipe(name):
 
 
 def test_coco_checkpoints():
-    """As mmdet: one an epoch; what papers report is the last."""
+    """As mmdet: one an epoch; what papers report is the last. The best is there, too."""
     hook = read('acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py').default_hooks.checkpoint
-    assert hook == {'type': 'CheckpointHook', 'interval': 1}
+    assert hook == {'type': 'CheckpointHook', 'interval': 1, 'save_best': 'auto'}
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if 'ade20k' in name])

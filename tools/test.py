@@ -60,6 +60,8 @@ def build_config(args: argparse.Namespace) -> Config:
         if hook is None:
             sys.exit(f'error: --show: {args.config} has no default_hooks.visualization')
         hook.update(show=args.show, wait_time=args.wait_time)
+        if cfg.visualizer.type == 'SegLocalVisualizer':
+            cfg.visualizer.type = 'SegmentationVisualizer'
         if hook.type == 'VisualizationHook':  # mmpretrain's
             hook.update(enable=True, interval=1)
         else:

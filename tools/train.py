@@ -8,6 +8,7 @@ directory already are moved into WORK_DIR/before_TIME.
 
 import argparse
 import sys
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import master_only
@@ -20,6 +21,7 @@ from acmix_mm.command_line import (
     positive_int,
     program,
 )
+from acmix_mm.engine.summary_hook import SUMMARY
 from acmix_mm.runs import train
 from acmix_mm.schedules import set_length
 
@@ -81,7 +83,10 @@ def build_config(args: argparse.Namespace) -> Config:
 
 @master_only
 def report(runner: Runner) -> None:
-    """Say where the results are."""
+    """Say what came of it and where the results are."""
+    summary = Path(runner.work_dir, SUMMARY)
+    print(f'\n{summary.read_text()}')
+    print(f'summary:    {summary}')
     print(f'log:        {runner.log_dir}')
     print(f'checkpoint: {find_latest_checkpoint(runner.work_dir)}')
 
