@@ -304,6 +304,75 @@ def test_reduced_in_one_place_only(tmp_path):
     for split in ('train', 'val'):
         cfg[f'{split}_dataloader'].dataset.pipeline[1].reduce_zero_label = True
     assert 'reduce_zero_label of LoadAnnotations is True' in message(cfg)
+    inner = [[{'type': 'LoadAnnotations', 'reduce_zero_label': True}]]
+    for split in ('train', 'val'):
+        pipeline = [{'type': 'LoadImageFromFile'}, {'type': 'TestTimeAug', 'transforms': inner}]
+        cfg[f'{split}_dataloader'].dataset.pipeline = pipeline
+    assert 'reduce_zero_label of LoadAnnotations is True' in message(cfg)
+
+
+def without_classes(cfg: Config, heads: int) -> Config:
+    """A config whose data sets name no classes, of a model with so many."""
+    for split in ('train', 'val'):
+        cfg[f'{split}_dataloader'].dataset.pop('metainfo')
+    cfg.model = {'decode_head': {'num_classes': heads}, 'head': {'num_classes': heads}}
+    return cfg
+
+
+def test_labels_without_names_are_those_of_the_heads(tmp_path, capsys):
+    make_ade(tmp_path)
+    assert warnings(without_classes(ade_config(tmp_path), 3), capsys) == []
+    found = message(without_classes(ade_config(tmp_path), 2))
+    assert 'label 2' in found
+    assert '0 to 1 for 2 classes' in found
+
+
+def test_folders_without_names_are_as_many_as_the_heads_classes(tmp_path, capsys):
+    pytest.importorskip('mmpretrain')
+    make_imagenet(tmp_path)
+    assert warnings(without_classes(imagenet_config(tmp_path), 3), capsys) == []
+    found = message(without_classes(imagenet_config(tmp_path), 10))
+    assert '3 folders' in found
+    assert "one for each of the heads' 10 classes" in found
+
+
+def of_two_classes(root, **metainfo) -> Config:
+    cfg = coco_config(root)
+    for split in ('train', 'val'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = {'classes': NAMES[:2], **metainfo}
+    return cfg
+
+
+def test_a_category_that_is_no_class(tmp_path, capsys):
+    """mmdet would drop its boxes without a word; the config has to say so."""
+    make_coco(tmp_path)
+    found = message(of_two_classes(tmp_path))
+    assert found.startswith(str(coco_file(tmp_path)))
+    assert "category 'owl' has 3 annotations and is no class" in found
+    assert "train_dataloader.dataset.metainfo.left_out names it, as ('owl',)" in found
+    for patterns in (('owl',), ('*',), ('cow', 'o*')):
+        assert warnings(of_two_classes(tmp_path, left_out=patterns), capsys) == []
+    assert "category 'owl'" in message(of_two_classes(tmp_path, left_out=('cow',)))
+
+
+def test_a_category_without_annotations_may_be_no_class(tmp_path, capsys):
+    """As the first one of many exports, which stands for all."""
+    make_coco(tmp_path)
+    for split in ('train', 'val'):
+        more = {'id': 9, 'name': 'animals'}
+        edit(lambda content, more=more: content['categories'].append(more), split)(tmp_path)
+    assert warnings(coco_config(tmp_path), capsys) == []
+
+
+def test_a_misspelt_category_names_the_nearest(tmp_path):
+    make_coco(tmp_path)
+    for split in ('train', 'val'):
+        edit(lambda content: content['categories'][2].update(name='owls'), split)(tmp_path)
+    assert "category 'owls' has 3 annotations and is no class" in message(
+        of_two_classes(tmp_path, left_out=())
+    )
+    found = message(coco_config(tmp_path))
+    assert "no category has the name of class 'owl', the nearest is 'owls'" in found
 
 
 def test_names_in_a_list(tmp_path, capsys):
