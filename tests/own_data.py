@@ -1,10 +1,12 @@
 """Data of one's own, as a user may have them: coins with boxes and masks, textures with labels.
 
 ``python tests/own_data.py coins FOLDER`` and ``... textures FOLDER`` make them of scikit-image's
-pictures. What is validated on comes from other parts of these than what is trained on.
+pictures, as docs/own_data.md has it. What is validated on comes from other parts of these than what
+is trained on.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +19,16 @@ from skimage import data, filters, measure, segmentation
 COINS = ('coin',)
 TEXTURES = ('rocket', 'grass', 'brick', 'gravel')
 CROP = 128
+TEMPLATES = Path(__file__).resolve().parents[1] / 'configs' / 'own_data'
+# What a user changes at the top of a template.
+OF_COINS = {'data_root': 'data/coins/', 'classes': COINS, 'size': (CROP, CROP)}
+CHANGES = {
+    'detection': OF_COINS,
+    'instance': OF_COINS,
+    'semantic': {
+        'data_root': 'data/textures/', 'classes': TEXTURES, 'size': CROP, 'suffix': '.png'
+    },
+}  # fmt: skip
 
 
 def find_coins() -> tuple[np.ndarray, np.ndarray]:
@@ -86,6 +98,15 @@ def make_textures(root: Path, train: int = 64, val: int = 16) -> None:
                 labels[region] = label
             Image.fromarray(image).save(root / 'images' / split / f'{i}.png')
             Image.fromarray(labels).save(root / 'labels' / split / f'{i}.png')
+
+
+def write_config(task: str, file: Path, **changes: object) -> None:
+    """A copy of a template, anywhere, with other values at its top."""
+    text = (TEMPLATES / f'{task}.py').read_text()
+    for name, value in {**CHANGES[task], **changes}.items():
+        text, count = re.subn(f'^{name} = .*', f'{name} = {value!r}', text, flags=re.MULTILINE)
+        assert count == 1, name
+    file.write_text(text.replace("'../_base_/", f"'{TEMPLATES.parent}/_base_/"))
 
 
 if __name__ == '__main__':
