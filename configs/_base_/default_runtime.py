@@ -7,7 +7,7 @@ default_hooks = dict(
     # A line after a tenth of an epoch, at most 50 iterations, as PacedLoggerHook.
     logger=dict(type='LoggerHook'),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    # The best by the first metric, of COCO box AP; all others stay, too.
+    # The best by box AP, mean IoU or accuracy is kept beside all others.
     checkpoint=dict(type='CheckpointHook', interval=1, save_best='auto'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
