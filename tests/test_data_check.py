@@ -157,7 +157,7 @@ def test_short_polygons_beside_others_are_left_out_unless_taken_for_boxes(tmp_pa
 def test_some_of_the_classes_may_be_chosen(classes, boxes, tmp_path):
     make_coco(tmp_path)
     cfg = coco_config(tmp_path)
-    cfg.train_dataloader.dataset.metainfo.classes = classes
+    cfg.train_dataloader.dataset.metainfo = {'classes': classes, 'left_out': ('*',)}
     (contents,) = look_through(cfg, ['train'])
     assert not contents.problems
     assert sum(contents.labels.values()) == boxes
