@@ -206,6 +206,8 @@ def _look(
         items = looks[known](dataset, contents, metrics, thorough)
         if thorough or not contents.errors:
             _check_pictures(dataset, items, contents, thorough, pictures)
+            if known == 'BaseSegDataset':
+                _check_spread(dataset, contents)
 
 
 def _is_read_like(dataset, kind: str) -> bool:
@@ -720,6 +722,20 @@ def _look_at_map(file: str, size: tuple[int, int], dataset, contents: Contents) 
             return
         left_out = label == IGNORED or label < reduced
         contents.labels['ignored' if left_out else str(classes[label - reduced])] += number
+
+
+def _check_spread(dataset, contents: Contents) -> None:
+    """Masks whose foreground is 255 leave one class to train on."""
+    found = [name for name in contents.labels if name != 'ignored']
+    classes = dataset.metainfo.get('classes') or ()
+    left_out = contents.labels['ignored'] and not dataset.reduce_zero_label
+    if left_out and len(found) == 1 < len(classes):
+        contents.add(
+            dataset.data_prefix['seg_map_path'],
+            f'the only labels looked at are of class {found[0]!r} and {IGNORED}',
+            f'{IGNORED} is of no class, the classes are 0 to {len(classes) - 1}',
+            stops=False,
+        )
 
 
 # Classification

@@ -311,6 +311,21 @@ def test_reduced_in_one_place_only(tmp_path):
     assert 'reduce_zero_label of LoadAnnotations is True' in message(cfg)
 
 
+def test_masks_of_0_and_255(tmp_path, capsys):
+    """Their foreground would be of no class."""
+    make_ade(tmp_path)
+    for file in tmp_path.glob('annotations/*/*.png'):
+        mask = np.zeros(SIZE[::-1], np.uint8)
+        mask[:9] = 255
+        Image.fromarray(mask).save(file)
+    lines = warnings(ade_config(tmp_path), capsys)
+    assert len(lines) == 2
+    assert "the only labels looked at are of class 'cat' and 255" in lines[0]
+    assert '255 is of no class, the classes are 0 to 2' in lines[0]
+    Image.fromarray(mask // 255).save(file)  # of the validation data
+    assert len(warnings(ade_config(tmp_path), capsys)) == 1
+
+
 def without_classes(cfg: Config, heads: int) -> Config:
     """A config whose data sets name no classes, of a model with so many."""
     for split in ('train', 'val'):
