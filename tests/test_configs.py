@@ -14,7 +14,7 @@ import pytest
 import torch
 from mmdet.models.backbones import SwinTransformer
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 from small_configs import build, shrink, shrink_config, take
@@ -298,6 +298,7 @@ def test_ade20k_tta(scene_digits):
 @pytest.mark.parametrize('pipeline', ['train', 'test', 'tta'])
 def test_ade20k_labels_are_as_with_reduction_in_the_transforms(pipeline, scene_digits):
     """The data set alone decides that label 0 is of no class."""
+    init_default_scope('mmseg')
     found = []
     for reduce in (None, True):
         cfg = read('acmix_swin/acmix-swin-t_fpn_8xb2-80k_ade20k-512x512.py')

@@ -188,7 +188,7 @@ def device() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        name = f'CPU, {torch.get_num_threads()} threads'
+        name = f'CPU, threads: {torch.get_num_threads()}'
     count = get_world_size()
     return name if count == 1 else f'{count} processes, each {name}'
 
@@ -300,6 +300,9 @@ def draw(runner: Runner, validations: list[dict]):
         rates.plot(runner.iter - len(values) + 1 + np.arange(len(values)), values, label=name)
         break
     rates.set_title('learning rate')
+    for axes in (metrics, rates):
+        if all(np.min(line.get_ydata()) >= 0 for line in axes.lines):
+            axes.set_ylim(bottom=0)
     for axes in (losses, metrics, rates):
         axes.set_xlabel('iteration')
         axes.set_xlim(0, max(runner.iter, 1))
