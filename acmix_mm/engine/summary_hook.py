@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -117,7 +118,6 @@ def page(runner: Runner, validations: list[dict]) -> str:
     state = runner.message_hub.get_info(STATE)
     facts = {
         'config': runner.cfg.filename or 'not of a file',
-        'command': ' '.join(sys.argv),
         'commit': commit(Path.cwd()) or 'none, the folder is in no git repository',
         'versions': versions(),
         'device': device(),
@@ -131,6 +131,7 @@ def page(runner: Runner, validations: list[dict]) -> str:
     best = best_of(runner, validations)
     checkpoints = checkpoints_of(runner)
     lines = [f'# {Path(facts["config"]).stem}', '', *table({'': 'training', **facts}), '']
+    lines += ['```bash', shlex.join([Path(sys.executable).name, *sys.argv]), '```', '']
     if validations:
         columns = {f'last ({moment(runner, validations[-1])})': validations[-1]['metrics']}
         if best is not None:
@@ -207,7 +208,7 @@ def data(runner: Runner) -> str:
 
 def length(runner: Runner) -> str:
     """Epochs or iterations, and how many images each takes."""
-    size = runner.train_dataloader.batch_size
+    size = getattr(runner.train_dataloader.batch_sampler, 'batch_size', None)
     size = '' if size is None else f' of {size * get_world_size()} images'
     if isinstance(runner.train_loop, EpochBasedTrainLoop):
         count = len(runner.train_dataloader)

@@ -80,6 +80,7 @@ def test_summary(run):
     assert '12 images to train, 4 to validate, 10 classes' in page
     assert '2 epochs of 3 iterations of 4 images' in page
     assert f'{run}/epoch_2.pth' in page
+    assert f'python tools/train.py {CONFIG} --work-dir {run}' in page
     assert Image.open(run / 'summary.png').size[0] > 1000
 
 
