@@ -48,6 +48,7 @@ del resize
 
 train_dataloader = dict(
     batch_size=batch_size,
+    num_workers=2,
     sampler=dict(type='DefaultSampler'),
     dataset=dict(
         type='BaseSegDataset',
@@ -60,6 +61,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
+    num_workers=2,
     dataset=dict(
         type='BaseSegDataset',
         data_root=data_root,
