@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -143,14 +144,14 @@ def check_classes(cfg: Config, split: str, checkpoint: dict, file: str) -> None:
     if not isinstance(trained, (list, tuple)):
         return
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmdet')):
-        found = data_classes(cfg)
-    for place, names in found.items():
+        classes = data_classes(cfg)
+    for place, names in classes.items():
         if not place.startswith(split) or names == tuple(trained):
             continue
         at = next((i for i, (a, b) in enumerate(zip(names, trained)) if a != b), None)  # noqa: B905
         if at is None or set(names) != set(trained):
-            others = sorted({*names} ^ {*trained})
-            print(f'warning: checkpoint {file} and {place} differ in classes, as in {others[0]!r}')
+            found = reprlib.repr(tuple(trained))
+            print(f'warning: checkpoint {file} is of other classes than {place}: {found}')
             continue
         raise ValueError(
             f'checkpoint {file} is of the same classes as {place} in another order: class {at} '
