@@ -128,9 +128,9 @@ def test_what_a_user_gets_wrong(task, changes, message, folder, monkeypatch):
 
 # The whole way, by the programs. What is reached is of few iterations on few pictures.
 TRAINED = {
-    'detection': ('coco/bbox_mAP_50', 0.3),
-    'instance': ('coco/segm_mAP_50', 0.3),
-    'semantic': ('mIoU', 50),
+    'detection': ('coco/bbox_mAP_50', 0.1),
+    'instance': ('coco/segm_mAP_50', 0.1),
+    'semantic': ('mIoU', 35),
 }
 
 

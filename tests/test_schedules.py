@@ -111,6 +111,9 @@ def test_program():
     assert cfg.train_cfg.max_epochs == cfg.param_scheduler[1].end == 3
     assert cfg.param_scheduler[1].milestones == [2, 3]
     assert cfg.param_scheduler[0].end == 125
+    options = ['--cfg-options', 'train_cfg.val_interval=2']
+    cfg = train.build_config(train.parse_args([COCO, '--max-epochs', '36', *options]))
+    assert (cfg.train_cfg.val_interval, cfg.default_hooks.checkpoint.interval) == (2, 3)
 
 
 @pytest.mark.parametrize(

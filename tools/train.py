@@ -21,9 +21,13 @@ from acmix_mm.command_line import (
     positive_int,
     program,
 )
+from acmix_mm.config_check import merge_options
 from acmix_mm.engine.summary_hook import SUMMARY
 from acmix_mm.runs import train
 from acmix_mm.schedules import set_length
+
+# What --max-epochs changes, but not where it is given, too.
+INTERVALS = ('train_cfg.val_', 'default_hooks.checkpoint.')
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,6 +78,8 @@ def build_config(args: argparse.Namespace) -> Config:
         length = getattr(args, f'max_{unit}')
         if length is not None:
             set_length(cfg, length, unit, args.config, f'--max-{unit}')
+            given = {k: v for k, v in (args.cfg_options or {}).items() if k.startswith(INTERVALS)}
+            merge_options(cfg, given)  # as they are
     if args.resume == 'auto':
         cfg.resume = 'auto'  # train looks for the checkpoint
     elif args.resume is not None:
