@@ -7,6 +7,7 @@ directory already are moved into WORK_DIR/before_TIME.
 """
 
 import argparse
+import importlib.util
 import sys
 
 from mmengine.config import Config
@@ -36,6 +37,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='scale the learning rate by the real batch size over auto_scale_lr.base_batch_size',
     )
+    parser.add_argument(
+        '--tensorboard',
+        action='store_true',
+        help='also write losses and metrics for TensorBoard: tensorboard --logdir WORK_DIR',
+    )
     return parser.parse_args(argv)
 
 
@@ -52,11 +58,27 @@ def build_config(args: argparse.Namespace) -> Config:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit(f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
+    if args.tensorboard:
+        add_tensorboard(cfg)
     if args.resume == 'auto':
         cfg.resume = 'auto'  # train looks for the checkpoint
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
     return cfg
+
+
+def add_tensorboard(cfg: Config) -> None:
+    """Have the visualizer write to TensorBoard beside what it writes to, scalars.json by default.
+
+    Exits with a message where TensorBoard is not installed.
+    """
+    if importlib.util.find_spec('tensorboard') is None:
+        sys.exit('error: --tensorboard needs TensorBoard: pip install tensorboard')
+    local = {'type': 'Visualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
+    visualizer = cfg.setdefault('visualizer', local)
+    backends = visualizer.get('vis_backends') or []
+    if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
+        visualizer.vis_backends = [*backends, {'type': 'TensorboardVisBackend'}]
 
 
 @master_only
