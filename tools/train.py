@@ -74,11 +74,11 @@ def add_tensorboard(cfg: Config) -> None:
     """
     if importlib.util.find_spec('tensorboard') is None:
         sys.exit('error: --tensorboard needs TensorBoard: pip install tensorboard')
-    local = {'type': 'Visualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
-    visualizer = cfg.setdefault('visualizer', local)
-    backends = visualizer.get('vis_backends') or []
+    if 'visualizer' not in cfg:
+        cfg.visualizer = {'type': 'Visualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
+    backends = cfg.visualizer.get('vis_backends') or []
     if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
-        visualizer.vis_backends = [*backends, {'type': 'TensorboardVisBackend'}]
+        cfg.visualizer.vis_backends = [*backends, {'type': 'TensorboardVisBackend'}]
 
 
 @master_only
