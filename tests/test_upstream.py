@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_wrong_names(arguments, message):
 
 def test_missing_package(monkeypatch):
     monkeypatch.setattr(upstream.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(SystemExit, match='^error: PACKAGE mmseg is not installed$'):
+    with pytest.raises(SystemExit, match=r'^error: PACKAGE mmseg is not installed$'):
         upstream.main(['mmseg'])
 
 
@@ -67,6 +68,7 @@ def test_what_fails_by_itself_today(single_digits_options, tmp_path):
     run('mmpretrain', *browse, '--show-number', '3', *options)
     assert len(list(folder.iterdir())) == 3
     run('mmdet', 'model_converters/publish_model', str(checkpoint), str(tmp_path / 'public.pth'))
+    time.sleep(1)  # it does not wait for the renaming that it starts
     (public,) = tmp_path.glob('public-*.pth')
     weights = torch.load(public, weights_only=False)['state_dict']
     assert weights.keys() == torch.load(checkpoint, weights_only=False)['state_dict'].keys()
