@@ -1,5 +1,6 @@
 """Installation of acmix_mm; exact tested versions are in constraints*.txt."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ REASON_FILE = 'acmix_mm/ops/native_build.txt'  # read by acmix_mm/ops/backends/n
 WARNING = """
 acmix_mm: the native CPU kernels were NOT built: {}
 acmix_mm works without them, with slower operators on the CPU. To have them, install with a C++
-compiler, beside the torch to be used: pip install --no-build-isolation ...
+compiler, beside the torch to be used.
 """
 
 
@@ -30,6 +31,25 @@ def note(reason: str | None, folder: str) -> None:
         file.write_text(reason)
 
 
+class BuildWithMim(build_py):
+    """Puts configs and programs where OpenMMLab looks for those of a package: in ``.mim``.
+
+    Only into what is built: an editable installation has them beside the package.
+    """
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        mim = Path(self.build_lib, 'acmix_mm', '.mim')
+        shutil.rmtree(mim, ignore_errors=True)  # of an earlier build
+        left_out = shutil.ignore_patterns('__pycache__', 'dev')
+        for folder in ('configs', 'tools'):
+            shutil.copytree(ROOT / folder, mim / folder, ignore=left_out)
+        for file in ('model-index.yml', 'README.md'):
+            shutil.copy2(ROOT / file, mim)
+
+
 def native_kernels() -> dict:
     """Arguments of setup() that build the native CPU kernels, or keep why there are none."""
     try:
@@ -37,7 +57,7 @@ def native_kernels() -> dict:
     except ImportError as error:
         reason = f'{type(error).__name__}: {error}'
 
-        class WithoutKernels(build_py):
+        class WithoutKernels(BuildWithMim):
             def run(self) -> None:
                 super().run()
                 note(reason, '' if self.editable_mode else self.build_lib)
@@ -64,7 +84,10 @@ def native_kernels() -> dict:
         # third of the compiler's time.
         extra_compile_args=['-O3', '-fopenmp', '-g0'],
     )
-    return {'ext_modules': [extension], 'cmdclass': {'build_ext': OptionalBuild}}
+    return {
+        'ext_modules': [extension],
+        'cmdclass': {'build_py': BuildWithMim, 'build_ext': OptionalBuild},
+    }
 
 
 setup(
@@ -74,6 +97,33 @@ setup(
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    license_files=['LICENSE'],
+    project_urls={'Paper': 'https://arxiv.org/abs/2111.14556'},
+    keywords=[
+        'computer vision',
+        'object detection',
+        'instance segmentation',
+        'semantic segmentation',
+        'self-attention',
+        'convolution',
+        'ACmix',
+        'OpenMMLab',
+        'PyTorch',
+    ],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Developers',
+        'Intended Audience :: Science/Research',
+        'Operating System :: POSIX :: Linux',
+        'Programming Language :: C++',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+        'Typing :: Typed',
+    ],
     **native_kernels(),
     packages=find_packages(include=['acmix_mm', 'acmix_mm.*']),
     package_data={'acmix_mm': ['py.typed', 'analysis/*.html']},
@@ -107,6 +157,8 @@ setup(
         'demo': ['scikit-image', 'scikit-learn', 'tqdm'],
         # tools/model_converters/export_onnx.py.
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
+        # tools/train.py --tensorboard.
+        'tensorboard': ['tensorboard'],
         # PyTorch for CUDA brings Triton along; with the CPU build, the tests interpret its kernels.
         'dev': [
             'pytest',

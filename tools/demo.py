@@ -30,7 +30,8 @@ from acmix_mm.command_line import Parser, load_config, program
 from acmix_mm.config_check import setting
 from acmix_mm.files import claim, encode_picture, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
+TOOLS = Path(__file__).resolve().parent
+ROOT = TOOLS.parent  # of the configs, here or in an installed package
 DATA = Path('data/scene_digits')
 COLUMNS, ROWS = 6, 4
 SCORE_THR = 0.6
@@ -39,9 +40,10 @@ PRETRAINED = 'configs/demo/retinanet_acmix-r26-pre_fpn_scene-digits.py'
 
 
 def run(title: str, *command: str) -> None:
-    """Run a program of this repository, its output on the terminal."""
+    """Run a program beside this one, its output on the terminal."""
+    command = (os.path.relpath(TOOLS / command[0]), *command[1:])
     print(f'\n== {title}: python {" ".join(command)}', flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, *command]).returncode
     if code:
         sys.exit(f'error: {command[0]} failed with exit code {code}')
 
@@ -201,47 +203,46 @@ def main(argv: list[str] | None = None) -> None:
     if args.pretrained and (args.task != 'detection' or args.config):
         parser.error('--pretrained goes with the detection task and its own config')
     task = TASKS[args.task]
-    config = PRETRAINED if args.pretrained else task.config
-    if args.config:
-        config = str(Path(args.config).resolve())  # the programs run in the clone
-    check_task(ROOT / config, args.task)
+    own = ROOT / (PRETRAINED if args.pretrained else task.config)
+    config = args.config or os.path.relpath(own)
+    check_task(Path(config), args.task)
     work_dir = Path('work_dirs/demo', Path(config).stem)
     if args.work_dir:
-        work_dir = Path(args.work_dir).resolve()
-    elif (ROOT / work_dir).is_dir():  # an earlier demo's
+        work_dir = Path(args.work_dir)
+    elif work_dir.is_dir():  # an earlier demo's
         print(f'{work_dir} of an earlier demo is replaced')
-        with claim(ROOT / work_dir):
-            shutil.rmtree(ROOT / work_dir)
+        with claim(work_dir):
+            shutil.rmtree(work_dir)
     images = DATA / task.images
-    if not (ROOT / images).exists():
-        run('data', 'tools/dataset_converters/scene_digits.py', str(DATA))
-    run('train', 'tools/train.py', config, '--work-dir', str(work_dir))
-    last = Path((ROOT / work_dir / 'last_checkpoint').read_text().strip()).name
-    checkpoint = str(ROOT / work_dir / last)
+    if not images.exists():
+        run('data', 'dataset_converters/scene_digits.py', str(DATA))
+    run('train', 'train.py', config, '--work-dir', str(work_dir))
+    last = Path((work_dir / 'last_checkpoint').read_text().strip()).name
+    checkpoint = str(work_dir / last)
     evaluation = work_dir / 'evaluation'
-    run('evaluate', 'tools/test.py', config, checkpoint, '--work-dir', str(evaluation))
+    run('evaluate', 'test.py', config, checkpoint, '--work-dir', str(evaluation))
     if args.task == 'classification':
-        gather(ROOT / images, ROOT / work_dir / 'images')
+        gather(images, work_dir / 'images')
         images = work_dir / 'images'
     pictures = work_dir / 'predictions'
     options = ('--cfg-options', *task.options) if task.options else ()
     run(
-        'predict', 'tools/predict.py', str(images), config, checkpoint, '--out-dir', str(pictures),
+        'predict', 'predict.py', str(images), config, checkpoint, '--out-dir', str(pictures),
         '--limit', str(COLUMNS * ROWS), '--score-thr', str(SCORE_THR), *options,
     )  # fmt: skip
     grid = work_dir / 'predictions.png'
-    draw_grid(task, ROOT / config, ROOT / images, ROOT / pictures, ROOT / grid)
+    draw_grid(task, Path(config), images, pictures, grid)
 
-    log_dir = max(p for p in (ROOT / evaluation).iterdir() if (p / f'{p.name}.json').exists())
+    log_dir = max(p for p in evaluation.iterdir() if (p / f'{p.name}.json').exists())
     metrics = json.loads((log_dir / f'{log_dir.name}.json').read_text())
     print('\nval ' + ', '.join(f'{name} {metrics[key]:.3f}' for name, key in task.metrics.items()))
-    print(f'checkpoint: {os.path.relpath(checkpoint, ROOT)}')
+    print(f'checkpoint: {checkpoint}')
     print(f'logs:       {work_dir}')
     print(f'pictures:   {grid} (all in {pictures / "vis"})')
-    start = Config.fromfile(ROOT / PRETRAINED).model.backbone.init_cfg.checkpoint
-    if config == TASKS['classification'].config:
-        (ROOT / start).parent.mkdir(exist_ok=True)
-        write_whole(ROOT / start, Path(checkpoint).read_bytes())
+    start = Path(Config.fromfile(ROOT / PRETRAINED).model.backbone.init_cfg.checkpoint)
+    if args.task == 'classification' and Path(config).samefile(own):
+        start.parent.mkdir(exist_ok=True)
+        write_whole(start, Path(checkpoint).read_bytes())
         print(f'weights:    {start}, for the detection demo with --pretrained')
 
 

@@ -7,6 +7,7 @@ directory already are moved into WORK_DIR/before_TIME.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             help=f'train for N {what}, of a config that counts {what}; warm-up, schedule and the '
             'intervals of validation and checkpoints shrink or grow in proportion',
         )
+    parser.add_argument(
+        '--tensorboard',
+        action='store_true',
+        help='also write losses and metrics for TensorBoard: tensorboard --logdir WORK_DIR',
+    )
     return parser.parse_args(argv)
 
 
@@ -80,11 +86,27 @@ def build_config(args: argparse.Namespace) -> Config:
             set_length(cfg, length, unit, args.config, f'--max-{unit}')
             given = {k: v for k, v in (args.cfg_options or {}).items() if k.startswith(INTERVALS)}
             merge_options(cfg, given)  # as they are
+    if args.tensorboard:
+        add_tensorboard(cfg)
     if args.resume == 'auto':
         cfg.resume = 'auto'  # train looks for the checkpoint
     elif args.resume is not None:
         cfg.resume, cfg.load_from = True, args.resume
     return cfg
+
+
+def add_tensorboard(cfg: Config) -> None:
+    """Have the visualizer write to TensorBoard beside what it writes to, scalars.json by default.
+
+    Exits with a message where TensorBoard is not installed.
+    """
+    if importlib.util.find_spec('tensorboard') is None:
+        sys.exit('error: --tensorboard needs TensorBoard: pip install tensorboard')
+    if 'visualizer' not in cfg:
+        cfg.visualizer = {'type': 'Visualizer', 'vis_backends': [{'type': 'LocalVisBackend'}]}
+    backends = cfg.visualizer.get('vis_backends') or []
+    if not any(backend['type'] == 'TensorboardVisBackend' for backend in backends):
+        cfg.visualizer.vis_backends = [*backends, {'type': 'TensorboardVisBackend'}]
 
 
 @master_only

@@ -133,7 +133,7 @@ def main() -> None:
     install_mmcv(family)
     print('[3/3] the other packages and acmix_mm', flush=True)
     _, extras = FAMILIES[family]
-    pip(family, '--no-build-isolation', '--editable', f'{ROOT}[{extras},demo,onnx,dev]')
+    pip(family, '--no-build-isolation', '--editable', f'{ROOT}[{extras},demo,onnx,tensorboard,dev]')
     check = 'import acmix_mm; print("acmix_mm", acmix_mm.__version__, "is ready")'
     sys.exit(subprocess.run([sys.executable, '-c', check], cwd=Path(sys.prefix)).returncode)
 

@@ -27,7 +27,7 @@ def _load() -> str | None:
     """Load the compiled library, which registers the operators; or say why there is none."""
     again = (
         'install acmix_mm anew beside this torch, with a C++ compiler: '
-        'pip install --no-build-isolation --force-reinstall --no-deps acmix-mm'
+        'pip install --force-reinstall --no-deps FOLDER_OF_ITS_SOURCES'
     )
     spec = importlib.util.find_spec('acmix_mm.ops._native')
     if spec is None:
