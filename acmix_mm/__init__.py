@@ -9,10 +9,11 @@ import importlib
 
 from . import layers, ops
 from .models import deploy, set_backend
+from .onnx_export import export_onnx
 from .openmmlab import connect
 from .version import __version__
 
-__all__ = ['__version__', 'backbones', 'deploy', 'layers', 'ops', 'set_backend']
+__all__ = ['__version__', 'backbones', 'deploy', 'export_onnx', 'layers', 'ops', 'set_backend']
 
 connect()
 

@@ -434,7 +434,7 @@ def _typed_below(
         return
     scope = node.get('_scope_') or scope
     if 'type' in node:
-        kind = _find(node['type'], registries, scope)
+        kind = class_of(node['type'], registries, scope)
         yield place, node, kind
         if kind is None:
             return  # what is below is its own
@@ -442,7 +442,7 @@ def _typed_below(
         yield from _typed_below(f'{place}.{key}', value, registries, scope)
 
 
-def _find(name: object, registries: tuple[Registry, ...], scope: str | None) -> object:
+def class_of(name: object, registries: tuple[Registry, ...], scope: str | None) -> object:
     """The class or function of a type; None if it is not registered."""
     if not isinstance(name, str):
         return name if callable(name) else None
@@ -456,7 +456,7 @@ def _find(name: object, registries: tuple[Registry, ...], scope: str | None) -> 
     return None
 
 
-def _arguments(kind: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
+def arguments_of(kind: Callable) -> tuple[dict[str, inspect.Parameter], bool]:
     """Arguments of a class, with those of its bases that it passes on; whether it takes others."""
     found: dict[str, inspect.Parameter] = {}
     functions = [kind]
@@ -509,7 +509,7 @@ def _check_arguments(place: str, node: dict, kind: object) -> None:
         raise ValueError(
             _unknown_type(f'{place}.type', node['type'], REGISTRIES[place.split('.')[0]])
         )
-    arguments, takes_any = _arguments(kind)
+    arguments, takes_any = arguments_of(kind)
     taken = set().union(*(keys for pattern, keys in TAKEN.items() if fnmatch(place, pattern)))
     for key, value in node.items():
         if key in arguments:
@@ -531,7 +531,7 @@ def _unknown_type(place: str, name: object, registries: tuple[Registry, ...]) ->
 
 
 def _unknown_argument(place: str, kind: Callable, key: str) -> str:
-    names, _ = _arguments(kind)
+    names, _ = arguments_of(kind)
     advice = f'{nearest(key, names)}; it has {", ".join(names)}'
     return f'{place}.{key}: {kind.__name__} has no argument {key}{advice}'
 
@@ -564,7 +564,9 @@ class _WithoutValues(TorchFunctionMode):
 def _build_parts(cfg: Config) -> None:
     if cfg.get('model') is not None:
         with torch.random.fork_rng(devices=[]), _WithoutValues():
-            _build('model', MODELS, cfg.model)
+            model = _build('model', MODELS, cfg.model)
+        if model is not None:
+            _check_channels(cfg.model, model)
     for place, node, _ in _typed(cfg):
         if re.search(r'pipeline\.\d+$', place):
             _build(place, TRANSFORMS, node)
@@ -578,19 +580,19 @@ def _build_parts(cfg: Config) -> None:
             _build(place, PARAM_SCHEDULERS, node, optimizer=optimizer, end=end, epoch_length=1)
 
 
-def _build(place: str, registry: Registry, config: dict, **defaults) -> None:
+def _build(place: str, registry: Registry, config: dict, **defaults) -> object:
     config = copy.deepcopy(config)
     places = {id(node): name for name, node in settings_of(config, place)}
     places[id(config)] = place
     try:
-        registry.build(config, default_args=defaults)
+        return registry.build(config, default_args=defaults)
     except Exception as error:  # of classes of others, which may raise anything
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_name == 'build_from_cfg':
                 node, kind = frame.f_locals['cfg'], frame.f_locals.get('obj_cls')
                 place = places.get(id(node), place)
         if 'process group' in str(error):
-            return  # it will be there in a distributed job
+            return None  # it will be there in a distributed job
         raise ValueError(_explain(error, place, node, kind)) from error
 
 
@@ -602,9 +604,87 @@ def _explain(error: Exception, place: str, node: dict, kind: object) -> str:
         return _unknown_argument(place, kind, found[1])
     if isinstance(error, KeyError) and 'registry' in text:
         for name, value in settings_of(node, place):
-            if name.endswith('.type') and _find(value, registries, node.get('_scope_')) is None:
+            if name.endswith('.type') and class_of(value, registries, node.get('_scope_')) is None:
                 return _unknown_type(name, value, registries)
     return f'{place}: {getattr(kind, "__name__", "")}: {text}'
+
+
+SIDE = 128  # of the image by which channels are checked
+
+
+@torch.no_grad()
+def _check_channels(cfg: dict, model: nn.Module) -> None:
+    """Run what stands on a backbone on its maps, and compare channels where it cannot.
+
+    On tensors without data, and as far as that goes: networks that cannot do with those pass.
+    """
+    if not isinstance(getattr(model, 'backbone', None), nn.Module) or 'backbone' not in cfg:
+        return
+    model.to('meta').eval()
+    channels = cfg['backbone'].get('in_channels', 3)
+    source, maps = 'backbone', []
+    with contextlib.suppress(Exception):
+        maps = _as_maps(model.backbone(torch.empty(1, channels, SIDE, SIDE, device='meta')))
+    for place, part, node in _followers(cfg, model):
+        if not maps:
+            return
+        out = None
+        try:
+            out = part(maps)
+        except Exception as error:
+            problem = _other_channels(part, node, maps, error)
+            if problem:
+                kind = type(getattr(model, source)).__name__
+                raise ValueError(
+                    f'model.{place}.in_channels {problem}, but model.{source} ({kind}) gives '
+                    f'{_described(maps)}'
+                ) from error
+        if part is getattr(model, 'neck', None):
+            source, maps = 'neck', _as_maps(out)
+
+
+def _followers(cfg: dict, model: nn.Module) -> Iterator[tuple[str, nn.Module, dict]]:
+    """What takes maps: place, module and config of the neck, then of each head."""
+    for key in ('neck', 'rpn_head', 'panoptic_head', *HEADS):
+        part, node = getattr(model, key, None), cfg.get(key)
+        if isinstance(part, nn.ModuleList) and isinstance(node, (list, tuple)):
+            for index, pair in enumerate(zip(part, node, strict=False)):
+                yield f'{key}.{index}', *pair
+        elif isinstance(part, nn.Module) and node:
+            yield (key, part, node) if isinstance(node, dict) else (f'{key}.0', part, node[0])
+
+
+def _as_maps(out: object) -> list[torch.Tensor]:
+    out = [out] if isinstance(out, torch.Tensor) else out
+    whole = isinstance(out, (list, tuple)) and all(isinstance(m, torch.Tensor) for m in out)
+    return list(out) if whole else []
+
+
+def _described(maps: list[torch.Tensor]) -> str:
+    channels = [m.size(1) for m in maps]
+    strides = ', '.join(str(round(SIDE / m.size(-1))) for m in maps if m.ndim == 4)
+    return f'{len(maps)} maps with {channels} channels' + (f' at strides {strides}' * bool(strides))
+
+
+def _other_channels(
+    part: nn.Module, node: dict, maps: list[torch.Tensor], error: Exception
+) -> str | None:
+    """How ``in_channels`` differs from the channels of the maps, None if it does not."""
+    expected, given = node.get('in_channels'), [m.size(1) for m in maps]
+    index = getattr(part, 'in_index', None)
+    if index is not None:  # of segmentors' heads: which maps they take
+        indices = index if isinstance(index, (list, tuple)) else [index]
+        if not all(-len(maps) <= i < len(maps) for i in indices):
+            return f'is {expected} of in_index {index}'
+        given = [given[i] for i in indices]
+    if isinstance(expected, (list, tuple)):
+        # Some count from the last one.
+        differs = sorted(expected) != sorted(given)
+    else:
+        called = not isinstance(error, TypeError)  # else it takes more than maps
+        differs = isinstance(expected, int) and called and expected not in given
+    of_index = '' if index is None else f' of in_index {index}'
+    return f'is {expected}{of_index}' if differs else None
 
 
 def _check_classes(cfg: Config) -> None:

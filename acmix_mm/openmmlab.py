@@ -13,8 +13,9 @@ import importlib.util
 import inspect
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -77,6 +78,7 @@ def connect() -> None:
     for module, action in (
         ('mmengine.registry', register),
         ('mmengine.config.utils', find_packages_by_module),
+        ('mmengine.config.config', find_own_configs),
         ('mmengine.analysis.complexity_analysis', register_flop_formulas),
         ('mmengine.dataset.base_dataset', name_samples),
         ('mmpretrain', spare_torchvision),
@@ -91,7 +93,7 @@ def register() -> None:
     """Register layers, backbones and what training takes in mmengine's root registries.
 
     The one place where this happens. Called again by ``acmix_mm.backbones``, it puts the classes
-    in the place of the functions that import them. As layer types, layers leave 1x1 convolutions
+    in the place of the functions that import them. As layer types, layers leave some convolutions
     what they are, see :func:`_layer_type`.
     """
     from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
@@ -129,6 +131,31 @@ def find_packages_by_module() -> None:
             MODULE2PACKAGE[module] = module
 
 
+def find_own_configs() -> None:
+    """Let configs inherit ``acmix_mm::...``, which mmengine knows of its own packages only.
+
+    From the folder ``.mim`` of an installed package, or from the clone around it. What is inherited
+    stays without a scope: these configs set the default scope that their types are of.
+    """
+    from mmengine.config.config import Config  # mmengine.config is being imported
+    from mmengine.utils import check_file_exist
+
+    find = Config._get_cfg_path
+
+    @functools.wraps(find)
+    def find_config(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        package, separator, name = cfg_path.partition('::')
+        if not separator or package != __package__:
+            return find(cfg_path, filename)
+        root = Path(__file__).parent
+        folder = root / '.mim' if (root / '.mim').is_dir() else root.parent
+        path = str(folder / 'configs' / name)
+        check_file_exist(path)
+        return path, None
+
+    Config._get_cfg_path = staticmethod(find_config)
+
+
 def _imported(module: str, name: str) -> Callable:
     """Builds what a module has under a name, and imports it only then, or by ``stands_for()``."""
 
@@ -143,23 +170,65 @@ def _imported(module: str, name: str) -> Callable:
     return build
 
 
-def _layer_type(layer: type[nn.Module]) -> Callable[..., nn.Module]:
-    """What ``conv_cfg=dict(type=...)`` builds: the layer, or a plain 1x1 convolution.
+# A layer that is wider than this is none of images, with colours, depth or opacity.
+IMAGE_CHANNELS = 4
 
-    A ``conv_cfg`` reaches all convolutions of a module, and 1x1 convolutions, such as the lateral
-    ones of an FPN, look at no neighbourhood: they are built as ``nn.Conv2d``, without those
-    arguments that the layer alone has, unless ``replace_1x1=True`` is given.
+
+def _layer_type(layer: type[nn.Module]) -> Callable[..., nn.Module]:
+    """What ``conv_cfg=dict(type=...)`` builds: the layer, or a plain convolution.
+
+    A ``conv_cfg`` reaches all convolutions of a module. The layer takes the place of those that
+    look at a neighbourhood of a map: square and same-padded, of 3 pixels a side or more. All others
+    are built as ``nn.Conv2d``, without those arguments that the layer alone has: 1x1 ones, such as
+    the lateral ones of an FPN, unless ``replace_1x1=True`` is given, those of the image, such as
+    stems, depth-wise ones, and those of another geometry, such as patch embeddings.
+
+    With ``deploy=True`` the layer is built in its form for inference, for checkpoints of that form.
     """
-    arguments, plain = (set(inspect.signature(c).parameters) for c in (layer, nn.Conv2d))
+    arguments, plain = (list(inspect.signature(c).parameters) for c in (layer, nn.Conv2d))
 
     @functools.wraps(layer, updated=())
-    def build(in_channels, out_channels, kernel_size=3, *args, replace_1x1=False, **kwargs):
-        if kernel_size not in (1, (1, 1), [1, 1]) or replace_1x1:
-            return layer(in_channels, out_channels, kernel_size, *args, **kwargs)
-        kwargs = {k: v for k, v in kwargs.items() if k not in arguments - plain}
-        return nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+    def build(
+        in_channels, out_channels, kernel_size=3, *args, replace_1x1=False, deploy=False, **kwargs
+    ):
+        kwargs |= zip(plain[3:], args, strict=False)
+        least = 1 if replace_1x1 else 3
+        if _is_replaced(in_channels, kernel_size, least, **kwargs):
+            built = layer(in_channels, out_channels, kernel_size, **kwargs)
+            if deploy:
+                built.switch_to_deploy()
+            return built
+        kwargs = {k: v for k, v in kwargs.items() if k in plain or k not in arguments}
+        return nn.Conv2d(in_channels, out_channels, kernel_size, **kwargs)
 
+    signature = inspect.signature(layer)
+    flag = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=False)
+    parameters = [*signature.parameters.values(), flag('replace_1x1'), flag('deploy')]
+    build.__signature__ = signature.replace(parameters=parameters)
     return build
+
+
+def _is_replaced(
+    in_channels: int,
+    kernel_size: int | Sequence[int],
+    least: int,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 'same',
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    **kwargs,
+) -> bool:
+    """Whether a layer type takes the place of such a convolution, see :func:`_layer_type`."""
+    if padding != 'same' and isinstance(padding, str):
+        return False
+    geometry = (kernel_size, stride, dilation, 0 if padding == 'same' else padding)
+    sides = [{*value} if isinstance(value, (tuple, list)) else {value} for value in geometry]
+    if any(len(side) > 1 for side in sides):
+        return False
+    (kernel,), _, (dilation,), (pad,) = sides
+    same = padding == 'same' or pad == dilation * (kernel // 2)
+    of_maps = in_channels > IMAGE_CHANNELS and not 1 < groups == in_channels
+    return kernel % 2 == 1 and kernel >= least and same and of_maps
 
 
 def register_flop_formulas() -> None:

@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS
 from torch.utils.data import DataLoader
 
 from acmix_mm.checkpoints import make_checkpoints_loadable
-from acmix_mm.command_line import in_one_line
+from acmix_mm.command_line import in_one_line, load_config
 from acmix_mm.openmmlab import REQUIREMENTS, check_requirements
 
 
@@ -82,6 +82,48 @@ for scope in ('mmdet', 'mmseg'):
 """
     result = run(code)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize('first', ['acmix_mm', 'mmengine.config'])
+def test_configs_inherit_ours(first, tmp_path):
+    """From any folder, detectors, segmentors and parts; types keep the scope of the config."""
+    for name, base in (
+        ('detector', 'acmix_mm::demo/retinanet_acmix-r26_fpn_scene-digits.py'),
+        ('segmentor', 'acmix_mm::demo/acmix-pvt_fpn_scene-digits.py'),
+        ('part', 'acmix_mm::_base_/backbones/acmix-r26.py'),
+        ('none', 'acmix_mm::demo/no.py'),
+    ):
+        (tmp_path / f'{name}.py').write_text(f"_base_ = ['{base}']\nx = dict(type='Resize')\n")
+    code = f"""
+import {first}, acmix_mm
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+read = lambda name: Config.fromfile(f'{tmp_path}/{{name}}.py')
+for name, scope in (('detector', 'mmdet'), ('segmentor', 'mmseg')):
+    cfg = read(name)
+    assert cfg.default_scope == scope and '_scope_' not in cfg.pretty_text
+    init_default_scope(scope)
+    MODELS.build(cfg.model)
+assert read('part').backbone.depth == 26
+try:
+    read('none')
+except FileNotFoundError as error:
+    print(error)
+"""
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert 'configs/demo/no.py' in result.stdout
+    assert 'is not installed' not in result.stderr + result.stdout
+
+
+def test_programs_take_inherited_configs(tmp_path):
+    """Without an import of ours in the file: bases of mmengine's packages and of this one."""
+    for name, base, scope in (
+        ('theirs', 'mmseg::fcn/fcn-d6_r50-d16_4xb2-40k_cityscapes-512x1024.py', 'mmseg'),
+        ('ours', 'acmix_mm::demo/retinanet_r26_fpn_scene-digits.py', 'mmdet'),
+    ):
+        (tmp_path / f'{name}.py').write_text(f"_base_ = '{base}'\n")
+        assert load_config(str(tmp_path / f'{name}.py')).default_scope == scope
 
 
 def test_module_looked_for_before_its_import(tmp_path):

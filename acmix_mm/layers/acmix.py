@@ -16,8 +16,8 @@ class ACmix(MixedOperator):
     r"""Mix of neighbourhood attention and convolution over shared projections.
 
     "On the Integration of Self-Attention and Convolution", CVPR 2022, section 4. Drop-in for a
-    same-padded ``nn.Conv2d``, also by ``conv_cfg=dict(type='ACmix')``, where 1x1 convolutions stay
-    plain unless ``replace_1x1=True`` is added, or, in mmdet's ResNet and ResNeXt, by
+    same-padded ``nn.Conv2d``, also by ``conv_cfg=dict(type='ACmix')``, which leaves 1x1 and some
+    other convolutions plain (docs/other_models.md), or, in mmdet's ResNet and ResNeXt, by
     ``dcn=dict(type='ACmix')`` with ``stage_with_dcn``.
 
     Stage I projects the input to query, key and value with three 1x1 convolutions. Stage II sends
@@ -54,6 +54,8 @@ class ACmix(MixedOperator):
         shift (str): See :class:`MixedOperator`. Default: 'learned'.
         kernel_groups (int | None): See :class:`MixedOperator`. Default: None.
         backend (str | None): Of :func:`acmix_mm.ops.local_attention`. Default: None.
+        device (torch.device | str | None): Of the parameters, as in ``nn.Conv2d``. Default: None.
+        dtype (torch.dtype | None): Of the parameters, as in ``nn.Conv2d``. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -79,6 +81,8 @@ class ACmix(MixedOperator):
         shift: str = 'learned',
         kernel_groups: int | None = None,
         backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         set_conv_attributes(
             self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups
@@ -119,9 +123,15 @@ class ACmix(MixedOperator):
             nn.init.kaiming_uniform_(conv_p, a=5**0.5)
             self.conv_p = nn.ParameterDict({'weight': conv_p})
         self.register_load_state_dict_pre_hook(_drop_position_bias)
+        self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+
+        Without B where the input has none.
+        """
+        if x.ndim == 3:
+            return self.forward(x[None])[0]
         geometry = (self.attn_kernel_size, self.stride[0], self.dilation[0])
         weight, bias, slopes = self.projection_weights().values()
         mixing = self.mixing_weights()

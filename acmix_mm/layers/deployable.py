@@ -65,8 +65,8 @@ def _check_form(module: Deployable, state_dict: dict, prefix: str, *args) -> Non
     else:
         foreign, form = module.deployed_names, 'for inference'
         advice = (
-            'load it into the deployed model: build the backbone with deploy=True, or call '
-            'acmix_mm.deploy(model) first'
+            'load it into the deployed model: acmix_mm.deploy(model).load_state_dict(...), or '
+            'build the backbone with deploy=True'
         )
     found = next((prefix + name for name in foreign if prefix + name in state_dict), None)
     if found is not None:

@@ -194,6 +194,7 @@ class MixedOperator(Deployable):
             if weight is not None:
                 weight = nn.Parameter(weight.detach().clone())
             self.register_parameter(name, weight)
+        self.register_load_state_dict_pre_hook(_make_room_for_norm)
 
     def _inference_weights(self) -> MixingWeights:
         """As :meth:`mixing_weights`; of shifts of tensors, the convolution that equals them."""
@@ -227,6 +228,19 @@ def _check_kernels(module: MixedOperator, state_dict: dict, prefix: str, *args) 
         f'state dict has {found} kernels, with {name!r}, and the operator shift={module.shift!r}: '
         f'load it into one with shift {allowed}'
     )
+
+
+def _make_room_for_norm(module: MixedOperator, state_dict: dict, prefix: str, *args) -> None:
+    """Load operators with a folded norm, which has values for each output, into ones without."""
+    outputs = module._geometry['channels']
+    for name in ('kernel', 'fc_bias', 'scale', 'bias'):
+        own, given = getattr(module, name), state_dict.get(prefix + name)
+        if given is None or given.ndim == 0 or len(given) != outputs:
+            continue
+        fits = name == 'bias' if own is None else own.shape[1:] == given.shape[1:]
+        if fits and (own is None or own.shape != given.shape):
+            room = next(module.parameters()).new_empty(given.shape)
+            setattr(module, name, nn.Parameter(room, requires_grad=False))
 
 
 class ProjectedMixedOperator(MixedOperator):

@@ -96,6 +96,8 @@ class XVolution(Deployable):
         norm_cfg (dict | None): Of the two batch norms, as OpenMMLab writes it: ``type`` 'BN' or
             'SyncBN', arguments of the class, and ``requires_grad``. Default: None, for
             ``dict(type='BN')``.
+        device (torch.device | str | None): Of the parameters, as in ``nn.Conv2d``. Default: None.
+        dtype (torch.dtype | None): Of the parameters, as in ``nn.Conv2d``. Default: None.
 
     Raises:
         ValueError: If an argument is not as described; the message names it.
@@ -122,6 +124,8 @@ class XVolution(Deployable):
         attn_kernel_size: int = 7,
         backend: str | None = None,
         norm_cfg: dict | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         set_conv_attributes(
             self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups
@@ -147,9 +151,15 @@ class XVolution(Deployable):
         else:
             self.attn = LocalAttention(*shape, num_heads, attn_kernel_size, backend)
         self.attn_norm = build_batch_norm(norm_cfg, out_channels)
+        self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+
+        Without B where the input has none.
+        """
+        if x.ndim == 3:
+            return self.forward(x[None])[0]
         return self.conv_norm(self.conv(x)) + self.attn_norm(self.attn(x))
 
     @torch.no_grad()

@@ -236,3 +236,74 @@ def test_norm_without_statistics_stays():
     assert block.conv.deployed
     assert isinstance(block.norm, nn.BatchNorm2d)
     torch.testing.assert_close(block(x), expected)
+
+
+STAND_INS = {name: LAYERS[name] for name in ('ACmix', 'XVolution', 'XVolution, local attention')}
+
+
+@pytest.mark.parametrize('name', STAND_INS)
+def test_input_without_a_batch(name):
+    """As nn.Conv2d takes it."""
+    layer = STAND_INS[name]().eval()
+    x = torch.randn(16, *SIZE)
+    torch.testing.assert_close(layer(x), layer(x[None])[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('kind', [ACmix, XVolution])
+def test_device_and_dtype(kind):
+    """As nn.Conv2d takes them, which torch.nn.utils.skip_init builds on."""
+    for options in ({}, {'shift': 'fixed'}) if kind is ACmix else ({},):
+        layer = kind(8, 8, device='meta', dtype=torch.float64, **options)
+        tensors = [*layer.parameters(), *layer.buffers()]
+        assert all(t.is_meta for t in tensors)
+        assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float64}
+    layer = kind(8, 8, dtype=torch.bfloat16)
+    assert layer(torch.randn(1, 8, 5, 6).bfloat16()).dtype == torch.bfloat16
+    layer = nn.utils.skip_init(kind, 8, 8)
+    layer.load_state_dict(kind(8, 8).state_dict())
+    with pytest.raises(TypeError, match='floating point'):
+        kind(8, 8, dtype=torch.int8)
+
+
+class Block(nn.Module):
+    """An operator and its norm, which acmix_mm.deploy is told of."""
+
+    operator_norms = {'conv': 'norm'}  # noqa: RUF012
+
+    def __init__(self, operator: nn.Module):
+        super().__init__()
+        self.conv, self.norm = operator, nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+FOLDING = {
+    name: make for name, make in LAYERS.items() if name.startswith(('ACmix', 'PatchACmix', 'XVol'))
+}
+
+
+@pytest.mark.parametrize('name', FOLDING)
+def test_folded_norm_loads(name):
+    """Into an operator that is deployed without its norm, by one line, or with it."""
+    block = Block(FOLDING[name]()).eval()
+    for values in (block.norm.running_mean, block.norm.weight, block.norm.bias):
+        nn.init.normal_(values)
+    x, *rest = arguments(name, block.conv)
+    with torch.no_grad():
+        expected = block(x)
+    state_dict = acmix_mm.deploy(block).conv.state_dict()
+    layer = acmix_mm.deploy(FOLDING[name]())
+    layer.load_state_dict(state_dict)
+    tolerance = 1e-5 * expected.abs().max().item()
+    torch.testing.assert_close(layer.eval()(x, *rest), expected, rtol=1e-4, atol=tolerance)
+    assert not any(p.requires_grad for p in layer.parameters())
+    other = acmix_mm.deploy(Block(FOLDING[name]()))
+    other.load_state_dict(block.state_dict())
+
+
+def test_weights_of_other_channels_are_no_folded_norm():
+    for channels in ((32, 32), (8, 16)):
+        state_dict = acmix_mm.deploy(ACmix(*channels, bias=True)).state_dict()
+        with pytest.raises(RuntimeError, match=r'(size mismatch for|Unexpected key)'):
+            acmix_mm.deploy(ACmix(16, 16)).load_state_dict(state_dict)

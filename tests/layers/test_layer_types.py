@@ -106,6 +106,71 @@ def test_1x1_convolutions_are_replaced_if_asked_for(name, kind):
     assert sum(isinstance(m, kind) for m in neck.modules()) == 4
 
 
+@pytest.mark.parametrize(
+    ('channels', 'arguments'),
+    [
+        ((3, 8), {'kernel_size': 7, 'stride': 2, 'padding': 3}),  # stems
+        ((4, 8), {'kernel_size': 3, 'padding': 1}),
+        ((8, 8), {'kernel_size': 2, 'stride': 2}),  # patch embedding
+        ((8, 8), {'kernel_size': 4, 'stride': 2, 'padding': 1}),
+        ((8, 8), {'kernel_size': (1, 7), 'padding': (0, 3)}),
+        ((8, 8), {'kernel_size': 3, 'stride': (2, 1), 'padding': 1}),
+        ((8, 8), {'kernel_size': 3, 'padding': 0}),
+        ((8, 8), {'kernel_size': 3, 'padding': 'valid'}),
+        ((8, 8), {'kernel_size': 3, 'padding': 1, 'dilation': 2}),
+        ((8, 16), {'kernel_size': 3, 'padding': 1, 'groups': 8}),  # depth-wise
+    ],
+)
+@pytest.mark.parametrize('name', LAYERS)
+def test_what_the_layer_cannot_stand_for_stays(name, channels, arguments):
+    layer = build_conv_layer({'type': name, **LAYERS[name]}, *channels, **arguments)
+    assert type(layer) is nn.Conv2d
+    assert repr(layer) == repr(nn.Conv2d(*channels, **arguments))
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {'kernel_size': 3, 'padding': 1},
+        {'kernel_size': (3, 3), 'padding': (1, 1), 'stride': [2, 2]},
+        {'kernel_size': 5, 'padding': 4, 'dilation': 2},
+        {'kernel_size': 3, 'padding': 'same', 'groups': 2},
+        {'kernel_size': 3},  # the layer's own default is to keep the size
+    ],
+)
+@pytest.mark.parametrize(('name', 'kind'), [('ACmix', ACmix), ('XVolution', XVolution)])
+def test_what_the_layer_stands_for(name, kind, arguments):
+    layer = build_conv_layer({'type': name, **LAYERS[name]}, 8, 8, **arguments)
+    assert isinstance(layer, kind)
+    stride = 2 if 'stride' in arguments else 1
+    assert layer.eval()(torch.randn(1, 8, 9, 8)).shape[-2:] == (-(-9 // stride), 8 // stride)
+
+
+@pytest.mark.parametrize('deep_stem', [False, True])
+def test_conv_cfg_of_a_backbone(deep_stem):
+    """Its 3x3 convolutions but the one of the image; stem and shortcuts stay."""
+    cfg = {'type': 'ACmix', 'attn_kernel_size': 3}
+    model = ResNet(
+        50, base_channels=8, stem_channels=16, deep_stem=deep_stem, conv_cfg=cfg, norm_eval=False
+    )
+    replaced = {name for name, m in model.named_modules() if isinstance(m, ACmix)}
+    expected = {f'layer{i + 1}.{j}.conv2' for i, n in enumerate((3, 4, 6, 3)) for j in range(n)}
+    assert replaced == expected | ({'stem.3', 'stem.6'} if deep_stem else set())
+    assert [o.shape[-1] for o in model(torch.randn(2, 3, 33, 45))] == [12, 6, 3, 2]
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_form_for_inference(name):
+    """A model whose config has deploy=True in the layer's place takes checkpoints of that form."""
+    cfg = {'type': name, **LAYERS[name]}
+    neck = FPN([8, 16], 8, num_outs=2, conv_cfg=cfg).eval()
+    maps = [torch.randn(1, 8, 12, 10), torch.randn(1, 16, 6, 5)]
+    expected = neck(maps)
+    other = FPN([8, 16], 8, num_outs=2, conv_cfg={**cfg, 'deploy': True}).eval()
+    other.load_state_dict(deploy(neck).state_dict())
+    torch.testing.assert_close(other(maps), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('name', LAYERS)
 def test_unknown_arguments_are_refused(name, kernel_size):

@@ -11,6 +11,22 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from acmix_mm.backbones import SAN
+from acmix_mm.layers import ACmix
+from acmix_mm.layers.deployable import Deployable
+
+
+@MODELS.register_module(force=True)
+class OwnBackbone(torch.nn.Module):
+    """Somebody's own, on four scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer = torch.nn.Conv2d(3, 8, 3, 4, 1), ACmix(8, 8)
+
+    def forward(self, x):
+        x = self.layer(self.stem(x))
+        return tuple(torch.nn.functional.max_pool2d(x, 2**i, ceil_mode=True) for i in range(4))
+
 
 CONFIG = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
 CHANNELS = [32, 64, 128, 256]
@@ -108,6 +124,106 @@ def test_after_a_warm_start(name, options, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+DCN = """
+_base_ = 'acmix_mm::demo/retinanet_r26_fpn_scene-digits.py'
+model = dict(
+    backbone=dict(
+        _delete_=True, type='ResNet', depth=50, base_channels=8,
+        init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50'),
+        dcn=dict(type='ACmix', mix='complementary'), stage_with_dcn=(False, False, True, True),
+    ),
+    neck=dict(in_channels=[32, 64, 128, 256], conv_cfg=dict(type='XVolution')),
+)
+"""
+PROPOSALS = """
+_base_ = 'acmix_mm::demo/mask-rcnn_acmix-swin_fpn_scene-digits.py'
+model = dict(
+    backbone=dict(depths=[1, 1, 1, 1]),
+    roi_head=dict(mask_head=dict(conv_cfg=dict(type='ACmix', attn_kernel_size=3))),
+)
+"""
+SEGMENTOR = """
+_base_ = 'mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py'
+custom_imports = dict(imports=['acmix_mm'])
+model = dict(
+    data_preprocessor=dict(size=(64, 64)),
+    pretrained='open-mmlab://resnet50_v1c',
+    backbone=dict(base_channels=8, stem_channels=16, conv_cfg=dict(type='ACmix')),
+    decode_head=dict(
+        in_channels=256, channels=16, conv_cfg=dict(type='ACmix'), norm_cfg=dict(type='BN')
+    ),
+    auxiliary_head=dict(in_channels=128, channels=16, norm_cfg=dict(type='BN')),
+)
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ('text', 'parts', 'operators'),
+    [
+        pytest.param(DCN, 'backbone, neck', 6 + 3 + 4, id='dcn and neck'),
+        pytest.param(
+            PROPOSALS, 'backbone, roi_head.mask_head', 4 + 2, id='backbone and head of regions'
+        ),
+        pytest.param(
+            SEGMENTOR,
+            'backbone, decode_head.convs, decode_head.conv_cat',
+            16 + 2 + 3,
+            id='backbone and head',
+        ),
+    ],
+)
+def test_operators_anywhere(text, parts, operators, tmp_path, capsys):
+    """In backbones of others, necks and heads; the config written builds what is in the file."""
+    config, files = tmp_path / 'config.py', [tmp_path / 'trained.pth', tmp_path / 'deployed.pth']
+    config.write_text(text)
+    model = build(config, {}, files[0])
+    switch_to_deploy.main([str(config), *map(str, files)])
+    assert f'an output of {parts}, relative: ' in capsys.readouterr().out
+    cfg = Config.fromfile(tmp_path / 'deployed.py')
+    assert 'torchvision' not in cfg.pretty_text
+    assert 'open-mmlab' not in cfg.pretty_text
+    deployed = MODELS.build(cfg.model).eval()
+    deployed.load_state_dict(torch.load(files[1])['state_dict'])
+    folded = [m for m in deployed.modules() if isinstance(m, Deployable)]
+    assert len(folded) == operators
+    assert all(m.deployed for m in folded)
+    x = torch.randn(1, 3, 64, 96)
+    for ours, theirs in zip(deployed.extract_feat(x), model.extract_feat(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
+    with pytest.raises(SystemExit, match='is deployed already'):
+        switch_to_deploy.main(
+            [str(tmp_path / name) for name in ('deployed.py', 'deployed.pth', 'x.pth')]
+        )
+
+
+def test_nothing_to_fold(tmp_path):
+    (tmp_path / 'san.py').write_text("""
+_base_ = 'acmix_mm::demo/retinanet_r26_fpn_scene-digits.py'
+model = dict(
+    backbone=dict(_delete_=True, type='SAN', depth=10, base_channels=32),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
+""")
+    build(tmp_path / 'san.py', {}, tmp_path / 'san.pth')
+    with pytest.raises(SystemExit, match=r'san\.py has nothing that could be folded'):
+        switch_to_deploy.main([str(tmp_path / name) for name in ('san.py', 'san.pth', 'x.pth')])
+
+
+def test_operators_of_no_config(tmp_path):
+    """A network of somebody's own, which takes no argument for the form of its operators."""
+    (tmp_path / 'own.py').write_text(f"""
+_base_ = 'acmix_mm::demo/retinanet_r26_fpn_scene-digits.py'
+model = dict(
+    backbone=dict(_delete_=True, type='{OwnBackbone.__name__}'), neck=dict(in_channels=[8] * 4)
+)
+""")
+    build(tmp_path / 'own.py', {}, tmp_path / 'own.pth')
+    with pytest.raises(SystemExit, match=r'no config builds the folded model of .*own\.py'):
+        switch_to_deploy.main([str(tmp_path / name) for name in ('own.py', 'own.pth', 'x.pth')])
+    assert {path.name for path in tmp_path.iterdir()} == {'own.py', 'own.pth'}
+
+
 @torch.no_grad()
 def check_onnx(backbone, file, size):
     import onnxruntime
@@ -195,12 +311,12 @@ def test_wrong_arguments(trained, deployed, tmp_path):
 
 
 def test_wrong_folding_is_not_written(trained, tmp_path, monkeypatch):
-    def spoil(backbone):
-        torch.nn.init.zeros_(backbone.conv1.weight)
+    def spoil(model):
+        torch.nn.init.zeros_(model.backbone.conv1.weight)
 
     monkeypatch.setattr(switch_to_deploy, 'deploy', spoil)
     arguments = [CONFIG, str(trained[1]), str(tmp_path / 'x.pth'), '--cfg-options', *NARROW]
-    with pytest.raises(SystemExit, match='the folded backbone deviates by'):
+    with pytest.raises(SystemExit, match='the folded model deviates by'):
         switch_to_deploy.main(arguments)
     assert not list(tmp_path.iterdir())
 

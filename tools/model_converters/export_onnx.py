@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from mmdet.models.backbones import SwinTransformer
 
-from acmix_mm import deploy, set_backend
+from acmix_mm import export_onnx
 from acmix_mm.command_line import (
     Parser,
     add_config_arguments,
@@ -26,7 +26,6 @@ from acmix_mm.command_line import (
     relative_error,
 )
 from acmix_mm.files import whole_file
-from acmix_mm.ops.export import decompositions
 
 TRACE_SIZE = (97, 130)
 CHECK_SIZES = ((97, 130), (128, 224))
@@ -53,18 +52,15 @@ def export(backbone: torch.nn.Module, size: list[int] | None, out: Path) -> list
     """Write the backbone as an ONNX file, for one size or for all; returns output names."""
     image = torch.randn(1, 3, *(size or TRACE_SIZE))
     any_size = {dim: torch.export.Dim(name, min=MIN_SIZE) for dim, name in ((2, 'H'), (3, 'W'))}
-    dynamic = None if size else (any_size,)
-    program = torch.export.export(backbone, (image,), dynamic_shapes=dynamic)
-    table = {**torch.export.default_decompositions(), **decompositions()}
-    program = program.run_decompositions(table)
     names = [f'stage{i + 1}' for i in backbone.out_indices]
-    # Unoptimised: that would take most of the time, and runtimes do it when they load the file.
-    onnx_program = torch.onnx.export(
-        program, input_names=['image'], output_names=names, optimize=False, verbose=False
+    export_onnx(
+        backbone,
+        (image,),
+        out,
+        dynamic_shapes=None if size else (any_size,),
+        input_names=['image'],
+        output_names=names,
     )
-    for node in onnx_program.model.graph:
-        node.metadata_props.clear()  # where in the source it comes from, larger than the weights
-    onnx_program.save(out, external_data=False)
     return names
 
 
@@ -91,8 +87,6 @@ def main(argv: list[str] | None = None) -> None:
             f'error: {type(backbone).__name__} pads its maps, which the exporter cannot follow for '
             'all sizes at once; choose one with --size'
         )
-    deploy(backbone)
-    set_backend(backbone, 'torch')  # the one whose operators have decompositions
     print('exporting, some minutes for a deep backbone', flush=True)
     with whole_file(args.out) as part:
         names = export(backbone, args.size, part)
