@@ -134,7 +134,8 @@ def preprocessing_graph(preprocessing: Preprocessing) -> str:
     """From ``picture``, uint8 (H, W, 3) in RGB, to the network's input ``image`` (1, 3, h, w).
 
     Further outputs: ``original``, height and width of the picture; ``size``, those after resizing
-    and padding to a size (mmdet's ``img_shape``); ``resized``, those without the padding.
+    and padding to a size (mmdet's ``img_shape``); ``resized``, those without the padding; and
+    ``padded``, those of ``image``.
     """
     p = preprocessing
     lines = [
@@ -171,9 +172,9 @@ def preprocessing_graph(preprocessing: Preprocessing) -> str:
             'missing0 = Sub (grown, resized)',
             'pads0 = Concat <axis = 0> (before, missing0)',
             f'value0 = Constant <value = float {{{value}}}> ()',
-            f'padded = Pad ({pixels}, pads0, value0)',
+            f'canvas_pixels = Pad ({pixels}, pads0, value0)',
         ]
-        pixels, size = 'padded', 'grown'
+        pixels, size = 'canvas_pixels', 'grown'
     if not p.rgb:
         lines += [_constant('order', [2, 1, 0]), f'reversed = Gather <axis = 1> ({pixels}, order)']
         pixels = 'reversed'
@@ -190,8 +191,8 @@ def preprocessing_graph(preprocessing: Preprocessing) -> str:
         'enough = Max (size, least)',
         'up = Add (enough, more)',
         'parts = Div (up, divisor)',
-        'multiple = Mul (parts, divisor)',
-        'missing = Sub (multiple, size)',
+        'padded = Mul (parts, divisor)',
+        'missing = Sub (padded, size)',
         'pads = Concat <axis = 0> (before, missing)',
         f'value = Constant <value = float {{{p.pad_value}}}> ()',
         'image = Pad (normalised, pads, value)',
@@ -199,7 +200,8 @@ def preprocessing_graph(preprocessing: Preprocessing) -> str:
     return _graph(
         'preprocessing',
         'uint8[H, W, 3] picture',
-        'float[1, 3, h, w] image, int64[2] original, int64[2] size, int64[2] resized',
+        'float[1, 3, h, w] image, int64[2] original, int64[2] size, int64[2] resized, '
+        'int64[2] padded',
         lines,
     )
 
@@ -270,35 +272,55 @@ def detections_graph(levels: int, classes: int, test_cfg: ConfigDict, factors: b
         'nothing = Constant <value = float {0.0}> ()',
         'low = Max (kept_boxes, nothing)',
         'clipped = Min (low, limit)',
-        # Boxes of different classes are moved apart.
-        'farthest = ReduceMax <keepdims = 0> (limit)',
-        'unit = Constant <value = float {1.0}> ()',
-        'distance = Add (farthest, unit)',
-        'classes_float = Cast <to = 1> (kept_labels)',
-        'shift = Mul (classes_float, distance)',
-        'shift2 = Unsqueeze (shift, one)',
-        'apart = Add (clipped, shift2)',
-        'apart3 = Unsqueeze (apart, zero)',
-        _constant('zero_one', [0, 1]),
-        'scores3 = Unsqueeze (final_scores, zero_one)',
-        _constant('results', [int(test_cfg.max_per_img)]),
-        f'overlap = Constant <value = float[1] {{{float(nms.get("iou_threshold", 0.5))}}}> ()',
-        'selected = NonMaxSuppression (apart3, scores3, results, overlap)',
-        _constant('column', [2]),
-        'chosen2 = Gather <axis = 1> (selected, column)',
-        'chosen = Reshape (chosen2, minus)',
-        'scores = Gather <axis = 0> (final_scores, chosen)',
-        'labels = Gather <axis = 0> (kept_labels, chosen)',
-        'chosen_boxes = Gather <axis = 0> (clipped, chosen)',
+        # In pixels of the picture.
         'resized_float = Cast <to = 1> (resized)',
         'original_float = Cast <to = 1> (original)',
         'scale = Div (resized_float, original_float)',
         'scales = Gather <axis = 0> (scale, order)',
-        'boxes = Div (chosen_boxes, scales)',
+        'all_boxes = Div (clipped, scales)',
+        *_large_enough(float(test_cfg.get('min_bbox_size', -1))),
+        # Boxes of different classes are moved apart.
+        'largest = ReduceMax <keepdims = 0> (limit)',
+        'smallest_scale = ReduceMin <keepdims = 0> (scale)',
+        'farthest = Div (largest, smallest_scale)',
+        'unit = Constant <value = float {1.0}> ()',
+        'distance = Add (farthest, unit)',
+        'classes_float = Cast <to = 1> (some_labels)',
+        'shift = Mul (classes_float, distance)',
+        'shift_column = Unsqueeze (shift, one)',
+        'apart = Add (some_boxes, shift_column)',
+        'box_batch = Unsqueeze (apart, zero)',
+        _constant('zero_one', [0, 1]),
+        'score_batch = Unsqueeze (some_scores, zero_one)',
+        _constant('results', [int(test_cfg.max_per_img)]),
+        f'overlap = Constant <value = float[1] {{{float(nms.get("iou_threshold", 0.5))}}}> ()',
+        'selected = NonMaxSuppression (box_batch, score_batch, results, overlap)',
+        _constant('column', [2]),
+        'chosen_column = Gather <axis = 1> (selected, column)',
+        'chosen = Reshape (chosen_column, minus)',
+        'boxes = Gather <axis = 0> (some_boxes, chosen)',
+        'scores = Gather <axis = 0> (some_scores, chosen)',
+        'labels = Gather <axis = 0> (some_labels, chosen)',
     ]
     inputs += ['int64[2] original', 'int64[2] size', 'int64[2] resized']
     outputs = 'float[results, 4] boxes, float[results] scores, int64[results] labels'
     return _graph('detections', ', '.join(inputs), outputs, lines)
+
+
+def _large_enough(least: float) -> Iterator[str]:
+    """Boxes wider and higher than this, unless it is negative, with scores and labels."""
+    parts = {'all_boxes': 'some_boxes', 'final_scores': 'some_scores', 'kept_labels': 'some_labels'}
+    if least < 0:
+        yield from (f'{new} = Identity ({old})' for old, new in parts.items())
+        return
+    yield 'x1, y1, x2, y2 = Split <axis = 1, num_outputs = 4> (all_boxes)'
+    yield 'widths = Sub (x2, x1)'
+    yield 'heights = Sub (y2, y1)'
+    yield 'sides_column = Min (widths, heights)'
+    yield 'sides = Reshape (sides_column, minus)'
+    yield f'least_side = Constant <value = float {{{least}}}> ()'
+    yield 'large = Greater (sides, least_side)'
+    yield from (f'{new} = Compress <axis = 0> ({old}, large)' for old, new in parts.items())
 
 
 def label_map_graph(classes: int, align_corners: bool, threshold: float | None) -> str:
@@ -314,12 +336,10 @@ def label_map_graph(classes: int, align_corners: bool, threshold: float | None) 
     """
     resize = RESIZE.format('align_corners' if align_corners else 'half_pixel')
     lines = [
-        _constant('zero', [0]), _constant('spatial', [2]), _constant('end', [4]),
-        'input_shape = Shape (image)',
-        'input_size = Slice (input_shape, spatial, end)',
+        _constant('zero', [0]), _constant('spatial', [2]),
         'logits_shape = Shape (logits)',
         'channels = Slice (logits_shape, zero, spatial)',
-        'sizes = Concat <axis = 0> (channels, input_size)',
+        'sizes = Concat <axis = 0> (channels, padded)',
         f'large = {resize} (logits, , , sizes)',
         _constant('corner', [0, 0]), _constant('axes', [2, 3]),
         'without = Slice (large, corner, resized, axes)',
@@ -339,8 +359,7 @@ def label_map_graph(classes: int, align_corners: bool, threshold: float | None) 
         ]
     lines += ['map = Squeeze (best, zero)', 'label_map = Cast <to = 6> (map)']
     inputs = (
-        f'float[1, {classes}, lh, lw] logits, float[1, 3, h, w] image, int64[2] original, '
-        'int64[2] resized'
+        f'float[1, {classes}, lh, lw] logits, int64[2] original, int64[2] resized, int64[2] padded'
     )
     return _graph('label_map_of', inputs, 'int32[H, W] label_map', lines)
 
