@@ -4,10 +4,13 @@ The graphs are written in ONNX's own text syntax. They do what the transforms of
 and the post-processing of mmdet's and mmseg's models do to one picture, for pictures of any size.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from mmengine.config import Config, ConfigDict
+
+DIVISOR = 32  # of the height and width that backbones get
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Preprocessing:
         rgb (bool): Whether the network's channels are red, green, blue, or the reverse.
         divisor (int): Height and width of the network's input are multiples of it.
         pad_value (float): What is added for that, after the normalisation.
-        least (int): Least height and width of the network's input, a multiple of ``divisor``.
+        least (int): Least height and width of the network's input, before the divisor.
     """
 
     resizes: list[ConfigDict] = field(default_factory=list)
@@ -35,13 +38,12 @@ class Preprocessing:
     least: int = 1
 
 
-def preprocessing_of(cfg: Config, divisor: int, least: int) -> Preprocessing:
+def preprocessing_of(cfg: Config, least: int) -> Preprocessing:
     """What the test pipeline and the data preprocessor of a config do.
 
     Args:
         cfg (Config): Of a detector or segmentor.
-        divisor (int): The network needs multiples of it.
-        least (int): Least height and width that the network takes, a multiple of ``divisor``.
+        least (int): Least height and width that the network takes.
 
     Raises:
         ValueError: If a transform, or an option of one, has no counterpart here.
@@ -73,11 +75,27 @@ def preprocessing_of(cfg: Config, divisor: int, least: int) -> Preprocessing:
             f'model.data_preprocessor.test_cfg must have a size_divisor, got size {test["size"]}'
         )
     wanted = data.get('pad_size_divisor') or test.get('size_divisor') or 1
-    out.divisor = max(wanted, divisor)
-    if out.divisor % wanted or out.divisor % divisor:
-        raise ValueError(f'the padding of model.data_preprocessor must divide {divisor}: {wanted}')
+    out.divisor = math.lcm(wanted, DIVISOR)
     out.pad_value = float(data.get('pad_value', data.get('pad_val', 0)))
     return out
+
+
+def pad_to_multiples(cfg: Config) -> bool:
+    """Have a config's model pad test images to multiples of 32, in place, as exported files do.
+
+    Returns:
+        bool: Whether it has not done so before.
+    """
+    path = 'data_preprocessor.pad_size_divisor'
+    if cfg.get('default_scope') == 'mmseg':
+        path = 'data_preprocessor.test_cfg.size_divisor'
+    options, where = cfg.model, path.split('.')
+    for key in where:
+        options = (options or {}).get(key)
+    before = options or 1
+    divisor = math.lcm(before, DIVISOR)
+    cfg.merge_from_dict({f'model.{path}': divisor})
+    return divisor != before
 
 
 def _unsupported(transform: ConfigDict) -> str:

@@ -1,5 +1,6 @@
 """Whole detectors and segmentors as one ONNX file, and such a file in the place of a model."""
 
+import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +22,8 @@ from .onnx_graphs import (
     preprocessing_of,
 )
 
-DIVISOR = 32  # of height and width of a network's input
-LEAST = 3 * DIVISOR
-MOST = 256 * DIVISOR
+LEAST, MOST = 96, 8192  # height and width of a network's input
+TRACED = (161, 227)  # at which it is traced, about
 OPSET = 18
 METADATA = 'acmix_mm'  # key of what a file says of itself
 
@@ -57,8 +57,16 @@ class _Logits(nn.Module):
     """Logits of a segmentor, at the size at which its head gives them."""
 
     def __init__(self, model: nn.Module):
+        from mmseg.models.utils import Upsample
+
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model)
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                # Its sizes are integers of Python, which would be constants in the file.
+                if isinstance(child, Upsample) and not child.size:
+                    options = (child.scale_factor, child.mode, child.align_corners)
+                    setattr(module, name, nn.Upsample(None, *options))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model.decode_head(self.model.extract_feat(image))
@@ -90,7 +98,7 @@ def export_model(model: nn.Module, cfg: Config, file: str | Path, meta: dict) ->
 
     segments = cfg.get('default_scope') == 'mmseg'
     (check_segmentor if segments else check_detector)(model)
-    preprocessing = preprocessing_of(cfg, DIVISOR, LEAST)
+    preprocessing = preprocessing_of(cfg, LEAST)
     if segments:
         network, outputs = _Logits(model), ['logits']
         head = model.decode_head
@@ -102,10 +110,11 @@ def export_model(model: nn.Module, cfg: Config, file: str | Path, meta: dict) ->
         names = ['scores', 'boxes', *(['factors'] if len(maps) > 2 else [])]
         outputs = [f'{name}{i}' for i in range(len(maps[0])) for name in names]
         results = detections_graph(len(maps[0]), head.num_classes, head.test_cfg, len(maps) > 2)
-    limits = {'min': LEAST // DIVISOR, 'max': MOST // DIVISOR}
-    height, width = (torch.export.Dim(name, **limits) for name in ('rows', 'columns'))
-    dynamic = ({2: DIVISOR * height, 3: DIVISOR * width},)
-    image = torch.rand(1, 3, 5 * DIVISOR, 7 * DIVISOR)
+    divisor = preprocessing.divisor
+    limits = {'min': -(-LEAST // divisor), 'max': MOST // divisor}
+    sizes = {dim: torch.export.Dim(name, **limits) for dim, name in ((2, 'rows'), (3, 'columns'))}
+    dynamic = ({dim: divisor * size if divisor > 1 else size for dim, size in sizes.items()},)
+    image = torch.rand(1, 3, *(side // divisor * divisor for side in TRACED))
     names = {'input_names': ['image'], 'output_names': outputs}
     export_onnx(network, (image,), file, dynamic_shapes=dynamic, opset_version=OPSET, **names)
     merged = _surround(onnx.load(file), preprocessing, results)

@@ -33,6 +33,7 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.files import whole_file
+from acmix_mm.onnx_graphs import pad_to_multiples
 from acmix_mm.onnx_model import META_KEYS, ONNXModel, export_model
 
 CHECK_SIZES = ((120, 170), (231, 183))
@@ -100,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     check_out(args.out, '.onnx')
     cfg = load_config(args.config, args.cfg_options)
     checkpoint = load_checkpoint(args.checkpoint)
+    if pad_to_multiples(cfg):
+        print('the file pads resized images to multiples of 32, which the config does not')
     model = build_model(cfg, checkpoint, args)
     meta = checkpoint.get('meta', {}).get('dataset_meta') or {}
     if not meta.get('classes'):
