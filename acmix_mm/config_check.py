@@ -689,7 +689,15 @@ def _other_channels(
 
 def _check_classes(cfg: Config) -> None:
     """Compare the classes of heads with those of the data sets, where the config says both."""
-    counts = {}
+    for place, value in head_classes(cfg.get('model') or {}):
+        for data, names in data_classes(cfg).items():
+            if value != len(names):
+                raise ValueError(f'{place} is {value}, but {data} has {len(names)} classes')
+
+
+def data_classes(cfg: Config) -> dict[str, tuple[str, ...]]:
+    """The classes of a config's data sets by dotted names, of those where the config says them."""
+    classes = {}
     for key in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         for place, node, kind in _typed_below(key, cfg.get(key), (DATASETS,), None):
             if re.search(r'\.datasets?(\.\d+)?$', place):
@@ -697,11 +705,8 @@ def _check_classes(cfg: Config) -> None:
                 if names is None:
                     names = getattr(kind, 'METAINFO', {}).get('classes')
                 if isinstance(names, (list, tuple)):
-                    counts[place] = len(names)
-    for place, value in head_classes(cfg.get('model') or {}):
-        for data, count in counts.items():
-            if value != count:
-                raise ValueError(f'{place} is {value}, but {data} has {count} classes')
+                    classes[place] = tuple(names)
+    return classes
 
 
 def head_classes(model: dict, place: str = 'model') -> Iterator[tuple[str, int]]:
@@ -714,4 +719,7 @@ def head_classes(model: dict, place: str = 'model') -> Iterator[tuple[str, int]]
                 # A segmentor's head with one output for two classes has a count of its own.
                 if key in HEADS and isinstance(count, int) and part.get('out_channels') != 1:
                     yield f'{at}.num_classes', count
+                elif 'num_things_classes' in part:  # of a head for instances and surroundings
+                    count = part['num_things_classes'] + part.get('num_stuff_classes', 0)
+                    yield f'{at}.num_things_classes with num_stuff_classes', count
                 yield from head_classes(part, at)

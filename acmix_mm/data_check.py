@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 import numpy as np
 from mmengine import fileio
@@ -29,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .command_line import in_one_line
+from .config_check import head_classes
 
 ENDS = 16  # pictures at each end of a data set that the quick check opens
 EXAMPLES = 3  # of each kind of problem that a report shows
@@ -81,6 +83,7 @@ class Contents:
         facts (dict[str, object]): What is told of it, by name.
         labels (Counter[str]): Boxes, pixels or images of each class.
         problems (dict[str, Problem]): By what is allowed.
+        heads (int | None): Classes of the model's heads, None where they are not known.
     """
 
     place: str
@@ -89,6 +92,7 @@ class Contents:
     facts: dict[str, object] = field(default_factory=dict)
     labels: Counter[str] = field(default_factory=Counter)
     problems: dict[str, Problem] = field(default_factory=dict)
+    heads: int | None = None
 
     def add(self, file: str, found: str, allowed: str, stops: bool = True) -> None:
         """Note a problem."""
@@ -136,6 +140,8 @@ def look_through(cfg: Config, splits: Iterable[str], thorough: bool = False) -> 
             are there twice, and take a data set that does not load for a problem of it.
     """
     pictures: dict[bytes, str] = {}
+    heads = {count for _, count in head_classes(cfg.get('model') or {})}
+    heads = heads.pop() if len(heads) == 1 else None
     for split in splits:
         loader = cfg.get(f'{split}_dataloader')
         if not loader:
@@ -143,7 +149,7 @@ def look_through(cfg: Config, splits: Iterable[str], thorough: bool = False) -> 
         metrics = cfg.get(f'{split}_evaluator') if split != 'train' else None
         metrics = metrics if isinstance(metrics, list) else [metrics or {}]
         for place, dataset_cfg in _data_sets(loader['dataset'], f'{split}_dataloader.dataset'):
-            contents = Contents(place, str(dataset_cfg.get('type')))
+            contents = Contents(place, str(dataset_cfg.get('type')), heads=heads)
             try:
                 dataset = _build(dataset_cfg, cfg.get('default_scope', 'mmdet'))
                 _look(dataset, contents, metrics, thorough, pictures)
@@ -200,6 +206,8 @@ def _look(
         items = looks[known](dataset, contents, metrics, thorough)
         if thorough or not contents.errors:
             _check_pictures(dataset, items, contents, thorough, pictures)
+            if known == 'BaseSegDataset':
+                _check_spread(dataset, contents)
 
 
 def _is_read_like(dataset, kind: str) -> bool:
@@ -250,6 +258,7 @@ class _Use:
 
     Args:
         classes (Sequence[str]): The data set's.
+        left_out (Sequence[str]): Patterns of the categories that the config leaves out knowingly.
         prefix (str): Folder of the pictures.
         masks (bool): Whether masks are loaded or evaluated.
         labelled (bool): Whether annotations are needed.
@@ -258,6 +267,7 @@ class _Use:
     """
 
     classes: Sequence[str]
+    left_out: Sequence[str]
     prefix: str
     masks: bool
     labelled: bool
@@ -290,6 +300,7 @@ def _look_at_coco(
     labelled = not any(metric.get('format_only') for metric in metrics)
     use = _Use(
         classes=dataset.metainfo['classes'],
+        left_out=dataset.metainfo.get('left_out', ()),
         prefix=dataset.data_prefix.get('img', ''),
         masks=any(getattr(step, 'with_mask', False) for step in dataset.pipeline.transforms)
         or any('segm' in metric.get('metric', 'bbox') for metric in metrics),
@@ -380,7 +391,28 @@ def _check_coco(file: str, content, use: _Use, contents: Contents) -> _Coco:
             contents.add(file, f'annotation {number} is there twice', 'each id once')
         seen.add(str(number) if isinstance(number, list | dict) else number)
         _count(annotation, coco, chosen, contents)
+    _check_left_out(file, annotations, use, coco, contents)
     return coco
+
+
+def _check_left_out(
+    file: str, annotations: list[dict], use: _Use, coco: _Coco, contents: Contents
+) -> None:
+    """mmdet leaves out, without a word, annotations of categories that are no classes."""
+    if contents.errors:
+        return
+    counts = Counter(coco.categories[a['category_id']] for a in annotations)
+    for name, count in counts.items():
+        if name not in use.classes and not any(fnmatch(name, p) for p in use.left_out):
+            near = difflib.get_close_matches(name, use.classes, 1)
+            near = f', the nearest is {near[0]!r}' if near else ''
+            place = f'{contents.place}.metainfo'
+            contents.add(
+                file,
+                f'category {name!r} has {count} annotations and is no class{near}',
+                f"{place}.classes has each category, or {place}.left_out names it, as ('{name}',); "
+                "('*',) leaves out all others",
+            )
 
 
 def _check_categories(
@@ -623,11 +655,11 @@ def _look_at_label_maps(
 ) -> list[tuple[str, str | None]]:
     """Check a segmentation data set's files; pictures are returned with their label maps."""
     folder = dataset.data_prefix['img_path']
-    for step in dataset.pipeline.transforms:
+    for step in _steps(dataset.pipeline.transforms):
         reduce = getattr(step, 'reduce_zero_label', None)
         if reduce not in (None, dataset.reduce_zero_label):
             found = f'reduce_zero_label of {type(step).__name__} is {reduce}'
-            allowed = f"the data set's, {dataset.reduce_zero_label}"
+            allowed = f"left out, it is the data set's, {dataset.reduce_zero_label}"
             contents.add(f'{contents.place}.pipeline', found, allowed)
     try:
         infos = dataset.load_data_list()
@@ -653,11 +685,20 @@ def _look_at_label_maps(
     return [item for item in items if item[1] not in missing]
 
 
+def _steps(transforms: Iterable) -> Iterator:
+    """Transforms, with those within others, as in test-time augmentation."""
+    for step in transforms:
+        yield step
+        for inner in ('transforms', 'subroutines'):
+            within = getattr(step, inner, None)
+            yield from _steps(within if isinstance(within, (list, tuple)) else ())
+
+
 def _look_at_map(file: str, size: tuple[int, int], dataset, contents: Contents) -> None:
     """Check one label map, whose image has a size of (width, height)."""
     # Those of the files, of which the config may choose some.
     classes = (dataset.METAINFO if dataset.label_map else dataset.metainfo).get('classes')
-    classes = classes or range(IGNORED)
+    classes = classes or range(contents.heads or IGNORED)
     count = len(classes)
     try:
         labels = np.asarray(_open(file, dataset.backend_args)[0])
@@ -683,6 +724,20 @@ def _look_at_map(file: str, size: tuple[int, int], dataset, contents: Contents) 
         contents.labels['ignored' if left_out else str(classes[label - reduced])] += number
 
 
+def _check_spread(dataset, contents: Contents) -> None:
+    """Masks whose foreground is 255 leave one class to train on."""
+    found = [name for name in contents.labels if name != 'ignored']
+    classes = dataset.metainfo.get('classes') or ()
+    left_out = contents.labels['ignored'] and not dataset.reduce_zero_label
+    if left_out and len(found) == 1 < len(classes):
+        contents.add(
+            dataset.data_prefix['seg_map_path'],
+            f'the only labels looked at are of class {found[0]!r} and {IGNORED}',
+            f'{IGNORED} is of no class, the classes are 0 to {len(classes) - 1}',
+            stops=False,
+        )
+
+
 # Classification
 
 
@@ -694,9 +749,11 @@ def _look_at_folders(
     folder = dataset.img_prefix
     if dataset.with_label and not dataset.ann_file:
         names = sorted(fileio.list_dir_or_file(folder, list_file=False))
-        if classes is not None and len(names) != len(classes):
+        count = contents.heads if classes is None else len(classes)
+        if count is not None and len(names) != count:
             found = f'{len(names)} folders, {reprlib.repr(names)}'
-            contents.add(folder, found, f'one for each of the {len(classes)} classes')
+            of = "the heads'" if classes is None else 'the'
+            contents.add(folder, found, f'one for each of {of} {count} classes')
         for name in names:
             files = fileio.list_dir_or_file(
                 fileio.join_path(folder, name), list_dir=False, recursive=True
@@ -710,7 +767,7 @@ def _look_at_folders(
         except UnicodeDecodeError as error:
             contents.add(dataset.ann_file, f'is no text: {error}', 'an image on each line')
             return []
-        most = len(classes) if classes else sys.maxsize
+        most = len(classes) if classes else contents.heads or sys.maxsize
         for number, line in enumerate(lines, 1) if dataset.with_label else ():
             label = line.strip().rpartition(' ')[2]
             if ' ' not in line.strip() or not label.isdecimal() or int(label) >= most:

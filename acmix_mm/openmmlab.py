@@ -32,11 +32,13 @@ BACKBONES = (
     'XVolutionResNet',
 )
 TRAINING_HOOKS = (
+    'PacedLoggerHook',
     'PathBiasHook',
     'PreemptionHook',
     'ReproducibilityHook',
     'SafeCheckpointHook',
     'StopAtNonFiniteLossHook',
+    'SummaryHook',
 )
 
 
@@ -96,7 +98,7 @@ def register() -> None:
     in the place of the functions that import them. As layer types, layers leave some convolutions
     what they are, see :func:`_layer_type`.
     """
-    from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS
+    from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, VISUALIZERS
 
     from .layers import ACmix, LastMapPooling, XVolution
 
@@ -115,6 +117,9 @@ def register() -> None:
         HOOKS.register_module(name=name, module=_imported('acmix_mm.engine', name), force=True)
     name = 'CPUAmpOptimWrapper'
     OPTIM_WRAPPERS.register_module(name=name, module=_imported('acmix_mm.engine', name), force=True)
+    name = 'SegmentationVisualizer'
+    module = _imported('acmix_mm.segmentation_pictures', name)
+    VISUALIZERS.register_module(name=name, module=module, force=True)
 
 
 def find_packages_by_module() -> None:
@@ -163,7 +168,9 @@ def _imported(module: str, name: str) -> Callable:
         return getattr(importlib.import_module(module), name)
 
     def build(*args, **kwargs):
-        return stands_for()(*args, **kwargs)
+        found = stands_for()
+        # mmengine keeps instances of some classes by their names.
+        return getattr(found, 'get_instance', found)(*args, **kwargs)
 
     build.__name__ = build.__qualname__ = name
     build.stands_for = stands_for

@@ -15,7 +15,7 @@ from .command_line import join_processes, keep_freed_memory, once
 from .data_check import check_data
 from .engine import newest_checkpoint, protect, set_aside, use_bfloat16
 from .files import claim, naming
-from .weights import build, check_fit, check_starts, resolve_weights
+from .weights import build, check_classes, check_fit, check_starts, resolve_weights
 
 
 def _copy(cfg: Config) -> Config:
@@ -139,9 +139,10 @@ def _prepare_test(cfg: Config, tta: bool) -> None:
     """
     weights = read_checkpoint(cfg.load_from)
     check_fit(build(cfg), weights, cfg.load_from, cfg.filename or '(without a file)')
-    check_data(cfg, ['test'])
+    check_classes(cfg, 'test', weights, cfg.load_from)
     if tta:
         augment(cfg)
+    check_data(cfg, ['test'])
 
 
 def augment(cfg: Config) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -10,12 +11,13 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner.checkpoint import load_state_dict
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from .checkpoints import CheckpointNotFound, is_url, read_checkpoint, state_dict_of
+from .config_check import data_classes
 from .layers.deployable import Deployable, WrongForm
 
 FOLDER = Path('checkpoints')  # what lies there takes precedence over a URL
@@ -119,6 +121,42 @@ def check_fit(model: nn.Module, checkpoint: dict, file: str, config: str) -> Non
     problem = misfit(model, checkpoint)
     if problem:
         raise ValueError(f'checkpoint {file} does not fit config {config}: {problem}')
+
+
+def check_classes(cfg: Config, split: str, checkpoint: dict, file: str) -> None:
+    """Compare the classes of a checkpoint with those of the data, where both are said.
+
+    A checkpoint of mmengine has the names of the classes that it was trained on. A line is printed
+    if the data have others.
+
+    Args:
+        cfg (Config): Of the data.
+        split (str): 'train', 'val' or 'test'.
+        checkpoint (dict): See :func:`~acmix_mm.checkpoints.read_checkpoint`.
+        file (str): The checkpoint's name.
+
+    Raises:
+        ValueError: If the data have the same classes in another order.
+    """
+    meta = checkpoint.get('meta')
+    meta = meta.get('dataset_meta') if isinstance(meta, dict) else None
+    trained = meta.get('classes') if isinstance(meta, dict) else None
+    if not isinstance(trained, (list, tuple)):
+        return
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmdet')):
+        classes = data_classes(cfg)
+    for place, names in classes.items():
+        if not place.startswith(split) or names == tuple(trained):
+            continue
+        at = next((i for i, (a, b) in enumerate(zip(names, trained)) if a != b), None)  # noqa: B905
+        if at is None or set(names) != set(trained):
+            found = reprlib.repr(tuple(trained))
+            print(f'warning: checkpoint {file} is of other classes than {place}: {found}')
+            continue
+        raise ValueError(
+            f'checkpoint {file} is of the same classes as {place} in another order: class {at} '
+            f'is {trained[at]!r} there, {names[at]!r} here'
+        )
 
 
 @contextlib.contextmanager
@@ -263,6 +301,7 @@ def _cannot_resume(cfg: Config, checkpoint: dict) -> str | None:
             f'it has no state of a training ({", ".join(absent)}) to go on with; to start from its '
             'weights alone: --cfg-options load_from=FILE, without --resume'
         )
+    check_classes(cfg, 'train', checkpoint, cfg.load_from)
     return misfit(build(cfg), checkpoint)
 
 

@@ -5,15 +5,18 @@ import functools
 import inspect
 import itertools
 import json
+import random
 import re
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from mmdet.models.backbones import SwinTransformer
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.runner import Runner
+from PIL import Image
 from small_configs import build, shrink, shrink_config, take
 from starts import CONFIGS as ROOT
 from starts import recipes
@@ -292,6 +295,37 @@ def test_ade20k_tta(scene_digits):
     assert sample.pred_sem_seg.shape == (96, 96)
 
 
+@pytest.mark.parametrize('pipeline', ['train', 'test', 'tta'])
+def test_ade20k_labels_are_as_with_reduction_in_the_transforms(pipeline, scene_digits):
+    """The data set alone decides that label 0 is of no class."""
+    init_default_scope('mmseg')
+    found = []
+    for reduce in (None, True):
+        cfg = read('acmix_swin/acmix-swin-t_fpn_8xb2-80k_ade20k-512x512.py')
+        dataset = cfg.train_dataloader.dataset
+        dataset.data_root, dataset.pipeline = str(scene_digits / 'ade'), cfg[f'{pipeline}_pipeline']
+        steps = [*dataset.pipeline]
+        if pipeline == 'tta':
+            steps = [step for branch in dataset.pipeline[1].transforms for step in branch]
+        (loading,) = [step for step in steps if step.type == 'LoadAnnotations']
+        assert 'reduce_zero_label' not in loading
+        if reduce:
+            loading.reduce_zero_label = True
+        np.random.seed(0)  # noqa: NPY002, the generator of transforms
+        random.seed(0)
+        sample = DATASETS.build(dataset)[0]['data_samples']
+        sample = sample[0] if pipeline == 'tta' else sample
+        found.append(sample.gt_sem_seg.data)
+    assert torch.equal(*found)
+    original = Image.open(scene_digits / 'ade/annotations/training/000000000001.png')
+    values = {*np.unique(original).tolist()}
+    assert 0 in values  # which becomes 255, and the others one less
+    assert {*found[0].unique().tolist()} <= {255, *(v - 1 for v in values if v)}
+    if pipeline != 'train':
+        reduced = np.asarray(original, int) - 1
+        np.testing.assert_array_equal(found[0][0], np.where(reduced < 0, 255, reduced))
+
+
 @pytest.mark.parametrize('name', [n for n in RECIPES if 'pvt' in n and 'ade20k' in n])
 def test_pvt_is_tested_on_multiples_of_32(name, scene_digits):
     """An image of 96x96 at a shorter side of 80 pixels becomes 96x96, with --tta too."""
@@ -360,9 +394,9 @@ def test_coco_recipe(name):
 
 
 def test_coco_checkpoints():
-    """As mmdet: one an epoch; what papers report is the last."""
+    """As mmdet: one an epoch; what papers report is the last. The best is there, too."""
     hook = read('acmix_resnet/retinanet_acmix-r50_fpn_8xb2-1x_coco.py').default_hooks.checkpoint
-    assert hook == {'type': 'CheckpointHook', 'interval': 1}
+    assert hook == {'type': 'CheckpointHook', 'interval': 1, 'save_best': 'auto'}
 
 
 @pytest.mark.parametrize('name', [name for name in RECIPES if 'ade20k' in name])

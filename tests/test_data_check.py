@@ -157,7 +157,7 @@ def test_short_polygons_beside_others_are_left_out_unless_taken_for_boxes(tmp_pa
 def test_some_of_the_classes_may_be_chosen(classes, boxes, tmp_path):
     make_coco(tmp_path)
     cfg = coco_config(tmp_path)
-    cfg.train_dataloader.dataset.metainfo.classes = classes
+    cfg.train_dataloader.dataset.metainfo = {'classes': classes, 'left_out': ('*',)}
     (contents,) = look_through(cfg, ['train'])
     assert not contents.problems
     assert sum(contents.labels.values()) == boxes
@@ -304,6 +304,90 @@ def test_reduced_in_one_place_only(tmp_path):
     for split in ('train', 'val'):
         cfg[f'{split}_dataloader'].dataset.pipeline[1].reduce_zero_label = True
     assert 'reduce_zero_label of LoadAnnotations is True' in message(cfg)
+    inner = [[{'type': 'LoadAnnotations', 'reduce_zero_label': True}]]
+    for split in ('train', 'val'):
+        pipeline = [{'type': 'LoadImageFromFile'}, {'type': 'TestTimeAug', 'transforms': inner}]
+        cfg[f'{split}_dataloader'].dataset.pipeline = pipeline
+    assert 'reduce_zero_label of LoadAnnotations is True' in message(cfg)
+
+
+def test_masks_of_0_and_255(tmp_path, capsys):
+    """Their foreground would be of no class."""
+    make_ade(tmp_path)
+    for file in tmp_path.glob('annotations/*/*.png'):
+        mask = np.zeros(SIZE[::-1], np.uint8)
+        mask[:9] = 255
+        Image.fromarray(mask).save(file)
+    lines = warnings(ade_config(tmp_path), capsys)
+    assert len(lines) == 2
+    assert "the only labels looked at are of class 'cat' and 255" in lines[0]
+    assert '255 is of no class, the classes are 0 to 2' in lines[0]
+    Image.fromarray(mask // 255).save(file)  # of the validation data
+    assert len(warnings(ade_config(tmp_path), capsys)) == 1
+
+
+def without_classes(cfg: Config, heads: int) -> Config:
+    """A config whose data sets name no classes, of a model with so many."""
+    for split in ('train', 'val'):
+        cfg[f'{split}_dataloader'].dataset.pop('metainfo')
+    cfg.model = {'decode_head': {'num_classes': heads}, 'head': {'num_classes': heads}}
+    return cfg
+
+
+def test_labels_without_names_are_those_of_the_heads(tmp_path, capsys):
+    make_ade(tmp_path)
+    assert warnings(without_classes(ade_config(tmp_path), 3), capsys) == []
+    found = message(without_classes(ade_config(tmp_path), 2))
+    assert 'label 2' in found
+    assert '0 to 1 for 2 classes' in found
+
+
+def test_folders_without_names_are_as_many_as_the_heads_classes(tmp_path, capsys):
+    pytest.importorskip('mmpretrain')
+    make_imagenet(tmp_path)
+    assert warnings(without_classes(imagenet_config(tmp_path), 3), capsys) == []
+    found = message(without_classes(imagenet_config(tmp_path), 10))
+    assert '3 folders' in found
+    assert "one for each of the heads' 10 classes" in found
+
+
+def of_two_classes(root, **metainfo) -> Config:
+    cfg = coco_config(root)
+    for split in ('train', 'val'):
+        cfg[f'{split}_dataloader'].dataset.metainfo = {'classes': NAMES[:2], **metainfo}
+    return cfg
+
+
+def test_a_category_that_is_no_class(tmp_path, capsys):
+    """mmdet would drop its boxes without a word; the config has to say so."""
+    make_coco(tmp_path)
+    found = message(of_two_classes(tmp_path))
+    assert found.startswith(str(coco_file(tmp_path)))
+    assert "category 'owl' has 3 annotations and is no class" in found
+    assert "train_dataloader.dataset.metainfo.left_out names it, as ('owl',)" in found
+    for patterns in (('owl',), ('*',), ('cow', 'o*')):
+        assert warnings(of_two_classes(tmp_path, left_out=patterns), capsys) == []
+    assert "category 'owl'" in message(of_two_classes(tmp_path, left_out=('cow',)))
+
+
+def test_a_category_without_annotations_may_be_no_class(tmp_path, capsys):
+    """As the first one of many exports, which stands for all."""
+    make_coco(tmp_path)
+    for split in ('train', 'val'):
+        more = {'id': 9, 'name': 'animals'}
+        edit(lambda content, more=more: content['categories'].append(more), split)(tmp_path)
+    assert warnings(coco_config(tmp_path), capsys) == []
+
+
+def test_a_misspelt_category_names_the_nearest(tmp_path):
+    make_coco(tmp_path)
+    for split in ('train', 'val'):
+        edit(lambda content: content['categories'][2].update(name='owls'), split)(tmp_path)
+    assert "category 'owls' has 3 annotations and is no class" in message(
+        of_two_classes(tmp_path, left_out=())
+    )
+    found = message(coco_config(tmp_path))
+    assert "no category has the name of class 'owl', the nearest is 'owls'" in found
 
 
 def test_names_in_a_list(tmp_path, capsys):

@@ -22,7 +22,7 @@ from acmix_mm import deploy
 from acmix_mm.backbones import ACmixResNet, ACmixSwinTransformer
 from acmix_mm.checkpoints import read_checkpoint
 from acmix_mm.command_line import build_model, check_weights, load_checkpoint, load_config
-from acmix_mm.weights import check_starts, misfit, resolve_weights
+from acmix_mm.weights import check_classes, check_starts, misfit, resolve_weights
 
 NOWHERE = 'http://127.0.0.1:9/weights.pth'  # the port of a service that no machine offers
 CONFIG = Path('configs/demo/retinanet_acmix-r26_fpn_scene-digits.py')
@@ -422,3 +422,26 @@ def test_every_start_has_a_source(pytestconfig, monkeypatch):
         if name.endswith('_in1k.pth'):
             (pattern,) = re.findall(r'configs/imagenet/\S+', str(caught.value))
             assert list(Path().glob(pattern)), name
+
+
+def test_classes_of_a_checkpoint(capsys):
+    """The same in another order are refused; others are said."""
+    dataset = {'type': 'CocoDataset', 'metainfo': {'classes': ('cat', 'dog')}}
+    cfg = Config({'test_dataloader': {'dataset': dataset}, 'default_scope': 'mmdet'})
+
+    def check(*classes):
+        check_classes(cfg, 'test', {'meta': {'dataset_meta': {'classes': classes}}}, 'x.pth')
+        return capsys.readouterr().out
+
+    check('cat', 'dog')  # imports mmdet, which says something
+    assert check('cat', 'dog') == ''
+    assert check('cat', 'owl') == (
+        'warning: checkpoint x.pth is of other classes than test_dataloader.dataset: '
+        "('cat', 'owl')\n"
+    )
+    assert "('cat', 'dog', 'owl')" in check('cat', 'dog', 'owl')
+    with pytest.raises(ValueError, match=r"x\.pth is of .* another order: class 0 is 'dog' there"):
+        check('dog', 'cat')
+    for checkpoint in ({}, {'meta': None}, {'meta': {'dataset_meta': {}}}):
+        check_classes(cfg, 'test', checkpoint, 'x.pth')
+    assert capsys.readouterr().out == ''

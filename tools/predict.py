@@ -262,7 +262,12 @@ class Segmentor(Detector):
         return Result({'label_map': file, 'shares': shares}, files)
 
     def draw(self, picture: np.ndarray, sample: BaseDataElement) -> np.ndarray:
-        return self.inferencer.visualize([picture], [sample], return_vis=True, opacity=0.5)[0]
+        # Imported here, as it imports mmseg, which the other tasks do without.
+        from acmix_mm.segmentation_pictures import draw_classes
+
+        label_map = sample.pred_sem_seg.cpu().data[0].numpy()
+        meta = self.inferencer.model.dataset_meta
+        return draw_classes(picture, {'prediction': label_map}, self.classes, meta['palette'])
 
 
 class Classifier(Detector):

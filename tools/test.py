@@ -19,6 +19,7 @@ from acmix_mm.command_line import (
     nearest_existing,
     program,
 )
+from acmix_mm.config_check import setting
 from acmix_mm.files import naming, part_of, whole_file
 from acmix_mm.runs import evaluators_of, prepare_test
 
@@ -60,6 +61,8 @@ def build_config(args: argparse.Namespace) -> Config:
         if hook is None:
             sys.exit(f'error: --show: {args.config} has no default_hooks.visualization')
         hook.update(show=args.show, wait_time=args.wait_time)
+        if setting(cfg, 'visualizer.type') == 'SegLocalVisualizer':
+            cfg.visualizer.type = 'SegmentationVisualizer'
         if hook.type == 'VisualizationHook':  # mmpretrain's
             hook.update(enable=True, interval=1)
         else:

@@ -8,13 +8,22 @@ directory already are moved into WORK_DIR/before_TIME.
 
 import argparse
 import sys
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.runner import Runner, find_latest_checkpoint
 
-from acmix_mm.command_line import Parser, add_run_arguments, load_run_config, program
+from acmix_mm.command_line import (
+    Parser,
+    add_run_arguments,
+    load_run_config,
+    positive_int,
+    program,
+)
+from acmix_mm.engine.summary_hook import SUMMARY
 from acmix_mm.runs import train
+from acmix_mm.schedules import set_length
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +45,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='scale the learning rate by the real batch size over auto_scale_lr.base_batch_size',
     )
+    length = parser.add_mutually_exclusive_group()
+    for unit, what in (('epochs', 'epochs'), ('iters', 'iterations')):
+        length.add_argument(
+            f'--max-{unit}',
+            type=positive_int,
+            metavar='N',
+            help=f'train for N {what}, of a config that counts {what}; warm-up, schedule and the '
+            'intervals of validation and checkpoints shrink or grow in proportion',
+        )
     return parser.parse_args(argv)
 
 
@@ -52,6 +70,10 @@ def build_config(args: argparse.Namespace) -> Config:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
             sys.exit(f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size')
         cfg.auto_scale_lr.enable = True
+    for unit in ('epochs', 'iters'):
+        length = getattr(args, f'max_{unit}')
+        if length is not None:
+            set_length(cfg, length, unit, args.config, f'--max-{unit}')
     if args.resume == 'auto':
         cfg.resume = 'auto'  # train looks for the checkpoint
     elif args.resume is not None:
@@ -61,7 +83,10 @@ def build_config(args: argparse.Namespace) -> Config:
 
 @master_only
 def report(runner: Runner) -> None:
-    """Say where the results are."""
+    """Say what came of it and where the results are."""
+    summary = Path(runner.work_dir, SUMMARY)
+    print(f'\n{summary.read_text()}')
+    print(f'summary:    {summary}')
     print(f'log:        {runner.log_dir}')
     print(f'checkpoint: {find_latest_checkpoint(runner.work_dir)}')
 

@@ -30,6 +30,7 @@ from ..data_check import check_data
 from ..engine import newest_checkpoint
 from ..files import write_whole
 from ..runs import evaluate, evaluators_of, train
+from ..schedules import set_length
 from ..weights import check_starts, resolve_weights
 from .measuring import Candidate, measure, note_failure
 from .networks import build_trained, complexity
@@ -390,7 +391,8 @@ def prepare(
     """
     cfg = copy.deepcopy(cfg)
     if epochs is not None:
-        set_epochs(cfg, epochs, file, argument)
+        # Warm-ups as they are: short runs are for comparison with each other.
+        set_length(cfg, epochs, 'epochs', file, argument, warmup=False)
     if factor != 1:
         if setting(cfg, RATE) is None:
             raise ValueError(f'rate_factors: {file} has no {RATE}')
@@ -398,33 +400,6 @@ def prepare(
     cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     cfg.test_cfg = {'type': 'TestLoop'}
     return cfg
-
-
-def set_epochs(cfg: Config, epochs: int, file: str, argument: str) -> None:
-    """Train for so many epochs; schedules that count epochs shrink or grow in proportion."""
-    loop = cfg.train_cfg
-    if epochs < 1:
-        raise ValueError(f'{argument} must be at least 1, got {epochs}')
-    if 'max_epochs' not in loop:
-        raise ValueError(f'{argument}: {file} counts iterations (train_cfg.max_iters)')
-
-    def scaled(value: float) -> int:
-        return round(value * epochs / loop.max_epochs)
-
-    schedulers = cfg.get('param_scheduler') or []
-    for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
-        if scheduler.get('by_epoch', True):
-            for key in ('begin', 'end', 'T_max', 'step_size'):
-                if key in scheduler:
-                    scheduler[key] = scaled(scheduler[key])
-            if 'milestones' in scheduler:
-                scheduler.milestones = [scaled(epoch) for epoch in scheduler.milestones]
-            if scheduler.get('end', math.inf) <= scheduler.get('begin', 0):
-                raise ValueError(
-                    f'{argument} {epochs}: nothing is left of {scheduler.type} in {file}, whose '
-                    f'schedule is for {loop.max_epochs} epochs'
-                )
-    loop.max_epochs = epochs
 
 
 def check_alike(systems: list[System]) -> None:

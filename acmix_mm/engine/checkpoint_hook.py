@@ -15,6 +15,7 @@ from ..files import remove_parts, whole_file
 from .work_dir import INTERRUPTED, LAST, is_remote, newest_checkpoint
 
 BACKEND = 'whole_file'
+MAIN_METRICS = ('bbox_mAP', 'mAP', 'mIoU', 'accuracy/top1')  # ends of their names
 
 
 class WholeFileBackend(LocalBackend):
@@ -43,6 +44,9 @@ class SafeCheckpointHook(CheckpointHook):
     * With ``resume=True`` and no ``load_from``, training goes on from the newest checkpoint that is
       whole of its own work directory, wherever that has been moved or copied to.
     * Weights that were finite and are not any more are never saved.
+    * ``save_best='auto'`` is by box AP, any AP, mean IoU or top-1 accuracy, the first of these that
+      there is; mmengine takes the first metric, of segmentors pixel accuracy, and of detectors
+      evaluated by classes that of one class.
     * Nothing in a checkpoint is executed: mmengine's Runner would run the text ``meta['config']``.
 
     What other processes or machines are to read, such as ``s3://...``, is written as before.
@@ -133,6 +137,9 @@ class SafeCheckpointHook(CheckpointHook):
                     self._remove(self._path(other))
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if self.save_best and 'auto' in self.key_indicators:
+            names = [name for end in MAIN_METRICS for name in metrics if name.endswith(end)]
+            self._init_rule(self.rules, (names or [*metrics])[:1])
         before, self._best = self._best, {}
         super()._save_best_checkpoint(runner, metrics)
         for key, path in before.items():

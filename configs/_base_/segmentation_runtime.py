@@ -8,7 +8,7 @@ default_hooks = dict(
     checkpoint=dict(by_epoch=False, interval=8000, max_keep_ckpts=2, save_best='mIoU'),
     visualization=dict(type='SegVisualizationHook'),
 )
-visualizer = dict(type='SegLocalVisualizer')
+visualizer = dict(type='SegmentationVisualizer')
 log_processor = dict(by_epoch=False)
 # For tools/test.py --tta, with the data set's tta_pipeline.
 tta_model = dict(type='SegTTAModel')

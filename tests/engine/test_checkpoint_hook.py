@@ -169,3 +169,21 @@ def test_best_checkpoint_of_a_copied_folder(tmp_path):
     best_runner(tmp_path / 'b', scores, resume=True).train()
     assert names(tmp_path / 'a') == before
     assert names(tmp_path / 'b') == ['best_a_epoch_3.pth', 'epoch_3.pth', 'last_checkpoint']
+
+
+@pytest.mark.parametrize(
+    ('names', 'main'),
+    [
+        (['coco/cat_precision', 'coco/bbox_mAP', 'coco/segm_mAP'], 'coco/bbox_mAP'),
+        (['aAcc', 'mIoU', 'mAcc'], 'mIoU'),
+        (['accuracy/top5', 'accuracy/top1'], 'accuracy/top1'),
+        (['pascal_voc/AP50', 'pascal_voc/mAP'], 'pascal_voc/mAP'),
+        (['mAcc', 'mDice'], 'mAcc'),  # none of these: the first
+    ],
+)
+def test_best_by_itself(names, main, tmp_path):
+    """Which of an evaluation's metrics decides, where the config leaves it open."""
+    scores = [{n: value if n == main else 1 - value for n in names} for value in (0.1, 0.9, 0.5)]
+    make_runner(tmp_path, checkpoint={'save_best': 'auto'}, **validation(scores)).train()
+    name = f'best_{main.replace("/", "_")}_epoch_2.pth'
+    assert [file.name for file in tmp_path.glob('best_*')] == [name]

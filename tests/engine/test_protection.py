@@ -9,7 +9,7 @@ from mmengine.hooks import CheckpointHook
 
 from acmix_mm.engine import protect
 
-NAMES = ['ReproducibilityHook', 'StopAtNonFiniteLossHook', 'PreemptionHook']
+NAMES = ['ReproducibilityHook', 'StopAtNonFiniteLossHook', 'SummaryHook', 'PreemptionHook']
 
 
 def protected(**settings) -> Config:
@@ -44,7 +44,9 @@ def test_what_a_config_has_is_kept():
     )
     assert cfg.default_hooks.checkpoint == {'type': 'MyHook'}
     assert cfg.custom_hooks[:2] == [{'type': 'EMAHook'}, own]
-    assert [h.type for h in cfg.custom_hooks[2:]] == ['ReproducibilityHook', 'PreemptionHook']
+    assert [h.type for h in cfg.custom_hooks[2:]] == [
+        'ReproducibilityHook', 'SummaryHook', 'PreemptionHook',
+    ]  # fmt: skip
     assert cfg.custom_imports == imports
     once = cfg.pretty_text
     protect(cfg)
@@ -66,7 +68,7 @@ def test_registered_by_importing_the_package():
 import sys, acmix_mm, mmdet.registry, mmseg.registry, mmengine.registry
 assert 'acmix_mm.engine' not in sys.modules
 for package in (mmdet, mmseg, mmengine):
-    for name in {['SafeCheckpointHook', *NAMES]}:
+    for name in {['SafeCheckpointHook', 'PacedLoggerHook', *NAMES]}:
         assert type(package.registry.HOOKS.build(dict(type=name))).__name__ == name
 """
     subprocess.run([sys.executable, '-c', code], check=True)

@@ -53,7 +53,8 @@ def options(digits_options):
 def run(options, tmp_path_factory):
     """Work directory of two epochs of three iterations, evaluated at the end."""
     work_dir = tmp_path_factory.mktemp('run')
-    program('train', CONFIG, '--work-dir', str(work_dir), *options)
+    said = program('train', CONFIG, '--work-dir', str(work_dir), *options)
+    (work_dir / 'said.txt').write_text(said)
     return work_dir
 
 
@@ -66,6 +67,21 @@ def test_train_logs_saves_and_evaluates(run):
     for epoch in (1, 2):
         checkpoint = torch.load(run / f'epoch_{epoch}.pth', weights_only=False)
         assert checkpoint['meta']['dataset_meta']['classes'] == tuple('0123456789')
+
+
+def test_summary(run):
+    """At the end, on the terminal and in the work directory."""
+    said, page = (run / 'said.txt').read_text(), (run / 'summary.md').read_text()
+    assert page in said
+    assert f'summary:    {run}/summary.md' in said
+    trained = next(row for row in scalars(run) if 'coco/bbox_mAP' in row)
+    (row,) = [line for line in page.splitlines() if line.startswith('| coco/bbox_mAP ')]
+    assert float(row.split('|')[2]) == pytest.approx(trained['coco/bbox_mAP'], rel=1e-3)
+    assert '12 images to train, 4 to validate, 10 classes' in page
+    assert '2 epochs of 3 iterations of 4 images' in page
+    assert f'{run}/epoch_2.pth' in page
+    assert f'python tools/train.py {CONFIG} --work-dir {run}' in page
+    assert Image.open(run / 'summary.png').size[0] > 1000
 
 
 def test_training_changes_every_weight(run):
