@@ -26,6 +26,7 @@ LEAST, MOST = 96, 8192  # height and width of a network's input
 TRACED = (161, 227)  # at which it is traced, about
 OPSET = 18
 METADATA = 'acmix_mm'  # key of what a file says of itself
+META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape')  # of pictures that nothing resizes
 
 
 # Export.
@@ -240,7 +241,7 @@ def open_session(file: str | Path):
     import onnxruntime
 
     if not Path(file).is_file():
-        raise FileNotFoundError(f'{file} is no file')
+        raise ValueError(f'{file} is no file')
     try:
         session = onnxruntime.InferenceSession(
             str(file), providers=onnxruntime.get_available_providers()
@@ -251,6 +252,11 @@ def open_session(file: str | Path):
     if METADATA not in session.get_modelmeta().custom_metadata_map:
         raise ValueError(f'{file} is not from tools/deploy/export_model.py: it names no task')
     return session
+
+
+def is_onnx(path: str | Path) -> bool:
+    """Whether a file is an ONNX model by its name."""
+    return Path(path).suffix == '.onnx'
 
 
 def onnx_config(file: str | Path) -> Config:
@@ -272,17 +278,28 @@ def onnx_config(file: str | Path) -> Config:
     )
 
 
-META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape')
+def use_onnx_file(cfg: Config, file: str | Path) -> dict:
+    """Put an ONNX file into the place of a config's model, in place, to be tested on its data.
 
+    Returns:
+        dict: Its ``dataset_meta``.
 
-def use_onnx_file(cfg: Config, file: str | Path) -> None:
-    """Put an ONNX file into the place of a config's model, in place, to be tested on its data."""
+    Raises:
+        ValueError: If the file is of another task.
+    """
+    model = ONNXModel(str(file))
+    scope = {'detection': 'mmdet', 'segmentation': 'mmseg'}[model.task]
+    if cfg.get('default_scope') != scope:
+        raise ValueError(
+            f"{file} is a model for {model.task}, the config's default_scope is "
+            f'{cfg.get("default_scope")!r}'
+        )
     cfg.model = {'type': 'ONNXModel', 'file': str(file)}
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:  # wrappers
         dataset = dataset.dataset
-    kept = [t for t in dataset.pipeline if str(t.type).startswith(('Load', 'Pack'))]
-    for transform in kept:
-        if str(transform.type).startswith('Pack'):
-            transform.meta_keys = META_KEYS
-    dataset.pipeline = kept
+    kept = [t for t in dataset.pipeline if t.type.startswith(('Load', 'Pack'))]
+    dataset.pipeline = [
+        {**t, 'meta_keys': META_KEYS} if t.type.startswith('Pack') else t for t in kept
+    ]
+    return model.dataset_meta
