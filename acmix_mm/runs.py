@@ -15,6 +15,7 @@ from .command_line import join_processes, keep_freed_memory, once
 from .data_check import check_data
 from .engine import newest_checkpoint, protect, set_aside, use_bfloat16
 from .files import claim, naming
+from .onnx_model import is_onnx, use_onnx_file
 from .weights import build, check_classes, check_fit, check_starts, resolve_weights
 
 
@@ -113,7 +114,8 @@ def prepare_test(cfg: Config, checkpoint: str, tta: bool = False) -> Runner:
 
     Args:
         cfg (Config): For mmengine's Runner, with a ``work_dir``; it stays as it is.
-        checkpoint (str): A file or URL.
+        checkpoint (str): A file or URL; or an ONNX file of tools/deploy/export_model.py, which
+            takes the model's place.
         tta (bool): Test-time augmentation with the config's ``tta_model`` and ``tta_pipeline``. A
             detector's default is to merge the boxes of the image and of its mirror image; masks are
             left out. Default: False.
@@ -137,6 +139,14 @@ def _prepare_test(cfg: Config, tta: bool) -> None:
 
     For one process of a job; what it changes in the config, all get.
     """
+    if is_onnx(cfg.load_from):
+        if tta:
+            raise ValueError(f'--tta: {cfg.load_from} is an ONNX file, which has its own pipeline')
+        meta = use_onnx_file(cfg, cfg.load_from)
+        check_classes(cfg, 'test', {'meta': {'dataset_meta': meta}}, cfg.load_from)
+        cfg.load_from = None
+        check_data(cfg, ['test'])
+        return
     weights = read_checkpoint(cfg.load_from)
     check_fit(build(cfg), weights, cfg.load_from, cfg.filename or '(without a file)')
     check_classes(cfg, 'test', weights, cfg.load_from)

@@ -27,6 +27,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ from acmix_mm.command_line import (
     program,
 )
 from acmix_mm.files import claim, encode_picture, write_whole
+from acmix_mm.onnx_model import is_onnx, onnx_config
+from acmix_mm.weights import build
 
 JSON_FILE = 'predictions.json'
 NAMED = 3  # of the images that failed, in the last line
@@ -66,7 +69,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('input', type=Path, help='image, or folder of images')
     add_config_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint',
+        nargs='?',
+        help='checkpoint file; none where CONFIG is an ONNX file of tools/deploy/export_model.py',
+    )
     parser.add_argument(
         '--out-dir', type=Path, required=True, help=f'folder for pictures and {JSON_FILE}'
     )
@@ -88,6 +95,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         '--device', type=device_type, help='cpu, cuda or cuda:N (default: GPU if present)'
     )
     args = parser.parse_args(argv)
+    if is_onnx(args.config) != (args.checkpoint is None):
+        parser.error(
+            'CHECKPOINT must be given with a config and not with an ONNX file, got '
+            f'{args.config} {args.checkpoint or "alone"}'
+        )
     if not 0 <= args.score_thr <= 1:
         parser.error(f'--score-thr must be between 0 and 1, got {args.score_thr}')
     for name in ('batch_size', 'limit'):
@@ -302,10 +314,18 @@ class Classifier(Detector):
         return visualizer.visualize_cls(picture, sample, classes=self.classes, draw_gt=False)
 
 
-def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) -> BaseInferencer:
-    """Inferencer of the config's package with the checkpoint's weights, which must all be there."""
+def build_inferencer(
+    cfg: Config, checkpoint: dict | None, args: argparse.Namespace
+) -> BaseInferencer:
+    """Inferencer of the config's package with the checkpoint's weights, which must all be there.
+
+    Without a checkpoint, the model is one that needs none.
+    """
     # Inferencers go on with what does not fit. It also sets the scope, which mmpretrain's does not.
-    build_model(cfg, checkpoint, args)
+    if checkpoint is None:
+        model = build(cfg)
+    else:
+        build_model(cfg, checkpoint, args)
     if is_segmentor(cfg):
         from mmseg.apis import MMSegInferencer as Inferencer
     elif is_classifier(cfg):
@@ -315,7 +335,16 @@ def build_inferencer(cfg: Config, checkpoint: dict, args: argparse.Namespace) ->
 
     if 'visualizer' in cfg:
         cfg.visualizer.vis_backends = None  # pictures are written here
-    return Inferencer(cfg, args.checkpoint, device=args.device)
+    if checkpoint is not None:
+        return Inferencer(cfg, args.checkpoint, device=args.device)
+    options = {} if is_segmentor(cfg) else {'palette': 'random'}  # or it asks the data set
+    with warnings.catch_warnings(action='ignore'):  # that weights were random
+        inferencer = Inferencer(cfg, None, device='cpu', **options)
+    meta = {'palette': None, **model.dataset_meta}
+    if not is_segmentor(cfg) and meta['palette'] is None:
+        meta['palette'] = 'random'
+    inferencer.model.dataset_meta = inferencer.visualizer.dataset_meta = meta
+    return inferencer
 
 
 def is_segmentor(cfg: Config) -> bool:
@@ -428,9 +457,10 @@ def main(argv: list[str] | None = None) -> None:
     images = [args.input] if args.input.is_file() else find_images(args.input)
     check_out_dir(args.out_dir, images)
     images = images[: args.limit]
-    cfg = load_config(args.config, args.cfg_options)
+    onnx = is_onnx(args.config)
+    cfg = onnx_config(args.config) if onnx else load_config(args.config, args.cfg_options)
     check_readable(images)
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = None if onnx else load_checkpoint(args.checkpoint)
     keep_freed_memory()
     inferencer = build_inferencer(cfg, checkpoint, args)
     kind = Segmentor if is_segmentor(cfg) else Classifier if is_classifier(cfg) else Detector

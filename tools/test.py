@@ -27,7 +27,9 @@ from acmix_mm.runs import evaluators_of, prepare_test
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add_run_arguments(parser)
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        'checkpoint', help='checkpoint file, or ONNX file of tools/deploy/export_model.py'
+    )
     parser.add_argument(
         '--out',
         metavar='FILE.pkl|FOLDER',
