@@ -106,6 +106,8 @@ setup(
         'demo': ['scikit-image', 'scikit-learn', 'tqdm'],
         # tools/model_converters/export_onnx.py.
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
+        # make docs, and executing the notebook.
+        'docs': (ROOT / 'docs' / 'requirements.txt').read_text().split(),
         # PyTorch for CUDA brings Triton along; with the CPU build, the tests interpret its kernels.
         'dev': [
             'pytest',
