@@ -159,6 +159,8 @@ setup(
         'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
         # tools/train.py --tensorboard.
         'tensorboard': ['tensorboard'],
+        # make docs, and executing the notebook.
+        'docs': (ROOT / 'docs' / 'requirements.txt').read_text().split(),
         # PyTorch for CUDA brings Triton along; with the CPU build, the tests interpret its kernels.
         'dev': [
             'pytest',

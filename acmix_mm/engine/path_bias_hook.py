@@ -16,11 +16,11 @@ QUANTITIES = ('rate1', 'rate2', 'ratio')
 class PathBiasHook(Hook):
     """Write the rates of all mixed operators to the visualizer's backends (ACmix, figure 5).
 
-    Scalars are ``path_bias_rate1/NAME``, |rate1| of the attention path, ``path_bias_rate2/NAME``,
-    |rate2| of the convolution path, and ``path_bias_ratio/NAME``, |rate1 / rate2|, for every
-    operator with learned rates by its name in the model; the step is the iteration. So they are in
-    ``vis_data/scalars.json``, and in TensorBoard or others where the visualizer has such a backend,
-    but not in the console's log. What is not finite, such as the ratio at rate2 = 0, is left out.
+    Scalars are ``path_bias_rate1/NAME``, ``|rate1|`` of the attention path,
+    ``path_bias_rate2/NAME``, ``|rate2|`` of the convolution path, and ``path_bias_ratio/NAME``,
+    ``|rate1 / rate2|``, for every operator with learned rates by its name in the model; the step is
+    the iteration. So they are in ``vis_data/scalars.json``, and in TensorBoard or others where the
+    visualizer has such a backend, but not in the console's log. What is not finite, such as the ratio at rate2 = 0, is left out.
     ``tools/analysis_tools/plot_path_bias.py`` draws them.
 
     Args:
