@@ -1,4 +1,4 @@
-"""README's configs do what they are there for: each is built and trained a step."""
+"""Configs in README and docs do what they are there for: each is built and trained a step."""
 
 import re
 from pathlib import Path
@@ -20,8 +20,11 @@ from mmseg.structures import SegDataSample
 
 from acmix_mm.layers import ACmix
 
-README = Path(__file__).parents[1] / 'README.md'
-SNIPPETS = re.findall(r'^```python\n(_base_ = .*?)^```', README.read_text(), re.M | re.S)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+TEXT = '\n'.join(page.read_text() for page in PAGES)
+BLOCKS = re.findall(r'^```python\n(_base_ = .*?)^```', TEXT, re.M | re.S)
+SNIPPETS = [block for block in BLOCKS if '\nmodel = dict(' in block]
 SIDE = 32
 
 
@@ -71,7 +74,10 @@ def test_every_kind_is_there():
 
 @pytest.mark.parametrize(
     'snippet',
-    [pytest.param(s, marks=pytest.mark.slow) if 'upernet' in s else s for s in SNIPPETS],
+    [
+        pytest.param(s, marks=pytest.mark.slow) if 'upernet' in s or 'rtmdet' in s else s
+        for s in SNIPPETS
+    ],
     ids=range(len(SNIPPETS)),
 )
 def test_config_trains(snippet, resnet50, tmp_path):
