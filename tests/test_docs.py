@@ -34,7 +34,7 @@ ELSEWHERE = {
     r'.*: python tools/analysis_tools/benchmark.py gpu .*': 'tests/tools/test_benchmark.py',
     r'.*: python tools/analysis_tools/benchmark.py scaling .*': 'tests/tools/test_benchmark.py',
     # Weights of torchvision, and what follows from them; the same program runs further down there.
-    r'.*: python tools/model_converters/resnet2acmix.py resnet50.*': 'tests/tools/test_resnet2acmix.py',
+    r'.*resnet2acmix.py resnet50.*': 'tests/tools/test_resnet2acmix.py',
     # Of a training on ImageNet.
     r'configs/imagenet/README.md: (mkdir|cp) .*': 'tests/test_starts.py',
 }  # fmt: skip
@@ -221,3 +221,16 @@ def test_site(tmp_path):
     page = (tmp_path / 'how_it_works.html').read_text()
     assert '<math' in page
     assert 'acmix_mm.layers.ACmix' in (tmp_path / 'api.html').read_text()
+
+
+@pytest.mark.slow
+def test_notebook(clone):
+    """Every cell runs, on few pictures for an epoch."""
+    nbformat, nbclient = (pytest.importorskip(name) for name in ('nbformat', 'nbclient'))
+    pytest.importorskip('mmdet')
+    notebook = nbformat.read(clone / 'docs' / 'scene_digits.ipynb', as_version=4)
+    lines = ['import os', "os.environ.update(TRAIN_IMAGES='24', EPOCHS='1')"]
+    notebook.cells.insert(0, nbformat.v4.new_code_cell('\n'.join(lines)))
+    resources = {'metadata': {'path': str(clone)}}
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
+    assert 'largest relative difference' in notebook.cells[-2].outputs[0].text

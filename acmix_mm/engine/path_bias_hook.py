@@ -20,7 +20,8 @@ class PathBiasHook(Hook):
     ``path_bias_rate2/NAME``, ``|rate2|`` of the convolution path, and ``path_bias_ratio/NAME``,
     ``|rate1 / rate2|``, for every operator with learned rates by its name in the model; the step is
     the iteration. So they are in ``vis_data/scalars.json``, and in TensorBoard or others where the
-    visualizer has such a backend, but not in the console's log. What is not finite, such as the ratio at rate2 = 0, is left out.
+    visualizer has such a backend, but not in the console's log. What is not finite, such as the
+    ratio at rate2 = 0, is left out.
     ``tools/analysis_tools/plot_path_bias.py`` draws them.
 
     Args:
