@@ -7,6 +7,7 @@ of the releases, of configs/imagenet and of resnet2acmix.py.
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import acmix2mm
@@ -72,8 +73,38 @@ def network(name: str) -> str:
 
 def command_line(family: str, config: Path, *more: str) -> Config:
     """The config that train.py makes of a family's config, narrow, and more --cfg-options."""
-    narrow = [f'model.backbone.{key}={value}' for key, value in NARROW[family][0].items()]
-    return train.build_config(train.parse_args([str(config), '--cfg-options', *narrow, *more]))
+    backbone, widths = NARROW[family]
+    narrow = {f'backbone.{key}': value for key, value in backbone.items()}
+    model = Config.fromfile(config).model
+    if 'head' in model:  # of a classifier
+        narrow['head.in_channels'] = widths[-1]
+    else:
+        channels = model.get('neck', model.get('decode_head')).in_channels
+        narrow.update(narrow_heads(model, channels, widths))
+    options = [f'model.{key}={value}'.replace(' ', '') for key, value in narrow.items()]
+    return train.build_config(train.parse_args([str(config), '--cfg-options', *options, *more]))
+
+
+def narrow_heads(
+    node: dict, channels: list[int], widths: list[int], prefix: str = ''
+) -> Iterator[tuple[str, int | list[int]]]:
+    """Options that fit what follows a backbone to its widths, and give all else 32 channels."""
+    for key, value in node.items():
+        if key == 'backbone':
+            continue
+        if key.endswith('channels'):
+            if value == channels:
+                yield f'{prefix}{key}', widths[-len(channels) :]  # RetinaNet takes three stages
+            elif key == 'in_channels' and value == channels[-2]:  # of the auxiliary head
+                yield f'{prefix}{key}', widths[2]
+            else:
+                yield f'{prefix}{key}', 32 if isinstance(value, int) else [32] * len(value)
+        if isinstance(value, dict):
+            yield from narrow_heads(value, channels, widths, f'{prefix}{key}.')
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, dict):
+                    yield from narrow_heads(item, channels, widths, f'{prefix}{key}.{index}.')
 
 
 def random_weights(backbone: dict) -> dict:
@@ -193,23 +224,6 @@ def check_random(model: torch.nn.Module, cfg: Config) -> None:
     assert max(cfg.param_scheduler[-1].get('milestones', [0])) < length
 
 
-def narrow_heads(node: dict, channels: list[int], widths: list[int]) -> None:
-    """Fit what follows a backbone to its widths, and have all else 32 channels, in place."""
-    for key, value in node.items():
-        if key == 'backbone':
-            continue
-        if key.endswith('channels'):
-            if value == channels:
-                node[key] = widths[-len(channels) :]  # RetinaNet takes three stages
-            elif key == 'in_channels' and value == channels[-2]:  # of the auxiliary head
-                node[key] = widths[2]
-            else:
-                node[key] = 32 if isinstance(value, int) else [32] * len(value)
-        for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, dict):
-                narrow_heads(item, channels, widths)
-
-
 def train_step(model: torch.nn.Module, cfg: Config) -> None:
     wrapper = dict(cfg.optim_wrapper, type='OptimWrapper')  # the other one needs a GPU
     wrapper.pop('loss_scale', None)
@@ -267,8 +281,6 @@ def test_loads_and_trains(name, kind, scene_digits, convert, tmp_path, monkeypat
     start = cfg.model.backbone.init_cfg or {'checkpoint': cfg.get('load_from')}
     assert start['checkpoint'] == (path if file else None)
 
-    channels = cfg.model.get('neck', cfg.model.get('decode_head')).in_channels
-    narrow_heads(cfg.model, channels, NARROW[family(name)][1])
     model = build(shrink_config(cfg, scene_digits))
     model.init_weights()
     if cfg.get('load_from'):

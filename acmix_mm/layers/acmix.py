@@ -123,7 +123,8 @@ class ACmix(MixedOperator):
             nn.init.kaiming_uniform_(conv_p, a=5**0.5)
             self.conv_p = nn.ParameterDict({'weight': conv_p})
         self.register_load_state_dict_pre_hook(_drop_position_bias)
-        self.to(device=device, dtype=dtype)
+        if (device, dtype) != (None, None):
+            self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).

@@ -151,7 +151,8 @@ class XVolution(Deployable):
         else:
             self.attn = LocalAttention(*shape, num_heads, attn_kernel_size, backend)
         self.attn_norm = build_batch_norm(norm_cfg, out_channels)
-        self.to(device=device, dtype=dtype)
+        if (device, dtype) != (None, None):
+            self.to(device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
