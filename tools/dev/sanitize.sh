@@ -21,7 +21,7 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM
 
 (cd "$root" && tar -cf - --exclude='*.so' --exclude=__pycache__ \
-    setup.py pyproject.toml README.md acmix_mm tests tools) | tar -xf - -C "$work"
+    setup.py pyproject.toml README.md acmix_mm docs/requirements.txt tests tools) | tar -xf - -C "$work"
 cd "$work"
 # -O1: at the usual -O3, compiling takes many times longer.
 sed -i.bak "s/'-O3'/'-O1'/; s/'-g0'/'-g'/" setup.py
