@@ -72,13 +72,13 @@ CHANGES = [
     # Trainings of an epoch.
     (r'(train_cfg\.max_epochs|param_scheduler\.1\.\w+)=\d+', ''),
     (r'(dist_train\.sh \S+ \d|tools/train\.py \S+)((?!.*max-).*)', r'\1 --max-epochs 1\2'),
-    (rf'({DEMO["ade20k"]}.*)--max-epochs 1', r'\1--max-iters 2'),
-    (r'(dist_train\.sh \$CONFIG 2) --max-epochs 1', r'\1 $LENGTH'),
-    (r'(train\.py \$CONFIG) --max-epochs 1', r'\1 $LENGTH'),
+    (r' --auto-scale-lr', ''),  # the demo's configs are for one process
     (r'--seeds( \d)+', '--seeds 0'),
     (r'--rate-factors.*?(?= --)', '--rate-factors 1 3'),
     (r'(--max-epochs|--search-epochs|--jobs) \d+', r'\1 1'),
     (r'(compare\.py (?!.*--max-epochs).*)', r'\1 --max-epochs 1'),
+    # Networks that have learned nothing find nothing above the usual threshold.
+    (r'(compare\.py .*)', r'\1 --cfg-options model.test_cfg.score_thr=0.0'),
     (r'--num-images \d+', '--num-images 12'),
     # Measurements of small inputs, once.
     (rf'({BENCHMARK}.*) --(shapes|rounds|warmup) \S+', r'\1'),
@@ -86,7 +86,7 @@ CHANGES = [
     (rf'({BENCHMARK}.*) --(shapes|rounds|warmup) \S+', r'\1'),
     (rf'({BENCHMARK}.*) --no-memory', r'\1'),
     *(
-        (rf'({BENCHMARK} {suite})(.*)', rf'\1 --shapes {size} --rounds 1 --warmup 0\2')
+        (rf'({BENCHMARK} {suite})(.*)', rf'\1 --shapes {size} --rounds 1 --warmup 1\2')
         for suite, size in SMALL.items()
     ),
     (rf'({BENCHMARK} (?!fps).*)', r'\1 --no-memory'),
@@ -173,8 +173,7 @@ def clone(tmp_path_factory) -> Path:
 def trained(clone: Path, kind: str) -> str:
     """A checkpoint of the demo's model for a task."""
     work_dir = f'work_dirs/for_{kind}'
-    length = '--max-iters 2' if kind == 'ade20k' else '--max-epochs 1'
-    run(clone, [f'python tools/train.py {DEMO[kind]} --work-dir {work_dir} {length}'], {})
+    run(clone, [f'python tools/train.py {DEMO[kind]} --work-dir {work_dir} --max-epochs 1'], {})
     name = (clone / work_dir / 'last_checkpoint').read_text()
     return str(Path(work_dir, Path(name).name))
 
@@ -204,9 +203,10 @@ def test_commands(page, clone):
     if not lines:
         pytest.skip('the page has no command that is run here')
     kind = TASKS.get(page, 'coco')
-    length = '--max-iters 2' if kind == 'ade20k' else '--max-epochs 1'
-    settings = {'CONFIG': DEMO[kind], 'TRAINED': trained(clone, kind), 'LENGTH': length}
-    run(clone, lines, settings)
+    if page == 'docs/pretraining/README.md':  # what make demo TASK=classification leaves
+        lines.insert(0, f'cp {trained(clone, "in1k")} checkpoints/acmix-r26_single-digits.pth')
+        lines.insert(0, 'mkdir -p checkpoints')
+    run(clone, lines, {'CONFIG': DEMO[kind], 'TRAINED': trained(clone, kind)})
 
 
 @pytest.mark.slow
