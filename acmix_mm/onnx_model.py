@@ -209,6 +209,8 @@ class ONNXModel(BaseModel):
         self.session = open_session(file)
         described = json.loads(self.session.get_modelmeta().custom_metadata_map[METADATA])
         self.task = described.pop('task')
+        palette = described.get('palette')
+        described['palette'] = palette and [tuple(colour) for colour in palette]
         self.dataset_meta = described
 
     def forward(

@@ -235,8 +235,8 @@ def test_file_of_another_program(tmp_path):
     [
         ('retinanet_acmix-r26_fpn', ['--max-epochs', '1'], 'coco/bbox_mAP_50'),
         ('rtmdet_acmix-r26', ['--max-epochs', '1'], 'coco/bbox_mAP_50'),
-        ('acmix-pvt_fpn', ['--max-iters', '30'], 'mIoU'),
-        ('acmix-swin_upernet', ['--max-iters', '30'], 'mIoU'),
+        ('acmix-pvt_fpn', ['--max-epochs', '1'], 'mIoU'),
+        ('acmix-swin_upernet', ['--max-epochs', '1'], 'mIoU'),
     ],
 )
 def test_programs(config, length, metric, tmp_path, monkeypatch):
