@@ -99,6 +99,7 @@ def export_model(model: nn.Module, cfg: Config, file: str | Path, meta: dict) ->
 
     segments = cfg.get('default_scope') == 'mmseg'
     (check_segmentor if segments else check_detector)(model)
+    check_backbone(model.backbone)
     preprocessing = preprocessing_of(cfg, LEAST)
     if segments:
         network, outputs = _Logits(model), ['logits']
@@ -143,6 +144,20 @@ def _surround(network, preprocessing: Preprocessing, results: str):
         parts['input'], parts['network'], [('image', 'image')], outputs=[*sizes, *ends['network']]
     )
     return compose.merge_models(merged, parts['results'], [(name, name) for name in needed])
+
+
+def check_backbone(backbone: nn.Module) -> None:
+    """Raises ValueError for Swin's pyramids (Swin-ACmix, DWNet), which pad maps to windows.
+
+    The exporter makes constants of sizes there.
+    """
+    from mmdet.models.backbones import SwinTransformer
+
+    if isinstance(backbone, SwinTransformer):
+        raise ValueError(
+            f'model.backbone must not be a pyramid of windows, got {type(backbone).__name__}, '
+            'which pads its maps: the exporter cannot follow that for all sizes'
+        )
 
 
 def check_detector(model: nn.Module) -> None:
