@@ -228,3 +228,10 @@ def test_layouts_change_no_gradient(backend, layout, weight_layout, batch):
     torch.testing.assert_close(
         gradients(layout, weight_layout), gradients('contiguous', 'contiguous')
     )
+
+
+def test_groups_are_checked_before_they_are_multiplied():
+    """Which overflows for such a number: undefined in C++."""
+    grad, weight = torch.randn(1, 4, 5, 6), torch.randn(4, 3, 3, 3)
+    with pytest.raises(RuntimeError, match=r'groups must be at least 1 and at most .*, 4, got -'):
+        torch.ops.acmix_mm.group_conv_native_grad_input(grad, weight, 5, 6, 1, 1, -(2**63))

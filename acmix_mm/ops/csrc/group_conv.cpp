@@ -228,8 +228,9 @@ ConvShape grad_shape(const at::Tensor& grad, const at::Tensor& weight, int64_t h
               weight.sizes());
   check_same(weight, "weight", weight.sizes(), grad.scalar_type());
   TORCH_CHECK(weight.numel() > 0, "weight must not be empty, got shape ", weight.sizes());
-  TORCH_CHECK(groups <= weight.size(0), "groups must be at most the output channels, ",
-              weight.size(0), ", got ", groups);
+  TORCH_CHECK(0 < groups && groups <= weight.size(0),
+              "groups must be at least 1 and at most the output channels, ", weight.size(0),
+              ", got ", groups);
   const ConvShape shape = conv_shape(grad.size(0), groups * weight.size(1), height, width,
                                      weight.sizes(), stride, dilation, groups);
   check_weight(weight, shape, grad.scalar_type());
