@@ -121,7 +121,7 @@ def test_group_conv(backend, groups, stride, dilation):
     maps, weight = maps.to(device_of(backend)), weight.to(device_of(backend))
     got = count(lambda *t: group_conv(*t, stride, dilation, backend=backend), maps, weight)
     # PyTorch's own formula counts the gradient of the weight as if each group had all channels.
-    gradients = 2 if backend == 'native' else 1 + groups
+    gradients = 1 + groups if backend == 'torch' else 2
     assert got == (flops, (1 + gradients) * flops)
     got = count(lambda t: group_conv(t, weight, stride, dilation, backend=backend), maps)
     assert got == (flops, 2 * flops)
