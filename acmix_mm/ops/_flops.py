@@ -164,6 +164,7 @@ FORMULAS = {
     'local_attention_triton_forward': _local_attention,
     'patch_weights_native': _patch_weights,
     'patch_weights_native_backward': _patch_weights_backward,
+    'patch_weights_triton': _patch_weights,
 }
 
 # PyTorch's attention kernel for the CPU, which its counter leaves out, and kernels that have the

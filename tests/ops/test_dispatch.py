@@ -92,7 +92,7 @@ def test_preference_for_triton(monkeypatch):
     assert select('local_attention', None, query) == 'triton'
     assert select('local_attention', None, query.double()) == automatic  # no kernel for it
     assert select('group_conv', None, query) == 'triton'
-    assert select('patch_weights', None, query) == automatic
+    assert select('group_conv', None, query.double()) == automatic
 
 
 @needs_native
@@ -104,7 +104,8 @@ def test_native_is_for_the_cpu():
 
 
 @needs_triton
-def test_triton_serves_where_it_has_a_kernel():
+def test_triton_serves_where_it_has_a_kernel(monkeypatch):
+    monkeypatch.delitem(OPERATORS['patch_weights'], 'triton')
     device = 'cpu' if triton_backend.INTERPRETED else 'cuda'
     assert select('patch_weights', 'triton', QUERY.to(device)) == 'torch'
     assert select('local_attention', 'triton', QUERY.to(device)) == 'triton'

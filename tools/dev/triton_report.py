@@ -30,6 +30,7 @@ from acmix_mm.ops.backends import (  # noqa: E402
     triton_backend,
     triton_group_conv,
     triton_local_aggregation,
+    triton_patch_weights,
 )
 
 INPUTS = ('query', 'key', 'value')
@@ -160,7 +161,23 @@ def local_aggregation(layout: torch.memory_format, *geometry: int) -> Callable:
     return call
 
 
-OPERATORS = ('local_attention', 'group_conv', 'local_aggregation')
+def patch_weights(layout: torch.memory_format, *geometry: int) -> Callable:
+    """Inference of SAN's third stage, of 512 channels."""
+
+    def call(dtype: torch.dtype) -> None:
+        kernel_size, stride, dilation = geometry
+        channels, size = 32, 20 + (kernel_size - 1) * dilation
+        padded = torch.zeros(1, channels, size, size, dtype=dtype).to(memory_format=layout)
+        query = padded[..., :20:stride, :20:stride].contiguous(memory_format=layout)
+        vector = torch.zeros(channels * (1 + kernel_size**2))
+        weight = vector[:, None].expand(-1, 16).contiguous()
+        tensors = (query, padded, vector, vector, vector, weight)
+        triton_patch_weights.patch_weights(*tensors, *geometry)
+
+    return call
+
+
+OPERATORS = ('local_attention', 'group_conv', 'local_aggregation', 'patch_weights')
 
 
 def calls(args: argparse.Namespace) -> list[tuple[str | int, Callable[[torch.dtype], None]]]:
@@ -175,6 +192,10 @@ def calls(args: argparse.Namespace) -> list[tuple[str | int, Callable[[torch.dty
         if 'local_aggregation' in args.operators:
             call = local_aggregation(layout, args.kernel_size, *steps)
             found.append((f'local_aggregation, {name}', call))
+        if 'patch_weights' in args.operators:
+            found.append(
+                (f'patch_weights, {name}', patch_weights(layout, args.kernel_size, *steps))
+            )
     return found
 
 

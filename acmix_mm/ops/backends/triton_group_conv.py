@@ -204,7 +204,7 @@ def empty_maps(like: Tensor, batch: int, channels: int, size: tuple[int, int]) -
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
-def _alignment(maps: Tensor, groups: int) -> int:
+def alignment(maps: Tensor, groups: int) -> int:
     """Bytes, 16 at most, at multiples of which every pixel of every group starts."""
     strides = [s for n, s in zip(maps.shape, maps.stride(), strict=True) if n > 1 and s != 1]
     strides.append(maps.stride(1) * maps.size(1) // groups)
@@ -262,8 +262,8 @@ def _convolve(
             BLOCK_I=blocks[0],
             BLOCK_O=blocks[1],
             WIDE=beyond_32_bits(maps, result),
-            MAPS_ALIGN=_alignment(maps, groups),
-            RESULT_ALIGN=_alignment(result, groups),
+            MAPS_ALIGN=alignment(maps, groups),
+            RESULT_ALIGN=alignment(result, groups),
             PRECISION=_precision(maps.dtype),
             TILE_Y=TILE[0],
             TILE_X=TILE[1],
@@ -373,8 +373,8 @@ def _grad_weight(
             BLOCK_O=blocks[1],
             TAPS=taps,
             WIDE=beyond_32_bits(grad, input),
-            GRAD_ALIGN=_alignment(grad, groups),
-            MAPS_ALIGN=_alignment(input, groups),
+            GRAD_ALIGN=alignment(grad, groups),
+            MAPS_ALIGN=alignment(input, groups),
             PRECISION=_precision(grad.dtype),
             TILE_Y=tile[0],
             TILE_X=tile[1],
