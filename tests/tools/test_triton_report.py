@@ -71,10 +71,10 @@ def test_every_variant_compiles(gradients, kernels):
 def test_other_operators_spill_nothing():
     """Channels of a group are read in 8 bytes where they are adjacent."""
     names = ('group_conv', 'local_aggregation', 'patch_weights')
-    rows = report('--operators', *names, '--dtype', 'float16', 'float32')
-    assert len(rows) == 2 * 2 * 2 * (3 + 3 + 1)
+    rows = report('--operators', *names, '--dtype', 'float16')
+    assert len(rows) == 2 * 2 * (3 + 3 + 1)
     for row in rows:
         assert row['spilled bytes'] == '0'
-        if row['d or operator'] == 'group_conv, channels last' and row['dtype'] == 'float16':
+        if row['d or operator'] == 'group_conv, channels last':
             assert ' x 8' in row['loads']
             assert row['matrix instructions']
