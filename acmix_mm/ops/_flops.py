@@ -165,6 +165,7 @@ FORMULAS = {
     'patch_weights_native': _patch_weights,
     'patch_weights_native_backward': _patch_weights_backward,
     'patch_weights_triton': _patch_weights,
+    'patch_weights_triton_backward': _patch_weights_backward,
 }
 
 # PyTorch's attention kernel for the CPU, which its counter leaves out, and kernels that have the

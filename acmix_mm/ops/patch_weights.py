@@ -38,7 +38,7 @@ def patch_weights(
     the neighbourhood, and the backward pass computes each row anew: nothing of the patch's size
     ever exists, and training keeps query and padded key only.
 
-    By 'native', there are no second-order gradients.
+    By 'native' and 'triton', there are no second-order gradients.
 
     Args:
         query (Tensor): Shape (B, R, ceil(H / stride), ceil(W / stride)).
@@ -51,9 +51,9 @@ def patch_weights(
         kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
         stride (int): Keys between adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
-        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has kernels of
-            its own here, and 'triton' one for inference, with running statistics and no gradients;
-            all else is PyTorch. Default: None.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' and 'triton'
+            have kernels of their own here, 'triton' with gradients for at most 128 outputs; all
+            else is PyTorch. Default: None.
 
     Returns:
         Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
@@ -221,11 +221,8 @@ if triton_backend.MISSING is None:
         statistics: tuple,
         geometry: tuple[int, int, int],
     ) -> Tensor:
-        """The kernel has no gradients, and statistics of batches take longer than it would."""
         arguments = (query, padded, weight, norm, statistics, geometry)
-        leaves = (query, padded, weight, *norm.parameters())
-        trains = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
-        if trains or statistics[0] != 'fixed':
+        if torch.is_grad_enabled() and weight.size(0) > triton_patch_weights.MOST_OUTPUTS:
             return _by_rows(*arguments)
         return _by_kernel(*arguments, triton_patch_weights.patch_weights)
 
