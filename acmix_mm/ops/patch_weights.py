@@ -52,7 +52,7 @@ def patch_weights(
         stride (int): Keys between adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
         backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' and 'triton'
-            have kernels of their own here, 'triton' with gradients for at most 128 outputs; all
+            have kernels of their own here, 'triton' with gradients for at most 64 outputs; all
             else is PyTorch. Default: None.
 
     Returns:
@@ -222,7 +222,7 @@ if triton_backend.MISSING is None:
         geometry: tuple[int, int, int],
     ) -> Tensor:
         arguments = (query, padded, weight, norm, statistics, geometry)
-        if torch.is_grad_enabled() and weight.size(0) > triton_patch_weights.MOST_OUTPUTS:
+        if torch.is_grad_enabled() and weight.size(0) > triton_patch_weights.LARGEST_OUTPUTS:
             return _by_rows(*arguments)
         return _by_kernel(*arguments, triton_patch_weights.patch_weights)
 

@@ -1,4 +1,4 @@
-"""Triton's patch weights, for inference, interpreted where there is no GPU: small maps."""
+"""Triton's patch weights, interpreted where there is no GPU: small maps."""
 
 import copy
 
@@ -44,26 +44,48 @@ def exact(query, key, weight, norm, *geometry):
 
 # Channels, outputs, size, kernel_size: several tiles, more channels and outputs than a product has.
 @pytest.mark.parametrize(
-    ('layout', 'dtype', 'shape', 'stride', 'dilation'),
+    ('layout', 'dtype', 'shape', 'stride', 'dilation', 'training'),
     [
-        (contiguous, SINGLE, (4, 2, (9, 10), 3), 1, 1),
-        (contiguous, HALF, (2, 3, (5, 6), 3), 2, 3),
-        (contiguous, BFLOAT, (2, 9, (2, 3), 5), 3, 1),
-        (channels_last, SINGLE, (33, 65, (3, 2), 3), 1, 2),
-        (channels_last, HALF, (16, 8, (5, 6), 3), 1, 1),
-        (channels_last, BFLOAT, (3, 2, (1, 9), 1), 2, 1),
+        (contiguous, SINGLE, (4, 2, (9, 10), 3), 1, 1, True),
+        (contiguous, HALF, (2, 3, (5, 6), 3), 2, 3, False),
+        (contiguous, BFLOAT, (2, 9, (2, 3), 5), 3, 1, False),
+        (channels_last, SINGLE, (33, 17, (3, 2), 3), 1, 2, False),
+        (channels_last, SINGLE, (2, 3, (6, 5), 3), 2, 1, True),
+        (channels_last, HALF, (16, 8, (5, 6), 3), 1, 1, True),
+        (channels_last, BFLOAT, (3, 2, (1, 9), 1), 2, 1, False),
     ],
 )
-@torch.no_grad()
-def test_equals_the_definition(layout, dtype, shape, stride, dilation):
-    (query, key, weight), norm = make(*shape, stride, dtype)
+def test_equals_the_definition(layout, dtype, shape, stride, dilation, training):
+    """Result and gradients, those of the norm included, and running statistics."""
+    tensors, norm = make(*shape, stride, dtype)
+    norm.float().train(training)
+    double = copy.deepcopy(norm).cpu().double()
+    right = [t.cpu().double().requires_grad_() for t in tensors]
+    query, key, weight = tensors
+    leaves = [t.requires_grad_() for t in (layout(query), layout(key), weight)]
     geometry = (shape[-1], stride, dilation)
-    out = patch_weights(layout(query), layout(key), weight, norm, *geometry, 'triton')
-    expected = exact(query, key, weight, norm, *geometry)
+    out = patch_weights(*leaves, norm, *geometry, 'triton')
+    expected = oracles.patch_weights(*right, double, *geometry)
     assert out.dtype == dtype
     assert out.stride() == layout(torch.empty_like(out)).stride()
-    allowed = oracles.tolerance(dtype, norm.num_features, expected.abs().max().item())
-    torch.testing.assert_close(out.cpu().double(), expected, rtol=0, atol=allowed)
+    for name, buffer in double.named_buffers():
+        torch.testing.assert_close(norm.get_buffer(name).cpu().double(), buffer.double())
+    grad = torch.randn(expected.shape).to(out)
+    ours = torch.autograd.grad(out, [*leaves, *norm.parameters()], grad)
+    theirs = torch.autograd.grad(expected, [*right, *double.parameters()], grad.cpu().double())
+    for result, oracle in zip((out, *ours), (expected, *theirs), strict=True):
+        # Of a batch's statistics, gradients are small differences of large sums.
+        summands = norm.num_features * (100 if training else 1)
+        allowed = oracles.tolerance(dtype, summands, oracle.abs().max().item())
+        torch.testing.assert_close(result.cpu().double(), oracle, rtol=0, atol=allowed)
+
+
+@torch.no_grad()
+def test_more_outputs_than_a_product_has():
+    (query, key, weight), norm = make(1, 65, (2, 3), 3)
+    out = patch_weights(query, key, weight, norm, 3, backend='triton')
+    expected = exact(query, key, weight, norm, 3, 1, 1)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -88,37 +110,53 @@ def test_other_pixels_do_not_leak():
     assert torch.equal(out.isfinite().cpu(), expected.isfinite())
 
 
-def test_gradients_and_training_are_pytorchs(monkeypatch):
+@pytest.mark.parametrize(('outputs', 'taken'), [(64, 2), (65, 1)])
+def test_training_with_few_outputs(outputs, taken, monkeypatch):
+    """With more, it runs in PyTorch's operations; inference does not."""
     from acmix_mm.ops.backends import triton_patch_weights
 
     kernel, calls = triton_patch_weights.patch_weights, []
     monkeypatch.setattr(
         triton_patch_weights, 'patch_weights', lambda *a: calls.append(a) or kernel(*a)
     )
-    (query, key, weight), norm = make(2, 3, (4, 5), 3)
+    (query, key, weight), norm = make(1, outputs, (1, 2), 3)
     with torch.no_grad():
         plain = patch_weights(query, key, weight, norm, 3, backend='triton')
-    assert len(calls) == 1
     out = patch_weights(query.requires_grad_(), key, weight, norm, 3, backend='triton')
+    assert len(calls) == taken
     torch.testing.assert_close(out, plain)
-    (gradient,) = torch.autograd.grad(out.sum(), query)
-    assert gradient.any()
-    with torch.no_grad():
-        patch_weights(query, key, weight, norm.train(), 3, backend='triton')
-    assert norm.num_batches_tracked == 1
-    assert len(calls) == 1
+
+
+def test_refuses_derivatives_of_gradients():
+    (query, key, weight), norm = make(1, 2, (2, 3), 3)
+    out = patch_weights(query.requires_grad_(), key, weight, norm, 3, backend='triton')
+    (gradient,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match='patch_weights has no second-order gradients'):
+        gradient.sum().backward()
+
+
+def test_empty_batch():
+    (query, key, weight), norm = make(1, 2, (2, 3), 3)
+    leaves = [query.requires_grad_(), weight.requires_grad_()]
+    out = patch_weights(query[:0], key[:0], weight, norm, 3, backend='triton')
+    assert out.shape == (0, 2, 2, 3)
+    assert not any(g.any() for g in torch.autograd.grad(out.sum(), leaves))
 
 
 @pytest.mark.parametrize('layout', [contiguous, channels_last])
 def test_opcheck(layout):
-    """Schema and fake kernel, as torch.compile needs them."""
+    """Schema, fake kernels and autograd registration, as torch.compile needs them."""
     query, padded = (layout(torch.randn(1, 2, *s)) for s in ((3, 4), (5, 6)))
     vectors = (torch.randn(20) for _ in range(3))
     arguments = [query, padded, *vectors, torch.randn(20, 4)]
-    arguments = (*(t.to(device_of('triton')) for t in arguments), 3, 1, 1)
-    tests = ('test_schema', 'test_faketensor')
-    operator = torch.ops.acmix_mm.patch_weights_triton.default
-    torch.library.opcheck(operator, arguments, test_utils=tests)
+    arguments = (*(t.to(device_of('triton')).requires_grad_() for t in arguments), 3, 1, 1)
+    tests = ('test_schema', 'test_autograd_registration', 'test_faketensor')
+    operators = torch.ops.acmix_mm
+    torch.library.opcheck(operators.patch_weights_triton.default, arguments, test_utils=tests)
+    grad = layout(torch.randn(1, 4, 3, 4)).to(device_of('triton'))
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    operator = operators.patch_weights_triton_backward.default
+    torch.library.opcheck(operator, (grad, *arguments), test_utils=tests)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +182,13 @@ def test_hostile_calls(changes, message):
         arguments[place] = value
     with pytest.raises(ValueError, match=message):
         torch.ops.acmix_mm.patch_weights_triton(*arguments)
+
+
+def test_hostile_gradients():
+    maps = torch.ones(1, 2, 5, 6), torch.ones(1, 2, 7, 8)
+    backward = torch.ops.acmix_mm.patch_weights_triton_backward
+    vectors = torch.ones(3, 20)
+    with pytest.raises(ValueError, match=r'grad must have shape \(1, 4, 5, 6\)'):
+        backward(torch.ones(1, 4, 5, 5), *maps, *vectors, torch.ones(20, 4), 3, 1, 1)
+    with pytest.raises(ValueError, match='weight must have at most 64 outputs, got 65'):
+        backward(torch.ones(1, 65, 5, 6), *maps, *vectors, torch.ones(20, 65), 3, 1, 1)

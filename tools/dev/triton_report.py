@@ -162,7 +162,7 @@ def local_aggregation(layout: torch.memory_format, *geometry: int) -> Callable:
 
 
 def patch_weights(layout: torch.memory_format, *geometry: int) -> Callable:
-    """Inference of SAN's third stage, of 512 channels."""
+    """Forward and backward pass of SAN's stage of 512 channels."""
 
     def call(dtype: torch.dtype) -> None:
         kernel_size, stride, dilation = geometry
@@ -172,7 +172,8 @@ def patch_weights(layout: torch.memory_format, *geometry: int) -> Callable:
         vector = torch.zeros(channels * (1 + kernel_size**2))
         weight = vector[:, None].expand(-1, 16).contiguous()
         tensors = (query, padded, vector, vector, vector, weight)
-        triton_patch_weights.patch_weights(*tensors, *geometry)
+        output = triton_patch_weights.patch_weights(*tensors, *geometry)
+        triton_patch_weights._backward(output, *tensors, *geometry)
 
     return call
 

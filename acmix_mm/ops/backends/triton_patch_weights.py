@@ -29,12 +29,14 @@ from .triton_group_conv import (
 )
 from .triton_kernels import _dot
 
-# Rows and columns of a tile, and outputs and channels of a product, at most. Read off compilations
+# Rows and columns of a tile, of the backward pass by the bytes of a number, and channels and
+# outputs of a product, at most. The backward pass needs all outputs at once. Read off compilations
 # (tools/dev/triton_report.py), not measured: nothing spills.
 TILE = (8, 8)
-LARGEST_OUTPUTS = 64
-MOST_OUTPUTS = 128  # of the backward pass, which needs all of them at once
+BACKWARD_TILES = {2: (8, 8), 4: (4, 8)}
 LARGEST_CHANNELS = 32
+BACKWARD_CHANNELS = 16
+LARGEST_OUTPUTS = 64
 
 
 @triton.jit
@@ -145,11 +147,11 @@ def grad_maps_kernel(
     real = c < CHANNELS
     exists = (y < maps_height) & (x < maps_width)
     mask = exists[:, None] & real[None, :]
-    addresses = _addresses(
+    own = _addresses(
         maps + batch * maps_b, y[:, None], x[:, None], c[None, :],
         maps_c, maps_y, maps_x, WIDE, MAPS_ALIGN,
     )  # fmt: skip
-    values = tl.load(addresses, mask=mask, other=0)
+    values = tl.load(own, mask=mask, other=0)
     acc = tl.zeros([TILE_Y * TILE_X, BLOCK_C], tl.float32)
     for position in range(POSITIONS):
         at_y = y - position // KERNEL_SIZE * dilation
@@ -158,21 +160,21 @@ def grad_maps_kernel(
         at_y = at_y // STRIDE
         at_x = at_x // STRIDE
         inside &= (at_y < height) & (at_x < width)
-        addresses = _addresses(
+        grads = _addresses(
             grad, at_y[:, None], at_x[:, None], o[None, :], grad_c, grad_y, grad_x, WIDE, GRAD_ALIGN
         )
-        g = tl.load(addresses, mask=inside[:, None] & (o < OUTPUTS)[None, :], other=0)
+        g = tl.load(grads, mask=inside[:, None] & (o < OUTPUTS)[None, :], other=0)
         inputs = FIRST + c * POSITIONS + position
         columns = weight + inputs[None, :] * weight_i + o[:, None] * weight_o
         w = tl.load(columns, mask=(o < OUTPUTS)[:, None] & real[None, :], other=0)
         _, z, f = _normalised(values, inputs, real, mean, factor, shift)
         grad_z = _dot(g, w.to(g.dtype), PRECISION)
         acc += tl.where((z <= 0) | (inside == 0)[:, None], 0, grad_z * f[None, :])
-    addresses = _addresses(
+    written = _addresses(
         result + batch * result_b, y[:, None], x[:, None], c[None, :],
         result_c, result_y, result_x, WIDE, RESULT_ALIGN,
     )  # fmt: skip
-    tl.store(addresses, acc.to(result.dtype.element_ty), mask=mask)
+    tl.store(written, acc.to(result.dtype.element_ty), mask=mask)
 
 
 @_jit
@@ -234,17 +236,13 @@ def grad_parameters_kernel(
     tl.store(rows + OUTPUTS + 1, acc_shift, mask=real)
 
 
-def _tiles(maps: Tensor) -> int:
+def _tiles(maps: Tensor, tile: tuple[int, int]) -> int:
     batch, _, height, width = maps.shape
-    return batch * triton.cdiv(height, TILE[0]) * triton.cdiv(width, TILE[1])
+    return batch * triton.cdiv(height, tile[0]) * triton.cdiv(width, tile[1])
 
 
-def _blocks(channels: int, outputs: int, least: int, most: int) -> dict[str, int]:
-    """BLOCK_C, and BLOCK_O within bounds."""
-    return {
-        'BLOCK_C': min(LARGEST_CHANNELS, max(16, triton.next_power_of_2(channels))),
-        'BLOCK_O': min(most, max(least, triton.next_power_of_2(outputs))),
-    }
+def _block(number: int, least: int, most: int) -> int:
+    return min(most, max(least, triton.next_power_of_2(number)))
 
 
 @torch.library.custom_op('acmix_mm::patch_weights_triton', mutates_args=())
@@ -261,7 +259,7 @@ def patch_weights(
 ) -> Tensor:
     """Arguments and result as of :func:`.native_backend.patch_weights`.
 
-    Gradients are for at most MOST_OUTPUTS outputs. Maps of any strides are taken as they are;
+    Gradients are for at most LARGEST_OUTPUTS outputs. Maps of any strides are taken as they are;
     channels of the result are last in memory where the query's are. Training keeps the arguments.
     Memory beyond results: for the gradients of weight and norm, partial sums in float32.
     """
@@ -270,8 +268,8 @@ def patch_weights(
     if result.numel() == 0:
         return result
     channels, outputs = query.size(1), weight.size(1)
-    blocks = _blocks(channels, outputs, 8, LARGEST_OUTPUTS)
-    grid = (_tiles(query) * triton.cdiv(outputs, blocks['BLOCK_O']),)
+    block = _block(outputs, 8, LARGEST_OUTPUTS)
+    grid = (_tiles(query, TILE) * triton.cdiv(outputs, block),)
     vectors = (t.contiguous() for t in (mean, factor, shift))
     with torch.cuda.device_of(query):
         patch_weights_kernel[grid](
@@ -282,7 +280,8 @@ def patch_weights(
             OUTPUTS=outputs,
             KERNEL_SIZE=kernel_size,
             STRIDE=min(stride, max(padded.shape[2:])),
-            **blocks,
+            BLOCK_C=_block(channels, 16, LARGEST_CHANNELS),
+            BLOCK_O=block,
             WIDE=beyond_32_bits(query, padded, result),
             QUERY_ALIGN=alignment(query, 1),
             PADDED_ALIGN=alignment(padded, 1),
@@ -349,8 +348,8 @@ def _backward(
     expected = (query.size(0), outputs, *query.shape[2:])
     check_shape('grad', grad, expected, f'query of shape {tuple(query.shape)}')
     check_dtypes(query=query, grad=grad)
-    if outputs > MOST_OUTPUTS:
-        raise ValueError(f'weight must have at most {MOST_OUTPUTS} outputs, got {outputs}')
+    if outputs > LARGEST_OUTPUTS:
+        raise ValueError(f'weight must have at most {LARGEST_OUTPUTS} outputs, got {outputs}')
     maps = (query, padded)
     results = [empty_maps(t, *t.shape[:2], t.shape[2:]) for t in maps]
     if grad.numel() == 0:
@@ -358,8 +357,9 @@ def _backward(
         results = [result.zero_() for result in results]
         return *results, *_split(total)
     vectors = [t.contiguous() for t in (mean, factor, shift)]
-    channels, tiles = query.size(1), _tiles(grad)
-    programs = kernel_size**2 * triton.cdiv(channels, LARGEST_CHANNELS)
+    channels, tile = query.size(1), BACKWARD_TILES[query.element_size()]
+    blocks, tiles = triton.cdiv(channels, BACKWARD_CHANNELS), _tiles(grad, tile)
+    programs = kernel_size**2 * blocks
     splits = min(tiles, triton.cdiv(ENOUGH_PROGRAMS, programs))
     sums = weight.new_empty((splits, weight.size(0), outputs + 2), dtype=torch.float32)
     geometries = (0, 1, 1, 1), (channels, kernel_size, min(stride, max(padded.shape[2:])), dilation)
@@ -370,18 +370,18 @@ def _backward(
             'OUTPUTS': outputs,
             'KERNEL_SIZE': side,
             'STRIDE': step,
-            **_blocks(channels, outputs, 16, MOST_OUTPUTS),
+            'BLOCK_C': BACKWARD_CHANNELS,
+            'BLOCK_O': _block(outputs, 16, LARGEST_OUTPUTS),
             'WIDE': beyond_32_bits(x, grad, result),
             'MAPS_ALIGN': alignment(x, 1),
             'GRAD_ALIGN': alignment(grad, 1),
             'PRECISION': _precision(x.dtype),
-            'TILE_Y': TILE[0],
-            'TILE_X': TILE[1],
+            'TILE_Y': tile[0],
+            'TILE_X': tile[1],
         }
-        blocks = triton.cdiv(channels, constants['BLOCK_C'])
         strides = (*x.stride(), *weight.stride(), *grad.stride())
         with torch.cuda.device_of(x):
-            grad_maps_kernel[(_tiles(x) * blocks,)](
+            grad_maps_kernel[(_tiles(x, tile) * blocks,)](
                 *(x, *vectors, weight, grad, result),
                 *(*strides, *result.stride()),
                 *(*x.shape[2:], *grad.shape[2:], distance),
