@@ -10,7 +10,7 @@ from acmix_mm.ops import _dispatch, available_backends
 from acmix_mm.ops._dispatch import OPERATORS, Implementation
 from acmix_mm.ops.group_conv import conv2d
 
-SMALL = (Shape((5, 6), heads=2, dim=4, kernel_size=3, stride=2),)
+SMALL = (Shape((5, 6), heads=2, dim=2, kernel_size=3, stride=2),)
 COUNT = len(DTYPES)
 
 
