@@ -10,7 +10,7 @@ from acmix_mm.ops import _dispatch, available_backends
 from acmix_mm.ops._dispatch import OPERATORS, Implementation
 from acmix_mm.ops.group_conv import conv2d
 
-SMALL = (Shape((5, 6), heads=2, dim=4, kernel_size=3, stride=2),)
+SMALL = (Shape((5, 6), heads=2, dim=2, kernel_size=3, stride=2),)
 COUNT = len(DTYPES)
 
 
@@ -27,6 +27,7 @@ def test_every_operator(capsys, operator):
 
 def test_environment_and_summary(capsys, monkeypatch):
     monkeypatch.setattr(_dispatch.native_backend, 'MISSING', 'they were not built')
+    monkeypatch.setattr(_dispatch.triton_backend, 'MISSING', 'interpreted, it is slow')
     monkeypatch.setenv('ATEN_CPU_CAPABILITY', 'avx2')
     assert main(['--operators', 'group_conv', 'norm_relu_conv']) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -72,6 +73,7 @@ def raises(*args):
 def test_wrong_backend(capsys, monkeypatch, function, failures):
     """Named in its lines and by the exit status; all other comparisons go on."""
     monkeypatch.setitem(OPERATORS['group_conv'], 'torch', Implementation(function))
+    monkeypatch.setattr(_dispatch.triton_backend, 'MISSING', 'interpreted, it is slow')
     assert main(['--operators', 'group_conv', 'norm_relu_conv']) == 1
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if 'FAILED' in line]

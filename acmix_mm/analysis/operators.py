@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import ACmix, MixedOperator
 from ..models import deploy
-from ..ops import local_attention
+from ..ops import group_conv, local_aggregation, local_attention
 from ..ops.reference import tolerance
 from .baselines import NATTEN, FlexAttention, UnfoldACmix, unfold_attention
 from .steps import DTYPES, Case, Step, random_maps, tensor_step
@@ -44,6 +44,28 @@ def build_operator(name: str, backend: str | None, case: Case) -> Step:
         deploy(layer.eval())
     x, grad = random_maps(2, case)
     return tensor_step(layer, [x], grad, case, layer)
+
+
+def build_part(name: str, backend: str | None, case: Case) -> Step:
+    """An operator that GPUs have kernels of, for a layer on a map (B, C, H, W).
+
+    'group_conv' of four heads, with channels last, as the layer ACmix calls it; 'local_aggregation'
+    of SAN, whose weights eight channels share.
+    """
+    batch, channels, *size = case.shape
+    if name == 'group_conv':
+        shapes = ((batch, channels // 4, 12, *size), (channels, 12, 3, 3))
+        function = functools.partial(group_conv, backend=backend)
+    else:
+        shapes = (case.shape, (batch, channels // 8, KERNEL_SIZE**2, *size))
+        function = functools.partial(local_aggregation, backend=backend)
+    inputs = [*random_maps(1, case, shapes[0]), *random_maps(1, case, shapes[1])]
+    (grad,) = random_maps(1, case)
+    if name == 'group_conv':
+        inputs[0] = inputs[0].flatten(1, 2).contiguous(memory_format=torch.channels_last)
+        inputs[0] = inputs[0].unflatten(1, (-1, 12))
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    return tensor_step(function, inputs, grad, case)
 
 
 def build_attention(name: str, backend: str | None, case: Case) -> Step:

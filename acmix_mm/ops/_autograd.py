@@ -1,6 +1,7 @@
 """What the autograd formulas of the operators share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,3 +45,52 @@ def spread(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor |
     """One gradient for each input: those computed, in order, where needed, else None."""
     rest = iter(gradients)
     return [next(rest) if need else None for need in needed]
+
+
+def register_bilinear(
+    names: tuple[str, str, str],
+    num_options: int,
+    function: Callable[..., Tensor],
+    grad_first: Callable[..., Tensor],
+    grad_second: Callable[..., Tensor],
+) -> None:
+    """Derivatives of a function that is linear in each of two tensors, and of its two gradients.
+
+    They are linear in each of their tensors likewise, so that all derivatives, of any order, are
+    made of these three.
+
+    Args:
+        names (tuple[str, str, str]): Of the operators: the function and its gradients with respect
+            to its first and to its second tensor.
+        num_options (int): How many arguments, the last, all three have in common.
+        function (Callable[..., Tensor]): (first, second, options) -> result.
+        grad_first (Callable[..., Tensor]): (gradient of the result, second, first, options) ->
+            gradient of the first, of which the shape is looked at only.
+        grad_second (Callable[..., Tensor]): (gradient of the result, first, second, options) ->
+            gradient of the second, likewise.
+    """
+    # By operator: the gradient g of the result, taken to its first tensor a and to its second, b.
+    formulas = (
+        (lambda g, a, b, o: grad_first(g, b, a, o), grad_second),
+        (lambda g, a, b, o: function(g, b, o), lambda g, a, b, o: grad_second(a, g, b, o)),
+        (lambda g, a, b, o: function(b, g, o), lambda g, a, b, o: grad_first(a, g, b, o)),
+    )
+
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])
+        ctx.inputs, ctx.options = len(inputs), inputs[-num_options:]
+
+    def differentiate(to_first, to_second, ctx, grad):
+        arguments = (grad, *ctx.saved_tensors, ctx.options)
+        of_first, of_second, of_bias, *_ = ctx.needs_input_grad
+        return (
+            to_first(*arguments) if of_first else None,
+            to_second(*arguments) if of_second else None,
+            grad.sum((0, 2, 3)) if of_bias else None,  # the third is a tensor in a convolution
+            *(None,) * (ctx.inputs - 3),
+        )
+
+    for name, formula in zip(names, formulas, strict=True):
+        torch.library.register_autograd(
+            f'acmix_mm::{name}', partial(differentiate, *formula), setup_context=setup_context
+        )

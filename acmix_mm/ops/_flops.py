@@ -143,11 +143,17 @@ FORMULAS = {
     'group_conv_native_grad_weight': _group_conv_grad_weight,
     'group_conv_native_grad_weight_rows': _group_conv_grad_weight,
     'group_conv_native_rows_': _group_conv_rows,
+    'group_conv_triton': _group_conv,
+    'group_conv_triton_grad_input': _group_conv_grad_input,
+    'group_conv_triton_grad_weight': _group_conv_grad_weight,
     'local_aggregation': _local_aggregation,
     'local_aggregation_backward': _local_aggregation_backward,
     'local_aggregation_native': _local_aggregation,
     'local_aggregation_native_grad_value': _local_aggregation_gradient,
     'local_aggregation_native_grad_weight': _local_aggregation_gradient,
+    'local_aggregation_triton': _local_aggregation,
+    'local_aggregation_triton_grad_value': _local_aggregation_gradient,
+    'local_aggregation_triton_grad_weight': _local_aggregation_gradient,
     'local_attention_native_backward': _local_attention_backward,
     'local_attention_native_backward_add_': _local_attention_backward,
     'local_attention_native_forward': _local_attention,
@@ -158,6 +164,8 @@ FORMULAS = {
     'local_attention_triton_forward': _local_attention,
     'patch_weights_native': _patch_weights,
     'patch_weights_native_backward': _patch_weights_backward,
+    'patch_weights_triton': _patch_weights,
+    'patch_weights_triton_backward': _patch_weights_backward,
 }
 
 # PyTorch's attention kernel for the CPU, which its counter leaves out, and kernels that have the

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ._checks import check_dtypes, check_positive, check_shape, check_tensors
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
-from .backends import native_backend
+from .backends import native_backend, triton_backend
 
 
 def group_conv(
@@ -26,8 +26,9 @@ def group_conv(
         stride (int): Stride of the convolution. Default: 1.
         dilation (int): Dilation of the convolution. Default: 1.
         bias (Tensor | None): Shape (C,). Default: None.
-        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel of
-            its own here, made for few channels a group, all others take ``F.conv2d``.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' and
+            'triton' have kernels of their own here, made for few channels a group; 'triton' takes
+            ``F.conv2d`` where a group has 1 or more than 64, in or out, as 'torch' does always.
 
     Returns:
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)); under autocast, of its dtype.
@@ -73,3 +74,18 @@ OPERATORS['group_conv'] = {
     'torch': Implementation(conv2d),
     'native': Implementation(native_backend.group_conv, native_backend.refuses),
 }
+if triton_backend.MISSING is None:
+    from .backends import triton_group_conv
+
+    # Channels of a group, in and out, for which the kernels are made: beyond, matrix instructions
+    # have enough to do in any convolution; below, it is depth-wise.
+    FEW = range(2, 65)
+
+    def _in_triton(
+        input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, groups: int
+    ) -> Tensor:
+        few = weight.size(1) in FEW and weight.size(0) // groups in FEW
+        function = triton_group_conv.group_conv if few else conv2d
+        return function(input, weight, bias, stride, dilation, groups)
+
+    OPERATORS['group_conv']['triton'] = Implementation(_in_triton, triton_backend.refuses_tensor)

@@ -10,7 +10,7 @@ from ._autograd import refuse_second_order, spread, transformed
 from ._checks import check_dtypes, check_geometry, check_tensors, strided_size
 from ._dispatch import OPERATORS, Implementation, dispatch
 from ._reflection import reflect_pad
-from .backends import native_backend
+from .backends import native_backend, triton_backend
 from .export import unrolled_local_aggregation
 
 
@@ -38,8 +38,8 @@ def local_aggregation(
         dilation (int): Distance between the values of a neighbourhood. Default: 1.
         padding_mode (str): What is beyond the border: 'reflect' (the map reflected, as often as
             needed) or 'zeros'. Default: 'reflect'.
-        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has a kernel of
-            its own here, all else is PyTorch. Default: None.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' and
+            'triton' have kernels of their own here. Default: None.
 
     Returns:
         Tensor: Shape (B, C, ceil(H / stride), ceil(W / stride)).
@@ -86,6 +86,12 @@ OPERATORS['local_aggregation'] = {
     'torch': Implementation(_in_torch),
     'native': Implementation(native_backend.local_aggregation, native_backend.refuses),
 }
+if triton_backend.MISSING is None:
+    from .backends.triton_local_aggregation import local_aggregation as _in_triton
+
+    OPERATORS['local_aggregation']['triton'] = Implementation(
+        _in_triton, triton_backend.refuses_tensor
+    )
 
 
 def _windows(

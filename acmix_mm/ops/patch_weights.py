@@ -1,6 +1,6 @@
 """Attention weights from the concatenation of a query and the patch of keys around it (SAN)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ._batch_norm import (
 from ._checks import check_dtypes, check_geometry, check_shape, check_tensors, strided_size
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, autocasts, dispatch
 from ._reflection import reflect_pad
-from .backends import native_backend
+from .backends import native_backend, triton_backend
 from .norm_relu_conv import normalised_conv
 
 
@@ -38,7 +38,7 @@ def patch_weights(
     the neighbourhood, and the backward pass computes each row anew: nothing of the patch's size
     ever exists, and training keeps query and padded key only.
 
-    By 'native', there are no second-order gradients.
+    By 'native' and 'triton', there are no second-order gradients.
 
     Args:
         query (Tensor): Shape (B, R, ceil(H / stride), ceil(W / stride)).
@@ -51,8 +51,9 @@ def patch_weights(
         kernel_size (int): Side k of the neighbourhood, odd. Default: 7.
         stride (int): Keys between adjacent queries. Default: 1.
         dilation (int): Distance between the keys of a neighbourhood. Default: 1.
-        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' has kernels of
-            its own here, all else is PyTorch. Default: None.
+        backend (str | None): As of :func:`acmix_mm.ops.local_attention`; 'native' and 'triton'
+            have kernels of their own here, 'triton' with gradients for at most 64 outputs; all
+            else is PyTorch. Default: None.
 
     Returns:
         Tensor: Shape (B, O, ceil(H / stride), ceil(W / stride)).
@@ -180,8 +181,9 @@ def _by_kernel(
     norm: nn.Module,
     statistics: tuple,
     geometry: tuple[int, int, int],
+    kernel: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """The same by the native kernels."""
+    """The same by a kernel with the arguments of the native one, which is the default."""
     source, mean, variance = statistics
     count = query[:, 0].numel()
     if source == 'batch' and count < 2:  # which is refused, or empty
@@ -199,7 +201,8 @@ def _by_kernel(
     factor = factor if norm.weight is None else factor * norm.weight
     shift = torch.zeros_like(mean) if norm.bias is None else norm.bias
     parameters = (t.to(dtype) for t in (mean, factor, shift, weight.flatten(1).T))
-    out = native_backend.patch_weights(query, padded, *parameters, *geometry)
+    kernel = native_backend.patch_weights if kernel is None else kernel
+    out = kernel(query, padded, *parameters, *geometry)
     return autocast_tensors(out)[0]
 
 
@@ -207,6 +210,23 @@ OPERATORS['patch_weights'] = {
     'torch': Implementation(_by_rows),
     'native': Implementation(_by_kernel, native_backend.refuses),
 }
+if triton_backend.MISSING is None:
+    from .backends import triton_patch_weights
+
+    def _in_triton(
+        query: Tensor,
+        padded: Tensor,
+        weight: Tensor,
+        norm: nn.Module,
+        statistics: tuple,
+        geometry: tuple[int, int, int],
+    ) -> Tensor:
+        arguments = (query, padded, weight, norm, statistics, geometry)
+        if torch.is_grad_enabled() and weight.size(0) > triton_patch_weights.LARGEST_OUTPUTS:
+            return _by_rows(*arguments)
+        return _by_kernel(*arguments, triton_patch_weights.patch_weights)
+
+    OPERATORS['patch_weights']['triton'] = Implementation(_in_triton, triton_backend.refuses_tensor)
 
 
 def _patch_row(

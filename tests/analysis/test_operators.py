@@ -5,6 +5,7 @@ from acmix_mm.analysis.operators import (
     SHIFT_FORMS,
     build_attention,
     build_convolution_path,
+    build_part,
     build_shift_layer,
 )
 from acmix_mm.analysis.steps import Case
@@ -18,6 +19,16 @@ def test_attention_candidates_are_the_same_attention():
         step()
     for a, b in zip(*(step.leaves for step in steps), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize('name', ['group_conv', 'local_aggregation'])
+def test_backends_of_a_part_are_the_same_operator(name):
+    case = Case((2, 16, 9, 12), train=True)
+    steps = [build_part(name, backend, case) for backend in (None, 'torch')]
+    for step in steps:
+        step()
+    for a, b in zip(*(step.leaves for step in steps), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize('heads', [2, 8])

@@ -228,9 +228,12 @@ def test_saves_no_more_than_the_plain_operator(masked):
     assert ours < 1.05 * theirs + (mask.nbytes if masked else 0)
 
 
-@pytest.mark.parametrize('backend', available_backends())
+@pytest.mark.parametrize('backend', [b for b in available_backends() if b != 'triton'])
 def test_gradient_penalty(backend):
-    """Second-order gradients, of a penalty on the input's gradient, by finite differences."""
+    """Second-order gradients, of a penalty on the input's gradient, by finite differences.
+
+    In float64, which Triton's kernels do not take.
+    """
     module = build(backend=backend).double().to(device_of(backend))
     x = torch.randn(1, 6, 9, 12, dtype=torch.float64).to(device_of(backend)).requires_grad_()
 

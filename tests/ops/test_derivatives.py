@@ -63,7 +63,7 @@ def operator(name: str, backend: str, dtype=torch.float64) -> tuple[Callable, tu
 
 
 # Whose gradients may be differentiated again; the others refuse.
-TWICE = {('group_conv', backend) for backend in BACKENDS}
+TWICE = {('group_conv', backend) for backend in BACKENDS if backend != 'triton'}
 TWICE |= {('norm_relu_conv', 'torch'), ('patch_weights', 'torch'), ('local_aggregation', 'native')}
 OPERATORS = [
     *(
@@ -83,13 +83,14 @@ every_operator = pytest.mark.parametrize(('name', 'backend'), OPERATORS)
 
 
 def dtype_of(name: str, backend: str) -> torch.dtype:
-    attends = name in ('local_attention', 'fused_acmix')
-    return torch.float32 if backend == 'triton' and attends else torch.float64
+    return torch.float32 if backend == 'triton' else torch.float64
 
 
 @every_operator
 def test_second_order_gradients(name, backend):
     """Right, by finite differences of the gradients, or refused; never silently something else."""
+    if (name, backend) == ('group_conv', 'triton'):
+        return  # too slow here: see test_triton_group_conv.py
     function, tensors = operator(name, backend, dtype_of(name, backend))
     if (name, backend) in TWICE:
         assert torch.autograd.gradgradcheck(function, tuple(tensors))
@@ -281,7 +282,7 @@ def test_opcheck(name, layout):
 
 
 def test_every_custom_operator_is_checked():
-    """Here, or (attention in PyTorch and Triton) beside the backend's other tests."""
+    """Here, or (attention in PyTorch, and all in Triton) beside the backend's other tests."""
     native = native_operators() - set(parts_of_operators())
     assert native <= set(custom_operators())
 

@@ -91,7 +91,8 @@ def test_preference_for_triton(monkeypatch):
     query = QUERY.to(device)
     assert select('local_attention', None, query) == 'triton'
     assert select('local_attention', None, query.double()) == automatic  # no kernel for it
-    assert select('group_conv', None, query) == automatic
+    assert select('group_conv', None, query) == 'triton'
+    assert select('group_conv', None, query.double()) == automatic
 
 
 @needs_native
@@ -103,12 +104,14 @@ def test_native_is_for_the_cpu():
 
 
 @needs_triton
-def test_triton_serves_where_it_has_a_kernel():
+def test_triton_serves_where_it_has_a_kernel(monkeypatch):
+    monkeypatch.delitem(OPERATORS['patch_weights'], 'triton')
     device = 'cpu' if triton_backend.INTERPRETED else 'cuda'
-    assert select('group_conv', 'triton', QUERY.to(device)) == 'torch'
+    assert select('patch_weights', 'triton', QUERY.to(device)) == 'torch'
     assert select('local_attention', 'triton', QUERY.to(device)) == 'triton'
-    with pytest.raises(ValueError, match=r"backend 'triton' of .* needs float16, bfloat16 or"):
-        select('local_attention', 'triton', QUERY.double().to(device))
+    for operator in ('local_attention', 'group_conv'):
+        with pytest.raises(ValueError, match=r"backend 'triton' of .* needs float16, bfloat16 or"):
+            select(operator, 'triton', QUERY.double().to(device))
 
 
 @pytest.mark.parametrize('backend', [None, *available_backends()])

@@ -121,7 +121,7 @@ def test_group_conv(backend, groups, stride, dilation):
     maps, weight = maps.to(device_of(backend)), weight.to(device_of(backend))
     got = count(lambda *t: group_conv(*t, stride, dilation, backend=backend), maps, weight)
     # PyTorch's own formula counts the gradient of the weight as if each group had all channels.
-    gradients = 2 if backend == 'native' else 1 + groups
+    gradients = 1 + groups if backend == 'torch' else 2
     assert got == (flops, (1 + gradients) * flops)
     got = count(lambda t: group_conv(t, weight, stride, dilation, backend=backend), maps)
     assert got == (flops, 2 * flops)
@@ -176,11 +176,13 @@ def test_masks_of_fused_acmix(channels):
     assert flops('scale') == projection + (backward if channels == 1 else attention)
 
 
+@pytest.mark.usefixtures('fake')
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 3)])
 def test_local_aggregation(stride, dilation, backend):
     size = (math.ceil(H / stride), math.ceil(W / stride))
-    value, weight = torch.randn(B, C, H, W), torch.randn(B, N, 9, *size)
+    shapes = (B, C, H, W), (B, N, 9, *size)
+    value, weight = (torch.randn(s, device=device_of(backend)) for s in shapes)
     product = 2 * 9 * B * C * math.prod(size)
     got = count(
         lambda *t: local_aggregation(*t, 3, stride, dilation, backend=backend), value, weight

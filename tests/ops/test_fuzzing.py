@@ -197,7 +197,7 @@ def test_right_for_anything(name, backend, examples, campaign):
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize('name', ['local_attention', 'fused_acmix'])
+@pytest.mark.parametrize('name', ['local_attention', 'group_conv', 'fused_acmix', 'patch_weights'])
 def test_right_for_anything_triton(name, campaign):
     """Few: the interpreter takes a second for what a GPU does at once."""
     dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])

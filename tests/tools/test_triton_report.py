@@ -66,3 +66,15 @@ def test_every_variant_compiles(gradients, kernels):
         name for kernel in kernels for name in (kernel, f'{kernel}, careful')
     ]
     assert not any('x 16' in row['loads'] for row in rows)
+
+
+def test_other_operators_spill_nothing():
+    """Channels of a group are read in 8 bytes where they are adjacent."""
+    names = ('group_conv', 'local_aggregation', 'patch_weights')
+    rows = report('--operators', *names, '--dtype', 'float16')
+    assert len(rows) == 2 * 2 * (3 + 3 + 5)
+    for row in rows:
+        assert row['spilled bytes'] == '0'
+        if row['d or operator'] == 'group_conv, channels last':
+            assert ' x 8' in row['loads']
+            assert row['matrix instructions']

@@ -1,10 +1,10 @@
-"""What Triton's compiler makes of the kernels of neighbourhood attention, without a GPU.
+"""What Triton's compiler makes of the kernels, without a GPU.
 
 Calls the operators as a GPU would have them called, up to where a compiled kernel would be
 launched, and prints a Markdown table: for each kernel, compute capability, dtype and head dimension
-the registers of a thread, the bytes that it spills, loads from and stores to global memory by their
-width, matrix instructions and shared memory. These are counts of instructions in the program, not
-of their executions, and no times.
+of attention, or operator and layout, the registers of a thread, the bytes that it spills, loads
+from and stores to global memory by their width, matrix instructions and shared memory. These are
+counts of instructions in the program, not of their executions, and no times.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +26,12 @@ from triton.runtime import JITFunction, driver
 
 torch.cuda.is_available = lambda: True  # asked by the backend when it is imported
 
-from acmix_mm.ops.backends import triton_backend  # noqa: E402
+from acmix_mm.ops.backends import (  # noqa: E402
+    triton_backend,
+    triton_group_conv,
+    triton_local_aggregation,
+    triton_patch_weights,
+)
 
 INPUTS = ('query', 'key', 'value')
 # 'float32' is without TF32.
@@ -37,9 +42,10 @@ DTYPES = {
     'tf32': torch.float32,
 }
 BIN = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels last': torch.channels_last}
 COLUMNS = (
-    'kernel', 'capability', 'dtype', 'd', 'registers', 'spilled bytes', 'loads', 'stores',
-    'matrix instructions', 'shared memory',
+    'kernel', 'capability', 'dtype', 'd or operator', 'registers', 'spilled bytes', 'loads',
+    'stores', 'matrix instructions', 'shared memory',
 )  # fmt: skip
 
 
@@ -82,24 +88,18 @@ def properties(kernel) -> dict[str, str | int]:
 
 
 def compiled(
-    capability: int,
-    dtype: str,
-    dim: int,
-    careful: bool = False,
-    gradients: Collection[str] = INPUTS,
-    kernel_size: int = 7,
-    stride: int = 1,
-    dilation: int = 1,
+    capability: int, dtype: str, call: Callable[[torch.dtype], None], careful: bool = False
 ) -> list[tuple[str, object]]:
-    """Names and compiled kernels of attention, forward and backward."""
+    """Names and compiled kernels of what ``call`` would launch."""
     torch.backends.cudnn.allow_tf32 = dtype == 'tf32'
     kernels = []
 
-    def compile_only(self, *args, grid, warmup, CAREFUL, **kwargs):
-        if careful or not CAREFUL:
-            name = self.__name__.removesuffix('_kernel') + (', careful' if CAREFUL else '')
-            kernel = run(self, *args, grid=grid, warmup=True, CAREFUL=CAREFUL, **kwargs)
-            kernels.append((name, kernel))
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        again = kwargs.get('CAREFUL', False)
+        if careful or not again:
+            name = self.__name__.removesuffix('_kernel') + (', careful' if again else '')
+            name += ', transposed' if kwargs.get('TRANSPOSED') else ''
+            kernels.append((name, run(self, *args, grid=grid, warmup=True, **kwargs)))
 
     driver.set_active(
         SimpleNamespace(
@@ -110,16 +110,94 @@ def compiled(
     )
     run, JITFunction.run = JITFunction.run, compile_only
     try:
-        # Heads side by side, as a layer has them.
-        maps = torch.zeros(1, 20, 20, 2, dim, dtype=DTYPES[dtype]).permute(0, 3, 4, 1, 2)
+        call(DTYPES[dtype])
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def attention(
+    dim: int, gradients: Collection[str], kernel_size: int, stride: int, dilation: int
+) -> Callable[[torch.dtype], None]:
+    """Forward and backward pass, heads side by side, as a layer has them."""
+
+    def call(dtype: torch.dtype) -> None:
+        maps = torch.zeros(1, 20, 20, 2, dim, dtype=dtype).permute(0, 3, 4, 1, 2)
         query = maps[..., ::stride, ::stride]
         geometry = (kernel_size, stride, dilation, dim**-0.5)
         output, lse = triton_backend._forward(query, maps, maps, *geometry)
         needed = [name in gradients for name in INPUTS]
         triton_backend._backward(output, query, maps, maps, output, lse, *geometry, needed)
-    finally:
-        JITFunction.run = run
-    return kernels
+
+    return call
+
+
+def group_conv(layout: torch.memory_format, stride: int, dilation: int) -> Callable:
+    """Forward and backward pass of a layer ACmix of 64 channels."""
+
+    def call(dtype: torch.dtype) -> None:
+        maps = torch.zeros(1, 192, 20, 20, dtype=dtype).to(memory_format=layout)
+        weight = torch.zeros(64, 12, 3, 3, dtype=dtype)
+        geometry = (stride, dilation, 16)
+        output = triton_group_conv.group_conv(maps, weight, weight[:, 0, 0, 0], *geometry)
+        triton_group_conv._grad_input(output, weight, 20, 20, *geometry)
+        triton_group_conv._grad_weight(output, maps, 3, *geometry)
+
+    return call
+
+
+def local_aggregation(layout: torch.memory_format, *geometry: int) -> Callable:
+    """Forward and backward pass of SAN's first layer of 64 channels of values."""
+
+    def call(dtype: torch.dtype) -> None:
+        value = torch.zeros(1, 64, 20, 20, dtype=dtype).to(memory_format=layout)
+        size = value[..., :: geometry[1], :: geometry[1]].shape[2:]
+        weight = torch.zeros(1, 8 * geometry[0] ** 2, *size, dtype=dtype)
+        weight = weight.to(memory_format=layout).unflatten(1, (8, -1))
+        output = triton_local_aggregation._forward(value, weight, *geometry, False)
+        triton_local_aggregation._grad_value(output, weight, 20, 20, *geometry, False)
+        triton_local_aggregation._grad_weight(output, value, 8, *geometry, False)
+
+    return call
+
+
+def patch_weights(layout: torch.memory_format, *geometry: int) -> Callable:
+    """Forward and backward pass of SAN's stage of 512 channels."""
+
+    def call(dtype: torch.dtype) -> None:
+        kernel_size, stride, dilation = geometry
+        channels, size = 32, 20 + (kernel_size - 1) * dilation
+        padded = torch.zeros(1, channels, size, size, dtype=dtype).to(memory_format=layout)
+        query = padded[..., :20:stride, :20:stride].contiguous(memory_format=layout)
+        vector = torch.zeros(channels * (1 + kernel_size**2))
+        weight = vector[:, None].expand(-1, 16).contiguous()
+        tensors = (query, padded, vector, vector, vector, weight)
+        output = triton_patch_weights.patch_weights(*tensors, *geometry)
+        triton_patch_weights._backward(output, *tensors, *geometry)
+
+    return call
+
+
+OPERATORS = ('local_attention', 'group_conv', 'local_aggregation', 'patch_weights')
+
+
+def calls(args: argparse.Namespace) -> list[tuple[str | int, Callable[[torch.dtype], None]]]:
+    """Head dimensions or layouts, and what launches their kernels."""
+    steps = (args.stride, args.dilation)
+    found = []
+    if 'local_attention' in args.operators:
+        found += [(d, attention(d, args.gradients, args.kernel_size, *steps)) for d in args.dim]
+    for name, layout in LAYOUTS.items():
+        if 'group_conv' in args.operators:
+            found.append((f'group_conv, {name}', group_conv(layout, *steps)))
+        if 'local_aggregation' in args.operators:
+            call = local_aggregation(layout, args.kernel_size, *steps)
+            found.append((f'local_aggregation, {name}', call))
+        if 'patch_weights' in args.operators:
+            found.append(
+                (f'patch_weights, {name}', patch_weights(layout, args.kernel_size, *steps))
+            )
+    return found
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -127,17 +205,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--capability', type=int, nargs='+', default=[80, 90], help='default: %(default)s'
     )
+    parser.add_argument(
+        '--operators', nargs='+', choices=OPERATORS, default=OPERATORS[:1], metavar='NAME',
+        help=f'of {", ".join(OPERATORS)}; default: the first',
+    )  # fmt: skip
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=list(DTYPES))
     parser.add_argument(
         '--dim', type=int, nargs='+', default=[16, 32, 64, 128],
-        help='head dimensions; default: %(default)s',
+        help='head dimensions of attention; default: %(default)s',
     )  # fmt: skip
     parser.add_argument(
         '--gradients',
         nargs='+',
         choices=INPUTS,
         default=INPUTS,
-        help='those computed; default: all',
+        help='those computed of attention; default: all',
     )
     parser.add_argument('--kernel-size', type=int, default=7, help='default: %(default)s')
     parser.add_argument('--stride', type=int, default=1, help='default: %(default)s')
@@ -154,12 +236,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f'| {" | ".join(COLUMNS)} |\n|{"---|" * len(COLUMNS)}')
     for capability in args.capability:
         for dtype in args.dtype:
-            for dim in args.dim:
-                geometry = (args.kernel_size, args.stride, args.dilation)
-                for name, kernel in compiled(
-                    capability, dtype, dim, args.careful, args.gradients, *geometry
-                ):
-                    row = [name, capability, dtype, dim, *properties(kernel).values()]
+            for form, call in calls(args):
+                for name, kernel in compiled(capability, dtype, call, args.careful):
+                    row = [name, capability, dtype, form, *properties(kernel).values()]
                     print(f'| {" | ".join(map(str, row))} |', flush=True)
 
 

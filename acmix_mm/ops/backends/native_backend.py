@@ -10,14 +10,12 @@ PyTorch's own.
 """
 
 import importlib.util
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .._autograd import refuse_second_order
+from .._autograd import refuse_second_order, register_bilinear
 
 REASON_FILE = Path(__file__).parents[1] / 'native_build.txt'  # written by setup.py
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -84,55 +82,6 @@ def _register_local_attention() -> None:
     refuse_second_order(backward, 'local_attention', 'native')
 
 
-def _register_bilinear(
-    names: tuple[str, str, str],
-    num_options: int,
-    function: Callable[..., Tensor],
-    grad_first: Callable[..., Tensor],
-    grad_second: Callable[..., Tensor],
-) -> None:
-    """Derivatives of a function that is linear in each of two tensors, and of its two gradients.
-
-    They are linear in each of their tensors likewise, so that all derivatives, of any order, are
-    made of these three.
-
-    Args:
-        names (tuple[str, str, str]): Of the operators: the function and its gradients with respect
-            to its first and to its second tensor.
-        num_options (int): How many arguments, the last, all three have in common.
-        function (Callable[..., Tensor]): (first, second, options) -> result.
-        grad_first (Callable[..., Tensor]): (gradient of the result, second, first, options) ->
-            gradient of the first, of which the shape is looked at only.
-        grad_second (Callable[..., Tensor]): (gradient of the result, first, second, options) ->
-            gradient of the second, likewise.
-    """
-    # By operator: the gradient g of the result, taken to its first tensor a and to its second, b.
-    formulas = (
-        (lambda g, a, b, o: grad_first(g, b, a, o), grad_second),
-        (lambda g, a, b, o: function(g, b, o), lambda g, a, b, o: grad_second(a, g, b, o)),
-        (lambda g, a, b, o: function(b, g, o), lambda g, a, b, o: grad_first(a, g, b, o)),
-    )
-
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])
-        ctx.inputs, ctx.options = len(inputs), inputs[-num_options:]
-
-    def differentiate(to_first, to_second, ctx, grad):
-        arguments = (grad, *ctx.saved_tensors, ctx.options)
-        of_first, of_second, of_bias, *_ = ctx.needs_input_grad
-        return (
-            to_first(*arguments) if of_first else None,
-            to_second(*arguments) if of_second else None,
-            grad.sum((0, 2, 3)) if of_bias else None,  # the third is a tensor in a convolution
-            *(None,) * (ctx.inputs - 3),
-        )
-
-    for name, formula in zip(names, formulas, strict=True):
-        torch.library.register_autograd(
-            f'acmix_mm::{name}', partial(differentiate, *formula), setup_context=setup_context
-        )
-
-
 def _register_group_conv() -> None:
     ops = torch.ops.acmix_mm
     names = ('group_conv_native', 'group_conv_native_grad_input', 'group_conv_native_grad_weight')
@@ -151,7 +100,7 @@ def _register_group_conv() -> None:
         shape = (grad.size(1), input.size(1) // groups, kernel_size, kernel_size)
         return grad.new_empty(shape)
 
-    _register_bilinear(
+    register_bilinear(
         names,
         3,
         lambda input, weight, options: ops.group_conv_native(input, weight, None, *options),
@@ -184,7 +133,7 @@ def _register_local_aggregation() -> None:
     def _(grad, value, groups, kernel_size, stride, dilation, zeros):
         return grad.new_empty((grad.size(0), groups, kernel_size**2, *grad.shape[2:]))
 
-    _register_bilinear(
+    register_bilinear(
         names,
         4,
         lambda value, weight, options: ops.local_aggregation_native(value, weight, *options),

@@ -68,6 +68,16 @@ def refuses(tensor: Tensor, *args, head_dim: int | None = None) -> str | None:
     return f'{REQUIREMENT}, got a head dimension of {head_dim}, {tensor.dtype} and {tensor.device}'
 
 
+def refuses_tensor(tensor: Tensor, *args) -> str | None:
+    """The same of operators without heads: see :mod:`.triton_group_conv`."""
+    if refuses(tensor, head_dim=1) is None:
+        return None
+    return (
+        'float16, bfloat16 or float32 and a GPU of compute capability 8.0 or higher, got '
+        f'{tensor.dtype} and {tensor.device}'
+    )
+
+
 if MISSING is None:
     import triton
 
