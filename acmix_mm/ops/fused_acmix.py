@@ -253,9 +253,7 @@ def _projected_strips(
         projected = maps[:count, :, :height]
         fresh = projected[:, :, strip.fresh - strip.first :]
         for source, target in zip(_matrices(part, merged), _matrices(fresh, merged), strict=True):
-            product = _room_for(target, factor.dtype)
-            torch.mm(factor, source, out=product)
-            target.copy_(product)
+            _product(factor, source, target)
         yield strip, projected, None if sums is None else sums[:count, :, :height]
         kept = strip.last - strip.done
         if kept > 0:
@@ -300,6 +298,19 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.bfloat16 and torch.ops.acmix_mm.native_bfloat16_products_pay():
         return dtype
     return torch.promote_types(dtype, torch.float32)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b``, written to ``out`` where given, which may be of another dtype."""
+    if a.dtype == torch.float32 and torch.ops.acmix_mm.native_onednn_products_pay():
+        # Over gaps between the rows of a matrix, oneDNN would be a thousand times slower.
+        a, b = (t if t.is_contiguous() or t.T.is_contiguous() else t.contiguous() for t in (a, b))
+        product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, 'none', [], '')
+    elif out is None or out.dtype == a.dtype:
+        return torch.mm(a, b, out=out)
+    else:
+        product = torch.mm(a, b)
+    return product if out is None else out.copy_(product)
 
 
 def _room_for(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -550,19 +561,17 @@ def _add_projection_gradients(
     merged = _merged(x)
     for source, target in zip(_matrices(x, merged), _matrices(grad, merged), strict=True):
         if of_weight:
-            grad_weight += torch.mm(target, source.T).view(weight.shape)
+            grad_weight += _product(target, source.T).view(weight.shape)
         if of_bias:
             grad_bias += target.sum(1, dtype=grad_bias.dtype)
     if of_x:
         back = weight.flatten(1).T
         if merged:
             (target,) = _matrices(grad, merged)
-            grad_x.copy_(torch.mm(back, target).view(-1, *x.movedim(1, 0).shape[1:]).movedim(0, 1))
+            grad_x.copy_(_product(back, target).view(-1, *x.movedim(1, 0).shape[1:]).movedim(0, 1))
         else:
             for image, target in zip(grad_x, grad, strict=True):
-                product = _room_for(image, grad.dtype)
-                torch.mm(back, target.flatten(1), out=product.flatten(1))
-                image.copy_(product)
+                _product(back, target.flatten(1), image.flatten(1))
 
 
 @_backward.register_fake
