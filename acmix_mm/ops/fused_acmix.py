@@ -300,12 +300,24 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _onednn_pays(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of ``dtype`` faster than torch.mm."""
+    return dtype == torch.float32 and torch.ops.acmix_mm.native_onednn_products_pay()
+
+
+def _operand(matrix: Tensor) -> Tensor:
+    """As products take it: over gaps between rows, oneDNN would be a thousand times slower."""
+    if not _onednn_pays(matrix.dtype) or matrix.is_contiguous() or matrix.T.is_contiguous():
+        return matrix
+    return matrix.contiguous()
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b``, written to ``out`` where given, which may be of another dtype."""
-    if a.dtype == torch.float32 and torch.ops.acmix_mm.native_onednn_products_pay():
-        # Over gaps between the rows of a matrix, oneDNN would be a thousand times slower.
-        a, b = (t if t.is_contiguous() or t.T.is_contiguous() else t.contiguous() for t in (a, b))
-        product = torch.ops.mkldnn._linear_pointwise(a, b.T, None, 'none', [], '')
+    if _onednn_pays(a.dtype):
+        product = torch.ops.mkldnn._linear_pointwise(
+            _operand(a), _operand(b).T, None, 'none', [], ''
+        )
     elif out is None or out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
     else:
@@ -559,7 +571,8 @@ def _add_projection_gradients(
     """Gradients of the projection by that of its result (B, 3 C, h, W); to sums they are added."""
     of_x, of_weight, of_bias = needed
     merged = _merged(x)
-    for source, target in zip(_matrices(x, merged), _matrices(grad, merged), strict=True):
+    targets = [_operand(matrix) for matrix in _matrices(grad, merged)]
+    for source, target in zip(_matrices(x, merged), targets, strict=True):
         if of_weight:
             grad_weight += _product(target, source.T).view(weight.shape)
         if of_bias:
@@ -567,11 +580,11 @@ def _add_projection_gradients(
     if of_x:
         back = weight.flatten(1).T
         if merged:
-            (target,) = _matrices(grad, merged)
+            (target,) = targets
             grad_x.copy_(_product(back, target).view(-1, *x.movedim(1, 0).shape[1:]).movedim(0, 1))
         else:
-            for image, target in zip(grad_x, grad, strict=True):
-                _product(back, target.flatten(1), image.flatten(1))
+            for image, target in zip(grad_x, targets, strict=True):
+                _product(back, target, image.flatten(1))
 
 
 @_backward.register_fake
