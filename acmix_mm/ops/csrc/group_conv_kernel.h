@@ -40,36 +40,88 @@ INLINE void copy(T* __restrict to, int64_t to_step, const S* __restrict from, in
   }
 }
 
-// Targets [begin, begin + count) of the rows' axis, for channels of one sample; `bias` may be null.
+// Numbers 0, 2, ... of a row to one place and 1, 3, ... to another, all of them plus `add`.
+template <typename S, typename T>
+INLINE void split(T* __restrict even, T* __restrict odd, const S* __restrict from, int64_t count,
+                  T add) {
+  for (int64_t x = 0; x < count / 2; ++x) {
+    even[x] = static_cast<T>(from[2 * x]) + add;
+    odd[x] = static_cast<T>(from[2 * x + 1]) + add;
+  }
+  if (count % 2) {
+    even[count / 2] = static_cast<T>(from[count - 1]) + add;
+  }
+}
+
+// The reverse.
+template <typename S, typename T>
+INLINE void join(S* __restrict to, const T* __restrict even, const T* __restrict odd,
+                 int64_t count) {
+  for (int64_t x = 0; x < count / 2; ++x) {
+    to[2 * x] = static_cast<S>(even[x]);
+    to[2 * x + 1] = static_cast<S>(odd[x]);
+  }
+  if (count % 2) {
+    to[count - 1] = static_cast<S>(even[count / 2]);
+  }
+}
+
+// Targets [begin, begin + count) of the rows' axis of the map at `from`, to a slot of rows and one
+// of columns or, with `both`, to those of even and of odd columns. `to` is the slot's first row.
+template <bool both, typename S, typename T>
+INLINE void pack_slot(const Layout& layout, const S* from, int64_t row_stride, int64_t col_stride,
+                      int64_t row_residue, int64_t col_slot, int64_t begin, int64_t count, T add,
+                      T* to) {
+  const Gather& rows = layout.rows;
+  const Gather& cols = layout.cols;
+  const int64_t residue = cols.residues.data()[col_slot];
+  const int64_t elements = cols.elements(col_slot);
+  for (int64_t r = begin - rows.before; r < begin + count + rows.after; ++r, to += layout.pitch) {
+    const int64_t y = r * rows.step + row_residue;
+    if (y < 0 || y >= rows.source) {
+      copy_row<true, T>(to, to, cols.positions);
+      if (both) {
+        copy_row<true, T>(to + layout.slot_pitch, to, cols.positions);
+      }
+    } else if (both) {
+      split(to + residue * layout.slot_pitch, to + (1 - residue) * layout.slot_pitch,
+            from + y * row_stride, cols.source, add);
+    } else {
+      copy(to, 1, from + y * row_stride + residue * col_stride, cols.step * col_stride, elements,
+           add);
+    }
+  }
+  copy_row<true, T>(to, to, layout.tail);
+  if (both) {
+    copy_row<true, T>(to + layout.slot_pitch, to, layout.tail);
+  }
+}
+
+// The same of channels of one sample, to all slots; `bias` may be null.
 template <typename S, typename T>
 void pack(const Layout& layout, const Map& map, const Map& bias, int64_t sample, int64_t channel,
           int64_t channels, int64_t begin, int64_t count, T* to) {
   const Gather& rows = layout.rows;
   const Gather& cols = layout.cols;
+  const bool both = cols.step == 2 && cols.slots() == 2 && map.strides[3] == 1;
   const S* from =
       static_cast<const S*>(map.data) + sample * map.strides[0] + channel * map.strides[1];
   for (int64_t c = 0; c < channels; ++c, from += map.strides[1], to += layout.channel_pitch) {
-    T* slot = to;
+    T* slot = to + layout.head;
     T add = 0;
     if (bias.data != nullptr) {
       add = static_cast<T>(static_cast<const S*>(bias.data)[(channel + c) * bias.strides[0]]);
     }
     for (int64_t u = 0; u < rows.slots(); ++u) {
-      for (int64_t v = 0; v < cols.slots(); ++v, slot += layout.slot_pitch) {
-        const int64_t residue = cols.residues.data()[v];
-        const int64_t elements = cols.elements(v);
-        T* target = slot + layout.head;
-        for (int64_t r = begin - rows.before; r < begin + count + rows.after; ++r) {
-          const int64_t y = r * rows.step + rows.residues.data()[u];
-          if (0 <= y && y < rows.source) {
-            copy(target, 1, from + y * map.strides[2] + residue * map.strides[3],
-                 cols.step * map.strides[3], elements, add);
-          } else {
-            copy_row<true, T>(target, target, cols.positions);
-          }
-          target += layout.pitch;
+      const int64_t residue = rows.residues.data()[u];
+      if (both) {
+        pack_slot<true>(layout, from, map.strides[2], 1, residue, 0, begin, count, add, slot);
+        slot += 2 * layout.slot_pitch;
+      } else {
+        for (int64_t v = 0; v < cols.slots(); ++v, slot += layout.slot_pitch) {
+          pack_slot<false>(layout, from, map.strides[2], map.strides[3], residue, v, begin, count,
+                           add, slot);
         }
-        copy_row<true, T>(target, target, layout.tail);
       }
     }
   }
@@ -133,7 +185,7 @@ struct ConvScratch {
     scratch.source = arena.take<T>(plan.sources * plan.layout.channel_pitch);
     scratch.weight = arena.take<T>(taps * plan.sources * plan.targets);
     scratch.bias = arena.take<T>(plan.targets);
-    scratch.tile = arena.take<T>(kTileChannels * kMaxTileWidth * Simd<T>::lanes);
+    scratch.tile = arena.take<T>(2 * kTileChannels * kMaxTileWidth * Simd<T>::lanes);
     return scratch;
   }
 };
@@ -225,36 +277,42 @@ INLINE void conv_tile_of(int64_t width, Args... args) {
   conv_tile<T, C, X>(args...);
 }
 
-// One phase of the targets of a block, for one piece of target channels. `to` is the map of the
-// first of these channels.
-template <typename S, typename T, int C>
-void conv_block(const ConvPlan& plan, const ConvPlan::Phase& phase, int64_t begin, int64_t count,
+// One phase of the targets of a block, or both phases of its columns at stride 2, for one piece of
+// target channels. `to` is the map of the first of these channels.
+template <typename S, typename T, int C, int phases>
+void conv_block(const ConvPlan& plan, const ConvPlan::Phase* phase, int64_t begin, int64_t count,
                 const T* weight, const T* bias, S* to, const int64_t* strides,
                 const ConvScratch<T>& scratch, Ahead* ahead) {
   constexpr int lanes = Simd<T>::lanes;
   const Gather& rows = plan.layout.rows;
   const Gather& cols = plan.layout.cols;
   const int64_t pitch = plan.layout.pitch;
-  const int64_t taps = static_cast<int64_t>(phase.offsets.size());
-  const int64_t valid = cols.targets(phase.col);
+  const int64_t valid = cols.targets(phase->col);
   const int64_t vectors = ((count - 1) * pitch + valid + lanes - 1) / lanes;
   const int64_t tiles = (vectors + kTileWidth[C] - 1) / kTileWidth[C];
   int64_t row = 0, col = 0;
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t first = i * vectors / tiles;
     const int64_t width = (i + 1) * vectors / tiles - first;
-    conv_tile_of<T, C>(width, scratch.source + first * lanes, plan.layout.channel_pitch,
-                       plan.sources, weight, bias, phase.offsets.data(), phase.indices.data(),
-                       taps, scratch.tile, ahead);
+    const int64_t tile = C * width * lanes;
+    for (int p = 0; p < phases; ++p) {
+      conv_tile_of<T, C>(width, scratch.source + first * lanes, plan.layout.channel_pitch,
+                         plan.sources, weight, bias, phase[p].offsets.data(),
+                         phase[p].indices.data(), static_cast<int64_t>(phase[p].offsets.size()),
+                         scratch.tile + p * tile, ahead);
+    }
     for (int64_t done = 0; done < width * lanes && row < count;) {
       const int64_t piece = std::min(width * lanes - done, pitch - col);
-      const int64_t numbers = std::min(piece, valid - col);
-      S* target = to + ((begin + row) * rows.phases + phase.row) * strides[2] +
-                  col * cols.phases + phase.col;
-      if (numbers > 0) {
-        for (int c = 0; c < C; ++c) {
-          copy(target + c * strides[1], cols.phases,
-               scratch.tile + c * width * lanes + done, 1, numbers);
+      if (col < valid) {
+        S* target = to + ((begin + row) * rows.phases + phase->row) * strides[2] +
+                    col * cols.phases + phase->col;
+        const T* from = scratch.tile + done;
+        for (int c = 0; c < C; ++c, target += strides[1], from += width * lanes) {
+          if constexpr (phases == 2) {
+            join(target, from, from + tile, std::min(2 * piece, cols.target - 2 * col));
+          } else {
+            copy(target, cols.phases, from, 1, std::min(piece, valid - col));
+          }
         }
       }
       done += piece;
@@ -268,13 +326,17 @@ void conv_block(const ConvPlan& plan, const ConvPlan::Phase& phase, int64_t begi
 }
 
 template <typename S, typename T, int C = kTileChannels, typename... Args>
-INLINE void conv_block_of(int64_t channels, Args&&... args) {
+INLINE void conv_block_of(int64_t channels, bool pairs, Args&&... args) {
   if constexpr (C > 1) {
     if (channels < C) {
-      return conv_block_of<S, T, C - 1>(channels, args...);
+      return conv_block_of<S, T, C - 1>(channels, pairs, args...);
     }
   }
-  conv_block<S, T, C>(args...);
+  if (pairs) {
+    conv_block<S, T, C, 2>(args...);
+  } else {
+    conv_block<S, T, C, 1>(args...);
+  }
 }
 
 // Tasks [begin, end): blocks of rows of the samples of the groups.
@@ -283,6 +345,7 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
               Arena arena) {
   const ConvScratch<T> scratch = ConvScratch<T>::lay_out(arena, plan);
   const Gather& rows = plan.layout.rows;
+  const bool pairs = plan.layout.cols.phases == 2;
   const int64_t taps = plan.kernel * plan.kernel;
   int64_t packed_group = -1;
   const auto group_of = [&](int64_t task) { return task / (plan.blocks * plan.batch); };
@@ -311,17 +374,17 @@ void convolve(const ConvPlan& plan, const ConvArgs& args, int64_t begin, int64_t
                            group_of(task + 1) * plan.sources, plan.sources, row_of(task + 1),
                            plan.block_rows, steps);
     }
-    for (size_t i = 0; i < plan.phases.size(); ++i) {
-      const ConvPlan::Phase& phase = plan.phases.data()[i];
-      const int64_t count = std::min(last, rows.targets(phase.row)) - first;
-      if (count <= 0 || plan.layout.cols.targets(phase.col) <= 0) {
+    for (size_t i = 0; i < plan.phases.size(); i += pairs ? 2 : 1) {
+      const ConvPlan::Phase* phase = plan.phases.data() + i;
+      const int64_t count = std::min(last, rows.targets(phase->row)) - first;
+      if (count <= 0) {
         continue;
       }
       for (int64_t p = 0; p < num_pieces(plan.targets); ++p) {
         const Piece piece = piece_of(plan.targets, p);
         S* to = static_cast<S*>(args.target) + sample * args.target_strides[0] +
                 (group * plan.targets + piece.begin) * args.target_strides[1];
-        conv_block_of<S, T>(piece.end - piece.begin, plan, phase, first, count,
+        conv_block_of<S, T>(piece.end - piece.begin, pairs, plan, phase, first, count,
                             scratch.weight + piece.begin * taps * plan.sources,
                             scratch.bias + piece.begin, to, args.target_strides, scratch,
                             &ahead);
@@ -471,28 +534,35 @@ void differentiate_weight(const WeightPlan& plan, const WeightArgs& args, int64_
   const int64_t steps = std::max<int64_t>(
       1, plan.block_rows * plan.input.pitch * static_cast<int64_t>(plan.offsets.size()) /
              (kTileWidth[kTileChannels] * kChunk * lanes));
+  const auto first_unit = [&](int64_t part) { return part * units / plan.parts; };
+  const auto part_of = [&](int64_t task) { return task / (pieces * plan.groups); };
+  const auto group_of = [&](int64_t task) { return task / pieces % plan.groups; };
+  const auto sample_of = [&](int64_t unit) { return unit / plan.blocks; };
+  const auto row_of = [&](int64_t unit) {
+    return plan.begin + unit % plan.blocks * plan.block_rows;
+  };
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t part = task / (pieces * plan.groups);
-    const int64_t group = task / pieces % plan.groups;
+    const int64_t part = part_of(task);
+    const int64_t group = group_of(task);
     const Piece piece = piece_of(plan.outputs, task % pieces);
     const int64_t channel = group * plan.outputs + piece.begin;
     double* to =
         args.partials + (part * plan.groups * plan.outputs + channel) * channel_size;
     int64_t chunks = 0;
-    for (int64_t unit = part * units / plan.parts; unit < (part + 1) * units / plan.parts;
-         ++unit) {
-      const int64_t sample = unit / plan.blocks;
-      const int64_t first = plan.begin + unit % plan.blocks * plan.block_rows;
+    for (int64_t unit = first_unit(part); unit < first_unit(part + 1); ++unit) {
+      const int64_t first = row_of(unit);
       const int64_t count = std::min(plan.block_rows, plan.end - first);
-      pack<S, T>(plan.input, args.input, args.input_bias, sample, group * plan.inputs, plan.inputs,
-                 first, count, scratch.input);
-      pack<S, T>(plan.grad, args.grad, Map{}, sample, channel, piece.end - piece.begin, first,
-                 count, scratch.grad);
+      pack<S, T>(plan.input, args.input, args.input_bias, sample_of(unit), group * plan.inputs,
+                 plan.inputs, first, count, scratch.input);
+      pack<S, T>(plan.grad, args.grad, Map{}, sample_of(unit), channel, piece.end - piece.begin,
+                 first, count, scratch.grad);
+      const bool last = unit + 1 == first_unit(part + 1);
+      const int64_t next_task = task + last;
       Ahead ahead;
-      if (unit + 1 < (part + 1) * units / plan.parts) {
-        ahead = Ahead::of<S>(plan.input, args.input, (unit + 1) / plan.blocks,
-                             group * plan.inputs, plan.inputs,
-                             plan.begin + (unit + 1) % plan.blocks * plan.block_rows,
+      if (next_task < end) {
+        const int64_t next = last ? first_unit(part_of(next_task)) : unit + 1;
+        ahead = Ahead::of<S>(plan.input, args.input, sample_of(next),
+                             group_of(next_task) * plan.inputs, plan.inputs, row_of(next),
                              plan.block_rows, steps);
       }
       const int64_t length = round_up(count * plan.input.pitch, lanes);

@@ -831,7 +831,8 @@ void backward_group(const Plan& plan, const BackwardArgs& args, int64_t plane, i
                        plan.query_pitch);
     dot_block<T, unit>(plan, group.count, scratch.grad, scratch.value_rows, x, grad_logits,
                        weight_row, plan.query_pitch);
-    for (int64_t r = 0; r < group.count; ++r) {
+    // GCC does not know that there are no more than kMaxRows, and would warn.
+    for (int64_t r = 0; r < std::min<int64_t>(group.count, kMaxRows); ++r) {
       const Vec<T> total = differentiate(plan, x, r, static_cast<T>(args.factor), scratch);
       if (grad_query.row[r] != nullptr) {
         const int64_t valid = std::min<int64_t>(lanes, plan.cols.queries - x);

@@ -60,9 +60,21 @@ bool bfloat16_products_pay() {
 #endif
 }
 
+// Does oneDNN multiply matrices of float32 faster than torch.mm does? That is MKL, which on other
+// processors than Intel's leaves half of an AVX-512 unit unused.
+bool onednn_products_pay() {
+#ifdef NATIVE_X86
+  static const bool faster = best_isa() == Isa::avx512 && !__builtin_cpu_is("intel");
+  return faster && at::hasMKL() && at::hasMKLDNN() && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(acmix_mm, m) {
+  m.def("native_onednn_products_pay() -> bool", &onednn_products_pay);
   m.def("native_bfloat16_products_pay() -> bool", &bfloat16_products_pay);
 }
 
