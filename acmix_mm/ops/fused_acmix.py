@@ -353,7 +353,7 @@ def _triton(
 
     Attention wants the channels of a head adjacent, the grouped convolution those of a head
     position. Projecting once for each reads x again; permuting maps would read and write three
-    times as much.
+    times as much. The position encoding and the sum of both paths are the attention kernel's.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     convolution = group_conv(
@@ -367,8 +367,10 @@ def _triton(
     query = F.conv2d(x, weights[0], biases[0], stride).unflatten(1, (num_heads, -1))
     maps = F.conv2d(x, weights[1:].flatten(0, 1), biases[1:].flatten())
     key, value = maps.unflatten(1, (2, num_heads, -1)).unbind(1)
-    attention = _attend(query, key, value, slopes, attn_kernel_size, stride, dilation, 'triton')
-    return torch.addcmul(convolution, attention, scale.to(attention.dtype).view(-1, 1, 1))
+    return triton_backend.mixed_attention(
+        query, key, value, slopes, _heads(convolution, num_heads), scale,
+        attn_kernel_size, stride, dilation,
+    ).flatten(1, 2)  # fmt: skip
 
 
 def _heads(maps: Tensor, num_heads: int) -> Tensor:

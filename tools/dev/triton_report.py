@@ -90,8 +90,9 @@ def compiled(
     kernel_size: int = 7,
     stride: int = 1,
     dilation: int = 1,
+    mixed: bool = False,
 ) -> list[tuple[str, object]]:
-    """Names and compiled kernels of attention, forward and backward."""
+    """Names and compiled kernels of attention, forward and backward; or of mixed attention."""
     torch.backends.cudnn.allow_tf32 = dtype == 'tf32'
     kernels = []
 
@@ -114,9 +115,15 @@ def compiled(
         maps = torch.zeros(1, 20, 20, 2, dim, dtype=DTYPES[dtype]).permute(0, 3, 4, 1, 2)
         query = maps[..., ::stride, ::stride]
         geometry = (kernel_size, stride, dilation, dim**-0.5)
-        output, lse = triton_backend._forward(query, maps, maps, *geometry)
-        needed = [name in gradients for name in INPUTS]
-        triton_backend._backward(output, query, maps, maps, output, lse, *geometry, needed)
+        slopes, factor = (torch.zeros(dim, 2), torch.ones(1)) if mixed else (None, None)
+        inputs = (query, maps, maps, slopes)
+        convolution = torch.zeros_like(query) if mixed else None
+        output, attention, lse = triton_backend._forward(
+            *inputs, convolution, factor, *geometry, True
+        )
+        kept = attention if mixed else output
+        needed = [name in gradients for name in INPUTS] + [False, False]
+        triton_backend._backward(output, *inputs, factor, kept, lse, *geometry, needed)
     finally:
         JITFunction.run = run
     return kernels
@@ -143,6 +150,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--stride', type=int, default=1, help='default: %(default)s')
     parser.add_argument('--dilation', type=int, default=1, help='default: %(default)s')
     parser.add_argument(
+        '--mixed',
+        action='store_true',
+        help='attention of the operator of both paths: position encoding and sum of paths inside',
+    )
+    parser.add_argument(
         '--careful', action='store_true', help='also the programs for numbers that are not finite'
     )
     return parser.parse_args(argv)
@@ -157,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
             for dim in args.dim:
                 geometry = (args.kernel_size, args.stride, args.dilation)
                 for name, kernel in compiled(
-                    capability, dtype, dim, args.careful, args.gradients, *geometry
+                    capability, dtype, dim, args.careful, args.gradients, *geometry, args.mixed
                 ):
                     row = [name, capability, dtype, dim, *properties(kernel).values()]
                     print(f'| {" | ".join(map(str, row))} |', flush=True)
