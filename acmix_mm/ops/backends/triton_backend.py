@@ -306,7 +306,7 @@ if MISSING is None:
         stride: int,
         dilation: int,
     ) -> None:
-        """Also of calls without the front's checks: kernels take sizes and strides at their word."""
+        """Calls without the front's checks, too: kernels take sizes and strides at their word."""
         check_attention(query, key, value, kernel_size, stride, dilation)
         check_dtypes(query=query, key=key, value=value)
         heads, dim = query.shape[1:3]
@@ -405,7 +405,7 @@ if MISSING is None:
         else:
             delta = (grad.float() * attention.float()).sum(2)
             if slopes is not None:
-                columns = (slopes.float() * (scale / math.log(2))).T[:, None, None, :, None, None]
+                columns = slopes.float().T[:, None, None, :, None, None]
                 tilts = (query.float() * columns).sum(3)
         if (of_keys or of_value) and query.numel():
             maps = (query, key, value, grad, grad_key if of_keys else grad_value)

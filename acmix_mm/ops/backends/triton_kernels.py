@@ -21,12 +21,13 @@ reach all of a tile. So each kernel is launched twice, the second time ``CAREFUL
 results are all finite then ends at once; others repeat their work with products that leave out what
 is masked. (The same in one kernel would cost the ordinary case up to twice the registers.)
 
-The position encoding of ACmix takes slopes * (x, y) off each key, so off a logit the products of two
-numbers a query, its tilt, with the coordinates of the key: keys are read as they are, and the tile
-of logits is tilted in float32. Where there is no position encoding, ``slopes`` and what belongs to
-it are None. So are the ``convolution`` that the result is added to and the ``factor`` on the result,
-what the backward pass would need, where there is none, and one of the gradients of key and value
-where it is not needed.
+The position encoding of ACmix takes slopes * (x, y) off each key, so it takes off ``query . key``
+the products of two numbers a query, its tilt, with the coordinates of the key. Keys are read as
+they are, straight into matrix products, and the encoding is exact in float32.
+
+What a call does not have is None: ``slopes`` and the tilts without a position encoding;
+``convolution``, which attention times ``factor`` is added to; what only a backward pass needs, where
+there will be none; and of the gradients of key and value, one that is not needed.
 """
 
 import inspect
@@ -44,7 +45,7 @@ def _jit(function):
 
 # Rows and columns of a tile, block of the other side and warps, by what products are of and the
 # head dimension rounded up. Read off compilations (tools/dev/triton_report.py), not measured:
-# nothing spills on 8.0 and 9.0, and a 7x7 neighbourhood takes at most 208 keys a query, of which a
+# nothing spills on 8.0 and 9.0 up to a head dimension of 64, and a 7x7 neighbourhood takes at most 208 keys a query, of which a
 # whole tile has 140 to 196 in its region.
 TILES = {
     ('half', 16): (4, 8, 32, 2),
@@ -63,12 +64,15 @@ TILES = {
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    """Matrix product, with float32 sums; PRECISION of factors in float32: 'tf32' or 'ieee'."""
+def _dot(a, b, PRECISION: tl.constexpr, start=None):
+    """Matrix product, added to ``start``, if there is one.
+
+    Sums are in float32; PRECISION of factors in float32: 'tf32' or 'ieee'.
+    """
     if INTERPRETED and a.dtype == tl.bfloat16:
         # The interpreter (3.7.1) would multiply the bit patterns.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, start, input_precision=PRECISION)
 
 
 @triton.jit
@@ -232,8 +236,8 @@ def forward_kernel(
     first_x = UNIT * (STEP * phase_x + PHASES * (tile_x * (TILE_X * STEP) - RADIUS))
     scale *= LOG2E  # powers of two are what the hardware computes
     if slopes is not None:
-        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1) * scale
-        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1) * scale
+        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1)
+        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1)
     # A finite start keeps rows whose first blocks are masked altogether free of inf - inf.
     largest = tl.full([QUERIES], -1e38, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -249,10 +253,11 @@ def forward_kernel(
         v_rows = _rows(value, pixel_y, pixel_x, value_y, value_x, DIM_BLOCK, WIDE, ALIGNED)
         k = tl.load(k_rows, mask=real, other=0)
         v = tl.load(v_rows, mask=real, other=0)
-        logits = _dot(q, tl.trans(k), PRECISION) * scale
+        logits = _dot(q, tl.trans(k), PRECISION)
         if slopes is not None:
-            logits -= tilt_x[:, None] * _coordinates(pixel_x, width)[None, :]
             logits -= tilt_y[:, None] * _coordinates(pixel_y, height)[None, :]
+            logits -= tilt_x[:, None] * _coordinates(pixel_x, width)[None, :]
+        logits *= scale
         inside = _inside(
             n_y[None, :], n_x[None, :], (STEP * m_y)[:, None], (STEP * m_x)[:, None], KERNEL_SIZE
         )
@@ -349,8 +354,8 @@ def grad_query_kernel(
     row_lse = tl.load(lse + pixels, mask=exists, other=float('inf'))
     if slopes is not None:
         tilts += (batch * heads + head) * query_height * query_width
-        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1) * (scale * LOG2E)
-        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1) * (scale * LOG2E)
+        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1)
+        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1)
         tl.store(tilts + pixels, tilt_x, mask=exists)
         tl.store(tilts + planes + pixels, tilt_y, mask=exists)
         sum_x = tl.zeros([QUERIES], tl.float32)
@@ -369,11 +374,13 @@ def grad_query_kernel(
         v_rows = _rows(value, pixel_y, pixel_x, value_y, value_x, DIM_BLOCK, WIDE, ALIGNED)
         k = tl.load(k_rows, mask=real, other=0)
         v = tl.load(v_rows, mask=real, other=0)
-        logits = _dot(q, tl.trans(k), PRECISION) * (scale * LOG2E)
+        logits = _dot(q, tl.trans(k), PRECISION)
         if slopes is not None:
-            coordinate_x = _coordinates(pixel_x, width)[None, :]
             coordinate_y = _coordinates(pixel_y, height)[None, :]
-            logits -= tilt_x[:, None] * coordinate_x + tilt_y[:, None] * coordinate_y
+            coordinate_x = _coordinates(pixel_x, width)[None, :]
+            logits -= tilt_y[:, None] * coordinate_y
+            logits -= tilt_x[:, None] * coordinate_x
+        logits *= scale * LOG2E
         inside = _inside(
             n_y[None, :], n_x[None, :], (STEP * m_y)[:, None], (STEP * m_x)[:, None], KERNEL_SIZE
         )
@@ -535,11 +542,13 @@ def grad_key_value_kernel(
                 row_lse = tl.load(lse + pixels, mask=exists, other=float('inf'))
                 if grad_key is not None:
                     row_delta = tl.load(delta + pixels, mask=exists, other=0)
-                logits = _dot(k, tl.trans(q), PRECISION) * (scale * LOG2E)
+                # Here, sums that start with the tilt take fewer registers than its subtraction.
+                tilt = None
                 if tilts is not None:
-                    tilt_x = tl.load(tilts + pixels, mask=exists, other=0)
-                    tilt_y = tl.load(tilts + planes + pixels, mask=exists, other=0)
-                    logits -= coordinate_x * tilt_x[None, :] + coordinate_y * tilt_y[None, :]
+                    tilt_x = tl.load(tilts + pixels, mask=exists, other=0)[None, :]
+                    tilt_y = tl.load(tilts + planes + pixels, mask=exists, other=0)[None, :]
+                    tilt = -(coordinate_y * tilt_y + coordinate_x * tilt_x)
+                logits = _dot(k, tl.trans(q), PRECISION, tilt) * (scale * LOG2E)
                 inside = _inside(
                     u_y[:, None], u_x[:, None], (STEP * t_y)[None, :], (STEP * t_x)[None, :],
                     KERNEL_SIZE,
