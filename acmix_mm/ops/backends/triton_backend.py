@@ -133,7 +133,9 @@ if MISSING is None:
         if not _tunes():
             kind = constants['PRECISION'] if query.element_size() == 4 else 'half'
             tile = INTERPRETED_TILE if INTERPRETED else kernels.TILES[kind, constants['DIM_BLOCK']]
-            tile = _config(*tile).all_kwargs()
+            config = _config(*tile)
+            # Not all_kwargs(), with num_ctas, which graphs do not take.
+            tile = {**config.kwargs, 'num_warps': config.num_warps, 'num_stages': config.num_stages}
         with nullcontext() if is_fake(query) else torch.cuda.device_of(query):
             for careful in (False, True):
                 kernel[grid](*args, **constants, CAREFUL=careful, **tile)
@@ -207,7 +209,7 @@ if MISSING is None:
                 # What a compiled graph allocates is aligned, and what it is given, as when traced.
                 first = t.storage_offset() * t.element_size() if is_fake(t) else t.data_ptr()
                 aligned &= first % 16 == 0
-            return {'WIDE': max(spans) >= 2**31, 'ALIGNED': aligned}
+            return {'WIDE': bool(max(spans) >= 2**31), 'ALIGNED': bool(aligned)}
 
         def images(self, axis: int) -> tuple[int, int]:
             """Range of the i whose mirror images of pixels a neighbourhood may reach.
@@ -433,8 +435,10 @@ if MISSING is None:
         """Gradient (d, 2) of the position encoding, which is taken off all keys."""
         maps = grad_key.sum((0, 1), dtype=torch.float32)
         height, width = maps.shape[1:]
+        # Not linspace, which would tie a compiled graph to one size.
         x, y = (
-            torch.linspace(-1, 1, n, dtype=maps.dtype, device=maps.device) for n in (width, height)
+            torch.arange(n, dtype=maps.dtype, device=maps.device) * (2 / max(n - 1, 1)) - 1
+            for n in (width, height)
         )
         return -torch.stack([(maps.sum(1) * x).sum(1), (maps.sum(2) * y).sum(1)], 1)
 

@@ -23,11 +23,11 @@ is masked. (The same in one kernel would cost the ordinary case up to twice the 
 
 The position encoding of ACmix takes slopes * (x, y) off each key, so it takes off ``query . key``
 the products of two numbers a query, its tilt, with the coordinates of the key. Keys are read as
-they are, straight into matrix products, and the encoding is exact in float32.
+they are, straight into matrix products, and the encoding is not rounded to half precision.
 
 What a call does not have is None: ``slopes`` and the tilts without a position encoding;
-``convolution``, which attention times ``factor`` is added to; what only a backward pass needs, where
-there will be none; and of the gradients of key and value, one that is not needed.
+``convolution``, which attention times ``factor`` is added to; what only a backward pass needs,
+where there will be none; and of the gradients of key and value, one that is not needed.
 """
 
 import inspect
@@ -45,8 +45,8 @@ def _jit(function):
 
 # Rows and columns of a tile, block of the other side and warps, by what products are of and the
 # head dimension rounded up. Read off compilations (tools/dev/triton_report.py), not measured:
-# nothing spills on 8.0 and 9.0 up to a head dimension of 64, and a 7x7 neighbourhood takes at most 208 keys a query, of which a
-# whole tile has 140 to 196 in its region.
+# nothing spills on 8.0 and 9.0 up to a head dimension of 64, and a 7x7 neighbourhood takes at most
+# 208 keys a query, of which a whole tile has 140 to 196 in its region.
 TILES = {
     ('half', 16): (4, 8, 32, 2),
     ('half', 32): (8, 8, 16, 2),
