@@ -18,8 +18,8 @@ from acmix_mm.ops.backends import triton_backend
 pytestmark = needs_triton
 DEVICE = device_of('triton')
 NAMES = ('query', 'key', 'value', 'slopes', 'convolution', 'factor')
-# As of attention alone: of the error, relative to the value plus the largest. Sums over all pixels,
-# of slopes and factor, are of rounded numbers, and the interpreter truncates to bfloat16.
+# As of attention alone, of the error, relative to the value plus the largest. (Triton's interpreter
+# truncates to bfloat16 where a GPU rounds.)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-10}
 
 
@@ -62,41 +62,43 @@ def assert_agrees(tensors, *geometry):
         assert torch.equal(ours.isfinite(), finite), name
         ours, right = (t.detach().double().where(finite, 0) for t in (ours, right))
         tolerance = TOLERANCE[out.dtype]
+        if name == 'slopes':  # a sum of rounded numbers, of all pixels
+            tolerance *= max(1, tensors[1][:, :, 0].numel() / 16) ** 0.5
         atol = tolerance * max(1, right.abs().max().item())
         torch.testing.assert_close(
             ours, right, rtol=tolerance, atol=atol, msg=lambda text, name=name: f'{name}: {text}'
         )
 
 
-@pytest.mark.parametrize('dtype', TOLERANCE)
-@pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize(
-    ('shape', 'geometry', 'factors'),
+    ('shape', 'geometry', 'factors', 'dtype', 'channels_last'),
     [
-        ((1, 2, 4, 7, 6), (5, 1, 1), 1),
-        ((1, 2, 3, 6, 9), (3, 2, 1), 6),
-        ((1, 1, 16, 5, 6), (3, 1, 2), 1),
-        ((1, 1, 4, 1, 6), (3, 3, 2), 4),
+        ((1, 2, 4, 7, 6), (5, 1, 1), 1, torch.float32, False),
+        ((1, 2, 4, 7, 6), (5, 1, 1), 1, torch.bfloat16, True),
+        ((1, 2, 3, 6, 9), (3, 2, 1), 6, torch.float32, True),
+        ((1, 2, 3, 6, 9), (3, 2, 1), 6, torch.float16, False),
+        ((2, 1, 16, 4, 5), (3, 1, 2), 1, torch.float16, True),
+        ((2, 1, 16, 4, 5), (3, 1, 2), 1, torch.bfloat16, False),
+        ((1, 1, 4, 1, 6), (3, 3, 2), 4, torch.float32, True),
     ],
 )
-def test_equals_the_formula(shape, geometry, factors, channels_last, dtype):
+def test_equals_the_formula(shape, geometry, factors, dtype, channels_last):
     assert_agrees(inputs(shape, geometry[1], dtype, factors, channels_last), *geometry)
 
 
 @pytest.mark.parametrize(
-    'needed',
+    ('needed', 'factors'),
     [
-        ('query',),
-        ('key',),
-        ('value',),
-        ('slopes',),
-        ('convolution',),
-        ('factor',),
-        ('key', 'factor'),
-        ('convolution', 'slopes'),
+        (('query',), 1),
+        (('key',), 1),
+        (('value',), 6),
+        (('slopes',), 1),
+        (('convolution',), 1),
+        (('factor',), 1),
+        (('factor',), 6),
+        (('slopes', 'convolution', 'factor'), 1),
     ],
 )
-@pytest.mark.parametrize('factors', [1, 6])
 def test_gradients_of_some_inputs(needed, factors):
     tensors = inputs((1, 2, 3, 3, 4), 1, factors=factors)
     leaves = []

@@ -363,6 +363,12 @@ def grad_query_kernel(
 
     first_y = UNIT * (STEP * phase_y + PHASES * (tile_y * (TILE_Y * STEP) - RADIUS))
     first_x = UNIT * (STEP * phase_x + PHASES * (tile_x * (TILE_X * STEP) - RADIUS))
+    # Gradients of a query's logits add up to zero, but for rounding: coordinates may be relative, and
+    # then rounding matters least.
+    middle_y = tl.minimum(first_y + UNIT * PHASES * (REGION_Y // 2), height - 1)
+    middle_x = tl.minimum(first_x + UNIT * PHASES * (REGION_X // 2), width - 1)
+    middle_y = _coordinates(middle_y, height)
+    middle_x = _coordinates(middle_x, width)
     acc = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
     odd = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
     for start in range(0, REGION_Y * REGION_X, BLOCK):
@@ -391,8 +397,8 @@ def grad_query_kernel(
             grad_logits = tl.where(inside, grad_logits, 0)
             odd += _odd_seen(inside, k)
         if slopes is not None:
-            sum_x += tl.sum(grad_logits * coordinate_x, 1)
-            sum_y += tl.sum(grad_logits * coordinate_y, 1)
+            sum_x += tl.sum(grad_logits * (coordinate_x - middle_x), 1)
+            sum_y += tl.sum(grad_logits * (coordinate_y - middle_y), 1)
         acc += _dot(grad_logits.to(k.dtype), _clean(k, CAREFUL), PRECISION)
 
     if CAREFUL:
