@@ -5,6 +5,9 @@ The native backend has a kernel for it, with what the operators one by one canno
 paths meet in one map without concatenations, and training saves the input instead of query, key and
 value, which are projected anew in the backward pass. Half precision is computed in float32, a strip
 of the maps at a time.
+
+Triton's kernels of attention subtract ``position`` and add the convolution's map, too; a product of
+matrices projects, and a convolution convolves.
 """
 
 from collections.abc import Iterator, Sequence

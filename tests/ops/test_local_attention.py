@@ -276,6 +276,19 @@ def test_triton_launches_phases_that_have_queries(monkeypatch):
 
 
 @needs_triton
+def test_triton_takes_the_largest_steps():
+    """Reflection is periodic, and a single query takes no strides."""
+    largest = 2**31 - 1
+    query, key, value = (t.detach() for t in inputs('triton', (1, 1, 2, 2, 3), 1))
+    out = local_attention(query, key, value, 3, 1, largest, backend='triton')
+    expected = oracles.local_attention(query, key, value, 3, 1, largest % math.lcm(2, 4))
+    torch.testing.assert_close(out, expected.to(out.dtype))
+    out = local_attention(query[..., :1, :1], key, value, 3, largest, backend='triton')
+    expected = oracles.local_attention(query, key, value, 3)[..., :1, :1]
+    torch.testing.assert_close(out, expected.to(out.dtype))
+
+
+@needs_triton
 def test_triton_times_tiles_on_request_only(monkeypatch):
     """Each of the table once for a head dimension and kernel size."""
     timed = []

@@ -171,11 +171,18 @@ if MISSING is None:
         def __init__(
             self, query: Tensor, key: Tensor, kernel_size: int, stride: int, dilation: int
         ):
-            unit = math.gcd(stride, dilation)
-            step, self.phases = stride // unit, dilation // unit
             self.heads, dim = query.shape[1:3]
             self.size = tuple(key.shape[3:])
             self.query_size = tuple(query.shape[3:])
+            # Steps beyond the map have shorter ones that reach the same pixels, and in the kernels
+            # positions of 32 bits. Reflection is periodic, and one query takes no strides.
+            if any(kernel_size // 2 * dilation >= n for n in self.size):
+                period = math.lcm(*(max(2 * n - 2, 1) for n in self.size))
+                dilation = (dilation - 1) % period + 1
+            if self.query_size == (1, 1):
+                stride = 1
+            unit = math.gcd(stride, dilation)
+            step, self.phases = stride // unit, dilation // unit
             self.dilation = dilation
             # How far from a query its neighbourhood reaches.
             self.reach = kernel_size // 2 * dilation

@@ -363,8 +363,8 @@ def grad_query_kernel(
 
     first_y = UNIT * (STEP * phase_y + PHASES * (tile_y * (TILE_Y * STEP) - RADIUS))
     first_x = UNIT * (STEP * phase_x + PHASES * (tile_x * (TILE_X * STEP) - RADIUS))
-    # Gradients of a query's logits add up to zero, but for rounding: coordinates may be relative, and
-    # then rounding matters least.
+    # Gradients of a query's logits add up to zero, but for rounding, which matters least where
+    # coordinates are relative.
     middle_y = tl.minimum(first_y + UNIT * PHASES * (REGION_Y // 2), height - 1)
     middle_x = tl.minimum(first_x + UNIT * PHASES * (REGION_X // 2), width - 1)
     middle_y = _coordinates(middle_y, height)
