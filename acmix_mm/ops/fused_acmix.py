@@ -6,8 +6,8 @@ paths meet in one map without concatenations, and training saves the input inste
 value, which are projected anew in the backward pass. Half precision is computed in float32, a strip
 of the maps at a time.
 
-Triton's kernels of attention subtract ``position`` and add the convolution's map, too; a product of
-matrices projects, and a convolution convolves.
+Triton's kernels of attention have the first of these: they take the position encoding off and add
+the convolution's map. All else is PyTorch's there.
 """
 
 from collections.abc import Iterator, Sequence

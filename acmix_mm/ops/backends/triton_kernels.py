@@ -236,8 +236,8 @@ def forward_kernel(
     first_x = UNIT * (STEP * phase_x + PHASES * (tile_x * (TILE_X * STEP) - RADIUS))
     scale *= LOG2E  # powers of two are what the hardware computes
     if slopes is not None:
-        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1)
-        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1)
+        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1) * scale
+        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1) * scale
     # A finite start keeps rows whose first blocks are masked altogether free of inf - inf.
     largest = tl.full([QUERIES], -1e38, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -253,11 +253,10 @@ def forward_kernel(
         v_rows = _rows(value, pixel_y, pixel_x, value_y, value_x, DIM_BLOCK, WIDE, ALIGNED)
         k = tl.load(k_rows, mask=real, other=0)
         v = tl.load(v_rows, mask=real, other=0)
-        logits = _dot(q, tl.trans(k), PRECISION)
+        logits = _dot(q, tl.trans(k), PRECISION) * scale
         if slopes is not None:
             logits -= tilt_y[:, None] * _coordinates(pixel_y, height)[None, :]
             logits -= tilt_x[:, None] * _coordinates(pixel_x, width)[None, :]
-        logits *= scale
         inside = _inside(
             n_y[None, :], n_x[None, :], (STEP * m_y)[:, None], (STEP * m_x)[:, None], KERNEL_SIZE
         )
