@@ -73,7 +73,6 @@ def refuses(tensor: Tensor, *args, head_dim: int | None = None) -> str | None:
 
 if MISSING is None:
     import triton
-    from torch.library import wrap_triton
 
     from . import triton_kernels as kernels
     from .triton_kernels import forward_kernel, grad_key_value_kernel, grad_query_kernel
@@ -81,16 +80,22 @@ if MISSING is None:
     # Whatever the size, the interpreter takes its time for operations.
     INTERPRETED_TILE = (8, 16, 256, 4)
 
-    def _operator(name: str, fake: Callable) -> Callable:
-        """A custom operator, into which torch.compile sees, with ``fake`` for shapes alone.
+    if INTERPRETED or not hasattr(torch.library, 'triton_op'):
+        # Interpreted kernels are functions of NumPy arrays, which no graph can hold: tests run the
+        # same functions and kernels as opaque operators. PyTorch before 2.6 knows no others.
+        from torch.library import custom_op as make_operator
 
-        Interpreted kernels are functions of NumPy arrays, which no graph can hold. So the tests run
-        the same function and the same kernels as an opaque operator.
-        """
-        make = torch.library.custom_op if INTERPRETED else torch.library.triton_op
+        def wrap_triton(kernel):
+            return kernel
+    else:
+        from torch.library import triton_op as make_operator
+        from torch.library import wrap_triton
+
+    def _operator(name: str, fake: Callable) -> Callable:
+        """A custom operator, into which torch.compile sees, with ``fake`` for shapes alone."""
 
         def register(function: Callable) -> Callable:
-            operator = make(name, function, mutates_args=())
+            operator = make_operator(name, function, mutates_args=())
             # triton_op takes the function, whose decisions would become conditions of an export.
             operator.register_fake(fake)
             return operator
@@ -286,6 +291,7 @@ if MISSING is None:
             step = factor.stride(0) if factor.numel() > 1 else 0
         maps = (query, key, value, output, convolution)
         plan = _Geometry(query, key, kernel_size, stride, dilation)
+        # From these names PyTorch knows, for its caches of graphs, of which kernels an operator is.
         kernel = _candidates(forward_kernel)
         _launch(
             wrap_triton(kernel),
