@@ -38,6 +38,15 @@ def _local_attention_backward(
     return 2 * products * kernel_size**2 * prod(query)
 
 
+def _local_attention_triton_backward(
+    query: Shape, kernel_size: int, needed: Sequence[bool] = (True,) * 5, **_
+) -> int:
+    """The gradient of slopes is summed up from that of key, and that of the factor from outputs."""
+    query_needed, key_needed, value_needed, slopes_needed, _ = needed
+    needed = (query_needed, key_needed or slopes_needed, value_needed)
+    return _local_attention_backward(query, kernel_size, needed) if any(needed) else 0
+
+
 def _group_conv(weight: Shape, out: Shape, **_) -> int:
     """``2 B C Hq Wq M k^2`` for a weight (C, M, k, k), whatever the number of groups."""
     return 2 * prod(out) * prod(weight[1:])
@@ -160,7 +169,7 @@ FORMULAS = {
     'local_attention_native_forward_add_': _local_attention,
     'local_attention_torch': _local_attention,
     'local_attention_torch_backward': _local_attention_backward,
-    'local_attention_triton_backward': _local_attention_backward,
+    'local_attention_triton_backward': _local_attention_triton_backward,
     'local_attention_triton_forward': _local_attention,
     'patch_weights_native': _patch_weights,
     'patch_weights_native_backward': _patch_weights_backward,

@@ -5,6 +5,9 @@ The native backend has a kernel for it, with what the operators one by one canno
 paths meet in one map without concatenations, and training saves the input instead of query, key and
 value, which are projected anew in the backward pass. Half precision is computed in float32, a strip
 of the maps at a time.
+
+Triton's kernels of attention have the first of these: they take the position encoding off and add
+the convolution's map. All else is PyTorch's there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -376,7 +379,7 @@ def _triton(
 
     Attention wants the channels of a head adjacent, the grouped convolution those of a head
     position. Projecting once for each reads x again; permuting maps would read and write three
-    times as much.
+    times as much. The position encoding and the sum of both paths are the attention kernel's.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     convolution = group_conv(
@@ -390,8 +393,10 @@ def _triton(
     query = F.conv2d(x, weights[0], biases[0], stride).unflatten(1, (num_heads, -1))
     maps = F.conv2d(x, weights[1:].flatten(0, 1), biases[1:].flatten())
     key, value = maps.unflatten(1, (2, num_heads, -1)).unbind(1)
-    attention = _attend(query, key, value, slopes, attn_kernel_size, stride, dilation, 'triton')
-    return torch.addcmul(convolution, attention, scale.to(attention.dtype).view(-1, 1, 1))
+    return triton_backend.mixed_attention(
+        query, key, value, slopes, _heads(convolution, num_heads), scale,
+        attn_kernel_size, stride, dilation,
+    ).flatten(1, 2)  # fmt: skip
 
 
 def _heads(maps: Tensor, num_heads: int) -> Tensor:

@@ -400,22 +400,24 @@ def test_hostile_calls(name, examples, campaign):
         ({2: torch.ones(1, 1, 2, 4, 3)}, 'value must have the shape of key'),
         ({0: torch.ones(1, 1, 2, 9, 9)}, 'query must have shape'),
         ({2: torch.ones(1, 1, 2, 3, 4).half()}, 'must have one dtype'),
-        ({3: -3}, 'kernel_size must be a positive odd integer'),
-        ({4: 2**40}, 'stride must be at most'),
-        ({5: 2**63 - 1}, 'dilation must be at most'),
+        ({3: torch.ones(3, 2)}, 'slopes must have shape'),
+        ({3: torch.ones(2, 2), 5: torch.ones(3)}, 'factor must have shape'),
+        ({6: -3}, 'kernel_size must be a positive odd integer'),
+        ({7: 2**40}, 'stride must be at most'),
+        ({8: 2**63 - 1}, 'dilation must be at most'),
     ],
 )
 def test_hostile_calls_of_triton(changes, message):
     """Forward and backward; kernels on a GPU read where they are told to."""
     maps = torch.ones(1, 1, 2, 3, 4)
-    arguments = [maps, maps, maps, 3, 1, 1, 1.0]
+    arguments = [maps, maps, maps, None, None, None, 3, 1, 1, 1.0]
     for place, value in changes.items():
         arguments[place] = value
     operators = torch.ops.acmix_mm
     with pytest.raises(ValueError, match=message):
-        operators.local_attention_triton_forward(*arguments)
+        operators.local_attention_triton_forward(*arguments, True)
     lse = torch.ones(1, 1, 3, 4)
-    given = (*arguments[:3], maps, lse, *arguments[3:], [True] * 3)
+    given = (*arguments[:4], arguments[5], maps, lse, *arguments[6:], [True] * 5)
     with pytest.raises(ValueError, match=message):
         operators.local_attention_triton_backward(maps, *given)
 

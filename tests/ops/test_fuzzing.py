@@ -32,7 +32,7 @@ def ceil(size: tuple[int, int], stride: int) -> tuple[int, int]:
 def draw_steps(data, backend: str | None) -> tuple[int, int]:
     """Stride and dilation; shorter for Triton, which has programs for each phase of a dilation.
 
-    At a dilation of 49 these are thousands, and its interpreter takes an hour for one call.
+    Of a long one, each pixel of a map is a phase, which is much for its interpreter.
     """
     drawn = st.integers(1, 5) if backend == 'triton' else steps
     return data.draw(drawn), data.draw(drawn)

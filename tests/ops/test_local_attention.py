@@ -194,7 +194,7 @@ def test_opcheck(backend):
     tensors = inputs(backend, (1, 2, 3, 7, 6), 2, torch.float32)
     name = f'local_attention_{backend}' + ('' if backend == 'torch' else '_forward')
     op = getattr(torch.ops.acmix_mm, name).default
-    torch.library.opcheck(op, (*tensors, 3, 2, 1, 0.5))
+    torch.library.opcheck(op, forward_arguments(backend, tensors, (3, 2, 1, 0.5)))
 
 
 @pytest.mark.parametrize('backend', slow_if_interpreted(BACKENDS))
@@ -256,20 +256,36 @@ def test_tiles_of_triton():
 
 @needs_triton
 def test_triton_launches_phases_that_have_queries(monkeypatch):
-    """At a dilation of 49, six of 49 * 49."""
-    kernel, programs = triton_backend.kernels.forward_kernel, []
+    """At a dilation of 4, six of 4 * 4."""
+    programs = []
 
     class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
         def __getitem__(self, grid):
             programs.append(grid({'TILE_Y': 4, 'TILE_X': 8}))
-            return kernel[grid]
+            return self.kernel[grid]
 
-    monkeypatch.setattr(triton_backend.kernels, 'forward_kernel', Recorder())
+    monkeypatch.setattr(triton_backend, 'wrap_triton', Recorder)
     tensors = [t.detach() for t in inputs('triton', (1, 1, 4, 2, 3), 1)]
-    out = local_attention(*tensors, 3, 1, 49, backend='triton')
-    expected = oracles.local_attention(*tensors, 3, 1, 49)
+    out = local_attention(*tensors, 3, 1, 4, backend='triton')
+    expected = oracles.local_attention(*tensors, 3, 1, 4)
     torch.testing.assert_close(out, expected.to(out.dtype))
     assert programs == [(2 * 3,)] * 2  # the second launch is the careful one
+
+
+@needs_triton
+def test_triton_takes_the_largest_steps():
+    """Reflection is periodic, and a single query takes no strides."""
+    largest = 2**31 - 1
+    query, key, value = (t.detach() for t in inputs('triton', (1, 1, 2, 2, 3), 1))
+    out = local_attention(query, key, value, 3, 1, largest, backend='triton')
+    expected = oracles.local_attention(query, key, value, 3, 1, largest % math.lcm(2, 4))
+    torch.testing.assert_close(out, expected.to(out.dtype))
+    out = local_attention(query[..., :1, :1], key, value, 3, largest, backend='triton')
+    expected = oracles.local_attention(query, key, value, 3)[..., :1, :1]
+    torch.testing.assert_close(out, expected.to(out.dtype))
 
 
 @needs_triton
@@ -465,6 +481,20 @@ def operators(backend):
     return [getattr(torch.ops.acmix_mm, name).default for name in names]
 
 
+def forward_arguments(backend, tensors, geometry):
+    """Of Triton without position encoding and convolution, but with what is kept for gradients."""
+    if backend != 'triton':
+        return (*tensors, *geometry)
+    return (*tensors, None, None, None, *geometry, True)
+
+
+def backward_arguments(backend, grad, tensors, results, geometry, needed):
+    if backend == 'torch':
+        return (grad, *tensors, *geometry, needed)
+    output, _, lse = results
+    return (grad, *tensors, None, None, output, lse, *geometry, [*needed, False, False])
+
+
 def channels_last(maps):
     return maps.detach().permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
 
@@ -477,10 +507,11 @@ def test_fake_kernels_have_the_layout_of_results(backend, layout, needed):
     tensors = [layout(t.detach()) for t in inputs(backend, (2, 2, 3, 4, 5), 2, torch.float32)]
     geometry = (3, 2, 1, 0.5)
     forward, backward = operators(backend)
-    out = forward(*tensors, *geometry)
-    saved = tensors if backend == 'torch' else (*tensors, *out)
+    given = forward_arguments(backend, tensors, geometry)
+    out = forward(*given)
     grad = layout(out if backend == 'torch' else out[0])
-    calls = [(forward, (*tensors, *geometry)), (backward, (grad, *saved, *geometry, needed))]
+    back = backward_arguments(backend, grad, tensors, out, geometry, needed)
+    calls = [(forward, given), (backward, back)]
     for operator, arguments in calls:
         results = operator(*arguments)
         with FakeTensorMode() as mode:
@@ -504,11 +535,13 @@ def test_opcheck_with_channels_last(backend):
     )
     geometry = (3, 2, 1, 0.5)
     forward, backward = operators(backend)
-    torch.library.opcheck(forward, (query.requires_grad_(), key, value.requires_grad_(), *geometry))
-    tensors = [t.detach() for t in (query, key, value)]
-    results = [] if backend == 'torch' else forward(*tensors, *geometry)
-    arguments = (tensors[0], *tensors, *results, *geometry, (True, False, True))
-    torch.library.opcheck(backward, arguments)
+    tensors = (query.requires_grad_(), key, value.requires_grad_())
+    torch.library.opcheck(forward, forward_arguments(backend, tensors, geometry))
+    tensors = [t.detach() for t in tensors]
+    results = forward(*forward_arguments(backend, tensors, geometry))
+    needed = (True, False, True)
+    given = backward_arguments(backend, tensors[0], tensors, results, geometry, needed)
+    torch.library.opcheck(backward, given)
 
 
 @pytest.mark.parametrize('backend', BACKENDS)

@@ -28,14 +28,15 @@ def _compiles_anew(tmp_path, monkeypatch):
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
 
 
-def test_half_precision_moves_16_bytes_at_once_and_spills_nothing():
-    rows = report('--dtype', 'float16', '--dim', '64')
+@pytest.mark.parametrize('options', [(), ('--mixed',)])
+def test_half_precision_moves_16_bytes_at_once_and_spills_nothing(options):
+    rows = report('--dtype', 'float16', '--dim', '64', *options)
     assert [(row['kernel'], row['capability']) for row in rows] == [
         (kernel, capability) for capability in ('80', '90') for kernel in KERNELS
     ]
     for row in rows:
         assert row['spilled bytes'] == '0'
-        # Numbers of 4 bytes are log-sum-exps and the like, one a query.
+        # Numbers of 4 bytes are log-sum-exps and the like, one a query, and parameters.
         for column in ('loads', 'stores'):
             widths = set(re.findall(r'x (\d+)', row[column]))
             assert {'16'} <= widths <= {'16', '4'}
@@ -51,17 +52,17 @@ def test_float32_takes_matrix_instructions_as_tf32_only():
 
 
 @pytest.mark.parametrize(
-    ('gradients', 'kernels'),
+    ('gradients', 'kernels', 'mixed'),
     [
-        (['key'], ['forward', 'grad_key_value']),
-        (['query', 'value'], KERNELS),
+        (['key'], ['forward', 'grad_key_value'], []),
+        (['query', 'value'], KERNELS, ['--mixed']),
     ],
 )
-def test_every_variant_compiles(gradients, kernels):
+def test_every_variant_compiles(gradients, kernels, mixed):
     """Rows that do not start at multiples of 16 bytes, phases, and numbers that are not finite."""
     geometry = ('--dim', '23', '--kernel-size', '5', '--stride', '3', '--dilation', '2')
     options = ('--capability', '90', '--dtype', 'float16', '--careful', '--gradients', *gradients)
-    rows = report(*geometry, *options)
+    rows = report(*geometry, *options, *mixed)
     assert [row['kernel'] for row in rows] == [
         name for kernel in kernels for name in (kernel, f'{kernel}, careful')
     ]

@@ -117,17 +117,28 @@ def compiled(
 
 
 def attention(
-    dim: int, gradients: Collection[str], kernel_size: int, stride: int, dilation: int
+    dim: int,
+    gradients: Collection[str] = INPUTS,
+    kernel_size: int = 7,
+    stride: int = 1,
+    dilation: int = 1,
+    mixed: bool = False,
 ) -> Callable[[torch.dtype], None]:
-    """Forward and backward pass, heads side by side, as a layer has them."""
+    """Forward and backward pass of attention, or mixed attention, heads as a layer has them."""
 
     def call(dtype: torch.dtype) -> None:
         maps = torch.zeros(1, 20, 20, 2, dim, dtype=dtype).permute(0, 3, 4, 1, 2)
         query = maps[..., ::stride, ::stride]
         geometry = (kernel_size, stride, dilation, dim**-0.5)
-        output, lse = triton_backend._forward(query, maps, maps, *geometry)
-        needed = [name in gradients for name in INPUTS]
-        triton_backend._backward(output, query, maps, maps, output, lse, *geometry, needed)
+        slopes, factor = (torch.zeros(dim, 2), torch.ones(1)) if mixed else (None, None)
+        inputs = (query, maps, maps, slopes)
+        convolution = torch.zeros_like(query) if mixed else None
+        output, alone, lse = triton_backend._forward(
+            *inputs, convolution, factor, *geometry, True
+        )
+        kept = alone if mixed else output
+        needed = [name in gradients for name in INPUTS] + [False, False]
+        triton_backend._backward(output, *inputs, factor, kept, lse, *geometry, needed)
 
     return call
 
@@ -186,7 +197,8 @@ def calls(args: argparse.Namespace) -> list[tuple[str | int, Callable[[torch.dty
     steps = (args.stride, args.dilation)
     found = []
     if 'local_attention' in args.operators:
-        found += [(d, attention(d, args.gradients, args.kernel_size, *steps)) for d in args.dim]
+        geometry = (args.kernel_size, *steps)
+        found += [(d, attention(d, args.gradients, *geometry, args.mixed)) for d in args.dim]
     for name, layout in LAYOUTS.items():
         if 'group_conv' in args.operators:
             found.append((f'group_conv, {name}', group_conv(layout, *steps)))
@@ -224,6 +236,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--kernel-size', type=int, default=7, help='default: %(default)s')
     parser.add_argument('--stride', type=int, default=1, help='default: %(default)s')
     parser.add_argument('--dilation', type=int, default=1, help='default: %(default)s')
+    parser.add_argument(
+        '--mixed',
+        action='store_true',
+        help='attention of the operator of both paths: position encoding and sum of paths inside',
+    )
     parser.add_argument(
         '--careful', action='store_true', help='also the programs for numbers that are not finite'
     )

@@ -24,12 +24,15 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .._autograd import refuse_second_order, spread
-from .._checks import check_attention, check_dtypes, check_shape
+from .._checks import check_attention, check_dtypes, check_shape, check_tensors
 
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -82,13 +85,42 @@ if MISSING is None:
     import triton
 
     from . import triton_kernels as kernels
+    from .triton_kernels import forward_kernel, grad_key_value_kernel, grad_query_kernel
 
     # Whatever the size, the interpreter takes its time for operations.
     INTERPRETED_TILE = (8, 16, 256, 4)
 
+    if INTERPRETED or not hasattr(torch.library, 'triton_op'):
+        # Interpreted kernels are functions of NumPy arrays, which no graph can hold: tests run the
+        # same functions and kernels as opaque operators. PyTorch before 2.6 knows no others.
+        from torch.library import custom_op as make_operator
+
+        def wrap_triton(kernel):
+            return kernel
+    else:
+        from torch.library import triton_op as make_operator
+        from torch.library import wrap_triton
+
+    def _operator(name: str, fake: Callable) -> Callable:
+        """A custom operator, into which torch.compile sees, with ``fake`` for shapes alone."""
+
+        def register(function: Callable) -> Callable:
+            operator = make_operator(name, function, mutates_args=())
+            # triton_op takes the function, whose decisions would become conditions of an export.
+            operator.register_fake(fake)
+            return operator
+
+        return register
+
+    def _tunes() -> bool:
+        return AUTOTUNE and not torch.are_deterministic_algorithms_enabled()
+
+    def _candidates(kernel):
+        """``kernel`` with all tiles of the table as candidates, where it is to be tuned."""
+        return _tuned(kernel) if _tunes() else kernel
+
     @functools.cache
     def _tuned(kernel):
-        """``kernel`` with all tiles of the table as candidates."""
         configs = [_config(*tile) for tile in sorted({*kernels.TILES.values()})]
         return triton.autotune(configs, ['DIM', 'KERNEL_SIZE', 'STEP', 'PRECISION'])(kernel)
 
@@ -112,14 +144,16 @@ if MISSING is None:
             )
             return (query.size(0) * query.size(1) * present * tiles_y * tiles_x,)
 
-        kind = constants['PRECISION'] if query.element_size() == 4 else 'half'
-        tile = kernels.TILES[kind, constants['DIM_BLOCK']]
-        tile = _config(*(INTERPRETED_TILE if INTERPRETED else tile)).all_kwargs()
-        if AUTOTUNE and not torch.are_deterministic_algorithms_enabled():
-            _tuned(kernel)[grid](*args, **constants, CAREFUL=False)
-        else:
-            kernel[grid](*args, **constants, CAREFUL=False, **tile)
-        kernel[grid](*args, **constants, CAREFUL=True, **tile)
+        tile = {}
+        if not _tunes():
+            kind = constants['PRECISION'] if query.element_size() == 4 else 'half'
+            tile = INTERPRETED_TILE if INTERPRETED else kernels.TILES[kind, constants['DIM_BLOCK']]
+            config = _config(*tile)
+            # Not all_kwargs(), with num_ctas, which graphs do not take.
+            tile = {**config.kwargs, 'num_warps': config.num_warps, 'num_stages': config.num_stages}
+        with nullcontext() if is_fake(query) else torch.cuda.device_of(query):
+            for careful in (False, True):
+                kernel[grid](*args, **constants, CAREFUL=careful, **tile)
 
     def _channels_last(maps: Tensor) -> Tensor:
         """(B, N, d, H, W) with adjacent channels of a head; a copy unless they are."""
@@ -132,9 +166,10 @@ if MISSING is None:
         batch, heads, dim, height, width = maps.shape
         return maps.new_empty((batch, height, width, heads, dim)).permute(0, 3, 4, 1, 2)
 
-    def _strides(*tensors: Tensor) -> list[int]:
+    def _strides(*tensors: Tensor | None) -> list[int]:
         """Of each but that of channels, which is 1."""
-        return [s for t in tensors for i, s in enumerate(t.stride()) if i != 2]
+        strides = [(0,) * 5 if t is None else t.stride() for t in tensors]
+        return [step for steps in strides for i, step in enumerate(steps) if i != 2]
 
     def _precision(dtype: torch.dtype) -> str:
         """Of factors of products: in float32, TF32 if PyTorch allows it for convolutions."""
@@ -151,11 +186,18 @@ if MISSING is None:
         def __init__(
             self, query: Tensor, key: Tensor, kernel_size: int, stride: int, dilation: int
         ):
-            unit = math.gcd(stride, dilation)
-            step, self.phases = stride // unit, dilation // unit
             self.heads, dim = query.shape[1:3]
             self.size = tuple(key.shape[3:])
             self.query_size = tuple(query.shape[3:])
+            # Steps beyond the map have shorter ones that reach the same pixels, and in the kernels
+            # positions of 32 bits. Reflection is periodic, and one query takes no strides.
+            if any(kernel_size // 2 * dilation >= n for n in self.size):
+                period = math.lcm(*(max(2 * n - 2, 1) for n in self.size))
+                dilation = (dilation - 1) % period + 1
+            if self.query_size == (1, 1):
+                stride = 1
+            unit = math.gcd(stride, dilation)
+            step, self.phases = stride // unit, dilation // unit
             self.dilation = dilation
             # How far from a query its neighbourhood reaches.
             self.reach = kernel_size // 2 * dilation
@@ -173,10 +215,12 @@ if MISSING is None:
                 'PRECISION': _precision(query.dtype),
             }
 
-        def accesses(self, *tensors: Tensor) -> dict[str, bool]:
+        def accesses(self, *tensors: Tensor | None) -> dict[str, bool]:
             """WIDE and ALIGNED of the kernels, for maps that they read or write."""
             spans, aligned = [], True
             for t in tensors:
+                if t is None:
+                    continue
                 strides = t.stride()
                 spans.append(
                     sum((n - 1) * s for n, s in zip(t.shape[2:], strides[2:], strict=True))
@@ -184,8 +228,10 @@ if MISSING is None:
                 # A stride along an axis of length 1 may be anything, and does not matter.
                 steps = [s for i, s in enumerate(strides) if i != 2 and t.size(i) > 1]
                 aligned &= all(step * t.element_size() % 16 == 0 for step in steps)
-                aligned &= t.data_ptr() % 16 == 0
-            return {'WIDE': max(spans) >= 2**31, 'ALIGNED': aligned}
+                # What a compiled graph allocates is aligned, and what it is given, as when traced.
+                first = t.storage_offset() * t.element_size() if is_fake(t) else t.data_ptr()
+                aligned &= first % 16 == 0
+            return {'WIDE': bool(max(spans) >= 2**31), 'ALIGNED': bool(aligned)}
 
         def images(self, axis: int) -> tuple[int, int]:
             """Range of the i whose mirror images of pixels a neighbourhood may reach.
@@ -198,128 +244,243 @@ if MISSING is None:
             first = -((self.reach + size - 1) // period)
             return 2 * first, 2 * ((self.last[axis] + size - 1) // period) + 2
 
-    @torch.library.custom_op('acmix_mm::local_attention_triton_forward', mutates_args=())
-    def _forward(
+    def _empty_outputs(
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        slopes: Tensor | None,
+        convolution: Tensor | None,
+        factor: Tensor | None,
         kernel_size: int,
         stride: int,
         dilation: int,
         scale: float,
-    ) -> tuple[Tensor, Tensor]:
-        # Also of a call without the front's checks: kernels take sizes and strides at their word.
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lse = (*query.shape[:2], *query.shape[3:]) if keep else (0,)
+        kept = keep and convolution is not None
+        attention = _empty(query) if kept else query.new_empty((0,))
+        return _empty(query), attention, query.new_empty(lse, dtype=torch.float32)
+
+    @_operator('acmix_mm::local_attention_triton_forward', _empty_outputs)
+    def _forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slopes: Tensor | None,
+        convolution: Tensor | None,
+        factor: Tensor | None,
+        kernel_size: int,
+        stride: int,
+        dilation: int,
+        scale: float,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Arguments as of :func:`mixed_attention`, but that convolution and factor may be None.
+
+        Returns:
+            tuple[Tensor, Tensor, Tensor]: The result; where there is a convolution, attention
+            alone; log2 of the sum of 2 ** (logits * log2(e)), a number a query and head. The two
+            latter have numbers only if they are to be kept, for the backward pass.
+        """
+        _check(query, key, value, slopes, factor, kernel_size, stride, dilation)
+        if (convolution is None) != (factor is None):
+            raise ValueError('convolution and factor come together')
+        if convolution is not None:
+            _check_like('convolution', convolution, query)
+        output, attention, lse = _empty_outputs(
+            query, key, value, slopes, convolution, factor,
+            kernel_size, stride, dilation, scale, keep,
+        )  # fmt: skip
+        if query.numel() == 0:
+            return output, attention, lse
+        query, key, value = map(_channels_last, (query, key, value))
+        step = 0
+        if convolution is not None:
+            convolution = _channels_last(convolution)
+            step = factor.stride(0) if factor.numel() > 1 else 0
+        maps = (query, key, value, output, convolution)
+        plan = _Geometry(query, key, kernel_size, stride, dilation)
+        # From these names PyTorch knows, for its caches of graphs, of which kernels an operator is.
+        kernel = _candidates(forward_kernel)
+        _launch(
+            wrap_triton(kernel),
+            query,
+            plan.query_size,
+            plan.phases,
+            *(query, key, value, _contiguous(slopes), convolution, factor, output),
+            *(attention if attention.numel() else None, lse if keep else None),
+            *_strides(*maps),
+            *(step, plan.heads, *plan.size, *plan.query_size, scale),
+            **plan.constants,
+            **plan.accesses(*maps),
+            ONCE=plan.once,
+        )
+        return output, attention, lse
+
+    def _contiguous(slopes: Tensor | None) -> Tensor | None:
+        return None if slopes is None else slopes.contiguous()
+
+    def _check(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slopes: Tensor | None,
+        factor: Tensor | None,
+        kernel_size: int,
+        stride: int,
+        dilation: int,
+    ) -> None:
+        """Calls without the front's checks, too: kernels take sizes and strides at their word."""
         check_attention(query, key, value, kernel_size, stride, dilation)
         check_dtypes(query=query, key=key, value=value)
-        output, lse = _empty_outputs(query)
-        if query.numel() == 0:
-            return output, lse
-        query, key, value = map(_channels_last, (query, key, value))
-        maps = (query, key, value, output)
-        plan = _Geometry(query, key, kernel_size, stride, dilation)
-        with torch.cuda.device_of(query):
-            _launch(
-                kernels.forward_kernel,
-                query,
-                plan.query_size,
-                plan.phases,
-                *(*maps, lse),
-                *_strides(*maps),
-                *(plan.heads, *plan.size, *plan.query_size, scale),
-                **plan.constants,
-                **plan.accesses(*maps),
-                ONCE=plan.once,
-            )
-        return output, lse
+        heads, dim = query.shape[1:3]
+        why = f'query of shape {tuple(query.shape)}'
+        if slopes is not None:
+            check_tensors(query=query, slopes=slopes)
+            check_shape('slopes', slopes, (dim, 2), why)
+        if factor is not None:
+            check_tensors(query=query, factor=factor)
+            check_shape('factor', factor, (1,) if factor.numel() == 1 else (heads * dim,), why)
 
-    def _empty_outputs(query: Tensor) -> tuple[Tensor, Tensor]:
-        """Output, and log2 of the sum of 2 ** (logits * log2(e)), a number a query and head."""
-        shape = (*query.shape[:2], *query.shape[3:])
-        return _empty(query), query.new_empty(shape, dtype=torch.float32)
+    def _check_like(name: str, tensor: Tensor, query: Tensor) -> None:
+        check_tensors(**{'query': query, name: tensor})
+        check_dtypes(**{'query': query, name: tensor})
+        check_shape(name, tensor, tuple(query.shape), f'query of shape {tuple(query.shape)}')
 
-    @_forward.register_fake
-    def _(query, key, value, kernel_size, stride, dilation, scale):
-        return _empty_outputs(query)
-
-    @torch.library.custom_op('acmix_mm::local_attention_triton_backward', mutates_args=())
-    def _backward(
+    def _empty_gradients(
         grad: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        output: Tensor,
+        slopes: Tensor | None,
+        factor: Tensor | None,
+        attention: Tensor,
         lse: Tensor,
         kernel_size: int,
         stride: int,
         dilation: int,
         scale: float,
-        needed: list[bool],
+        needed: Sequence[bool],
     ) -> list[Tensor]:
-        """Those gradients of query, key and value that are ``needed``."""
-        check_attention(query, key, value, kernel_size, stride, dilation)
-        check_dtypes(query=query, key=key, value=value, grad=grad, output=output)
-        why = f'query of shape {tuple(query.shape)}'
-        check_shape('grad', grad, tuple(query.shape), why)
-        check_shape('output', output, tuple(query.shape), why)
-        check_shape('lse', lse, (*query.shape[:2], *query.shape[3:]), why)
-        gradients = _empty_gradients((query, key, value), needed)
-        if query.numel() == 0:
-            return gradients
-        grad_query, grad_key, grad_value = spread(gradients, needed)
-        query, key, value, grad, output = map(_channels_last, (query, key, value, grad, output))
+        maps = [_empty(t) for t, need in zip((query, key, value), needed, strict=False) if need]
+        rest = zip((slopes, factor), needed[3:], strict=True)
+        return maps + [t.new_empty(t.shape) for t, need in rest if need]
+
+    @_operator('acmix_mm::local_attention_triton_backward', _empty_gradients)
+    def _backward(
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slopes: Tensor | None,
+        factor: Tensor | None,
+        attention: Tensor,
+        lse: Tensor,
+        kernel_size: int,
+        stride: int,
+        dilation: int,
+        scale: float,
+        needed: Sequence[bool],
+    ) -> list[Tensor]:
+        """Those gradients of query, key, value, slopes and factor that are ``needed``."""
+        _check(query, key, value, slopes, factor, kernel_size, stride, dilation)
+        _check_like('grad', grad, query)
+        _check_like('attention', attention, query)
+        shape = (*query.shape[:2], *query.shape[3:])
+        check_shape('lse', lse, shape, f'query of shape {tuple(query.shape)}')
+        of_query, of_key, of_value, of_slopes, of_factor = needed
+        grad_factor = None
+        if factor is not None and factor.numel() > 1:
+            # Rare: a deployed layer that is trained on.
+            products = grad.float() * attention.float()
+            grad_factor = products.sum((0, 3, 4)).flatten().to(factor.dtype)
+            grad = (grad * factor.view(1, *grad.shape[1:3], 1, 1)).to(grad.dtype)
+            factor, of_factor = None, False
+        # Of the position encoding, the gradient is summed up from that of key.
+        of_keys = of_key or of_slopes
+        grad_query, grad_key, grad_value = (
+            _empty(t) if need else None
+            for t, need in ((query, of_query), (key, of_keys), (value, of_value))
+        )
+        query, key, value, grad, attention = map(
+            _channels_last, (query, key, value, grad, attention)
+        )
         plan = _Geometry(query, key, kernel_size, stride, dilation)
+        slopes_given, slopes = slopes, _contiguous(slopes)
         lse = lse.contiguous()
         delta = torch.empty_like(lse)
-        need_query, need_key, need_value = needed
-        with torch.cuda.device_of(query):
-            if need_query:
-                maps = (query, key, value, output, grad)
-                _launch(
-                    kernels.grad_query_kernel,
-                    query,
-                    plan.query_size,
-                    plan.phases,
-                    *(query, key, value, output, lse, grad, grad_query, delta),
-                    *_strides(*maps, grad_query),
-                    *(plan.heads, *plan.size, *plan.query_size, scale),
-                    **plan.constants,
-                    **plan.accesses(*maps, grad_query),
-                    ONCE=plan.once,
-                )
-            elif need_key:
-                torch.sum(grad.float() * output.float(), 2, out=delta)
-            if need_key or need_value:
-                maps = (query, key, value, grad, grad_key if need_key else grad_value)
-                _launch(
-                    kernels.grad_key_value_kernel,
-                    query,
-                    plan.size,
-                    plan.dilation,
-                    *(query, key, value, lse, delta, grad, grad_key, grad_value),
-                    *_strides(*maps),
-                    *(plan.heads, *plan.size, *plan.query_size),
-                    *(*plan.images(0), *plan.images(1), scale),
-                    **plan.constants,
-                    **plan.accesses(*maps),
-                    INVERSE=plan.inverse,
-                )
-        return gradients
+        tilts = None if slopes is None else lse.new_empty((2, *lse.shape))
+        if of_query and query.numel():
+            maps = (query, key, value, attention, grad, grad_query)
+            kernel = _candidates(grad_query_kernel)
+            _launch(
+                wrap_triton(kernel),
+                query,
+                plan.query_size,
+                plan.phases,
+                *(query, key, value, slopes, factor, attention, lse),
+                *(grad, grad_query, delta, tilts),
+                *_strides(*maps),
+                *(plan.heads, *plan.size, *plan.query_size, lse.numel(), scale),
+                **plan.constants,
+                **plan.accesses(*maps),
+                ONCE=plan.once,
+            )
+        else:
+            delta = (grad.float() * attention.float()).sum(2)
+            if slopes is not None:
+                columns = slopes.float().T[:, None, None, :, None, None]
+                tilts = (query.float() * columns).sum(3)
+        if (of_keys or of_value) and query.numel():
+            maps = (query, key, value, grad, grad_key if of_keys else grad_value)
+            kernel = _candidates(grad_key_value_kernel)
+            _launch(
+                wrap_triton(kernel),
+                query,
+                plan.size,
+                plan.dilation,
+                *(query, key, value, factor, lse, delta, tilts, grad, grad_key, grad_value),
+                *_strides(*maps),
+                *(plan.heads, *plan.size, *plan.query_size),
+                *(*plan.images(0), *plan.images(1), lse.numel(), scale),
+                **plan.constants,
+                **plan.accesses(*maps),
+                INVERSE=plan.inverse,
+            )
+        grad_slopes = _grad_slopes(grad_key).to(slopes_given.dtype) if of_slopes else None
+        if of_factor:
+            grad_factor = delta.sum().view(1).to(factor.dtype)
+        gradients = (grad_query, grad_key, grad_value, grad_slopes, grad_factor)
+        return [g for g, need in zip(gradients, needed, strict=True) if need]
 
-    def _empty_gradients(tensors: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
-        return [_empty(t) for t, need in zip(tensors, needed, strict=True) if need]
-
-    @_backward.register_fake
-    def _(grad, query, key, value, output, lse, kernel_size, stride, dilation, scale, needed):
-        return _empty_gradients((query, key, value), needed)
+    def _grad_slopes(grad_key: Tensor) -> Tensor:
+        """Gradient (d, 2) of the position encoding, which is taken off all keys."""
+        maps = grad_key.sum((0, 1), dtype=torch.float32)
+        height, width = maps.shape[1:]
+        # Not linspace, which would tie a compiled graph to one size.
+        x, y = (
+            torch.arange(n, dtype=maps.dtype, device=maps.device) * (2 / max(n - 1, 1)) - 1
+            for n in (width, height)
+        )
+        return -torch.stack([(maps.sum(1) * x).sum(1), (maps.sum(2) * y).sum(1)], 1)
 
     def _setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3], *output)
-        ctx.geometry = inputs[3:]
+        *tensors, convolution, factor = inputs[:6]
+        result, attention, lse = output
+        kept = result if convolution is None else attention
+        ctx.save_for_backward(*tensors, factor, kept, lse)
+        ctx.geometry = inputs[6:10]
 
-    def _autograd_backward(ctx, grad, grad_lse):
-        needed = ctx.needs_input_grad[:3]
-        gradients = _backward(grad, *ctx.saved_tensors, *ctx.geometry, needed)
-        return *spread(gradients, needed), None, None, None, None
+    def _autograd_backward(ctx, grad, *others):
+        *needed, of_convolution, of_factor = ctx.needs_input_grad[:6]
+        needed.append(of_factor)
+        gradients = [None] * 5
+        if any(needed):
+            computed = _backward(grad, *ctx.saved_tensors, *ctx.geometry, needed)
+            gradients = spread(computed, needed)
+        of_convolution = grad if of_convolution else None
+        return *gradients[:4], of_convolution, gradients[4], None, None, None, None, None
 
     _forward.register_autograd(_autograd_backward, setup_context=_setup_context)
     refuse_second_order('acmix_mm::local_attention_triton_backward', 'local_attention', 'triton')
@@ -338,8 +499,51 @@ def local_attention(
 
     Inputs whose channels are not adjacent in memory are copied; results are (B, H, W, N, d) in
     memory. Training keeps inputs, output and one log-sum-exp a query and head. Neither pass needs
-    memory beyond its results and one number a query and head. Each gradient is summed by the one
+    memory beyond its results and few numbers a query and head. Each gradient is summed by the one
     program that writes it, in float32, over the mirror images of its pixel too, so the order of
     additions is fixed.
     """
-    return _forward(query, key, value, kernel_size, stride, dilation, scale)[0]
+    keep = _differentiates(query, key, value)
+    geometry = (kernel_size, stride, dilation, scale)
+    return _forward(query, key, value, None, None, None, *geometry, keep)[0]
+
+
+def mixed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slopes: Tensor,
+    convolution: Tensor,
+    factor: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> Tensor:
+    """``factor * attention + convolution``, for keys less a position encoding.
+
+    As :func:`local_attention`; neither the keys less their encoding nor, unless the backward pass
+    needs it, the result of attention become maps in memory.
+
+    Args:
+        query (Tensor): Shape (B, N, d, ceil(H / stride), ceil(W / stride)).
+        key (Tensor): Shape (B, N, d, H, W), dtype and device of ``query``.
+        value (Tensor): As ``key``.
+        slopes (Tensor): Shape (d, 2): the encoding is ``slopes @ (x, y)`` for coordinates
+            linspace(-1, 1) over width and height. Any floating-point dtype.
+        convolution (Tensor): As ``query``.
+        factor (Tensor): Shape (1,) or (N * d,). Any floating-point dtype.
+        kernel_size (int): Side of the neighbourhood, odd.
+        stride (int): Keys between the neighbourhoods of adjacent queries.
+        dilation (int): Distance between the keys of a neighbourhood.
+
+    Returns:
+        Tensor: As ``query``, (B, H, W, N, d) in memory.
+    """
+    tensors = (query, key, value, slopes, convolution, factor)
+    geometry = (kernel_size, stride, dilation, query.size(2) ** -0.5)
+    return _forward(*tensors, *geometry, _differentiates(*tensors))[0]
+
+
+def _differentiates(*tensors: Tensor) -> bool:
+    """May there be a backward pass?"""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -21,7 +21,13 @@ reach all of a tile. So each kernel is launched twice, the second time ``CAREFUL
 results are all finite then ends at once; others repeat their work with products that leave out what
 is masked. (The same in one kernel would cost the ordinary case up to twice the registers.)
 
-Of the gradients of key and value, one may be None: it is not needed then.
+The position encoding of ACmix takes slopes * (x, y) off each key, so it takes off ``query . key``
+the products of two numbers a query, its tilt, with the coordinates of the key. Keys are read as
+they are, straight into matrix products, and the encoding is not rounded to half precision.
+
+What a call does not have is None: ``slopes`` and the tilts without a position encoding;
+``convolution``, which attention times ``factor`` is added to; what only a backward pass needs,
+where there will be none; and of the gradients of key and value, one that is not needed.
 """
 
 import inspect
@@ -39,8 +45,8 @@ def _jit(function):
 
 # Rows and columns of a tile, block of the other side and warps, by what products are of and the
 # head dimension rounded up. Read off compilations (tools/dev/triton_report.py), not measured:
-# nothing spills on 8.0 and 9.0, and a 7x7 neighbourhood takes at most 208 keys a query, of which a
-# whole tile has 140 to 196 in its region.
+# nothing spills on 8.0 and 9.0 up to a head dimension of 64, and a 7x7 neighbourhood takes at most
+# 208 keys a query, of which a whole tile has 140 to 196 in its region.
 TILES = {
     ('half', 16): (4, 8, 32, 2),
     ('half', 32): (8, 8, 16, 2),
@@ -58,12 +64,15 @@ TILES = {
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):
-    """Matrix product, with float32 sums; PRECISION of factors in float32: 'tf32' or 'ieee'."""
+def _dot(a, b, PRECISION: tl.constexpr, start=None):
+    """Matrix product, added to ``start``, if there is one.
+
+    Sums are in float32; PRECISION of factors in float32: 'tf32' or 'ieee'.
+    """
     if INTERPRETED and a.dtype == tl.bfloat16:
         # The interpreter (3.7.1) would multiply the bit patterns.
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, start, input_precision=PRECISION)
 
 
 @triton.jit
@@ -140,6 +149,19 @@ def _inside(key_y, key_x, query_y, query_x, KERNEL_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _coordinates(pixels, size):
+    """linspace(-1, 1) over ``size`` pixels."""
+    return pixels.to(tl.float32) * (2.0 / tl.maximum(size - 1, 1)) - 1.0
+
+
+@triton.jit
+def _slope(slopes, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
+    """(1, DIM_BLOCK): a column of (DIM, 2) slopes."""
+    channels = tl.arange(0, DIM_BLOCK)
+    return tl.load(slopes + 2 * channels, mask=channels < DIM, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _finite(maps):
     return tl.abs(maps.to(tl.float32)) < float('inf')
 
@@ -163,18 +185,24 @@ def _odd_seen(inside, maps):
 
 @_jit
 def forward_kernel(
-    query, key, value, output, lse,
+    query, key, value, slopes, convolution, factor, output, attention, lse,
     query_b, query_n, query_y, query_x,
     key_b, key_n, key_y, key_x,
     value_b, value_n, value_y, value_x,
     output_b, output_n, output_y, output_x,
-    heads, height, width, query_height, query_width, scale,
+    convolution_b, convolution_n, convolution_y, convolution_x,
+    factor_step, heads, height, width, query_height, query_width, scale,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KERNEL_SIZE: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr, UNIT: tl.constexpr,
     ONCE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Output and log2-sum-exp2 of one tile of queries, over its key region in blocks of keys."""
+    """Output and log2-sum-exp2 of one tile of queries, over its key region in blocks of keys.
+
+    With a convolution, output is ``factor * attention + convolution``; then ``attention``, of the
+    layout of output, is what the backward pass needs. ``factor`` holds a number for each channel of
+    all heads, ``factor_step`` apart.
+    """
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     REGION_Y: tl.constexpr = (TILE_Y - 1) * STEP + KERNEL_SIZE
     REGION_X: tl.constexpr = (TILE_X - 1) * STEP + KERNEL_SIZE
@@ -186,8 +214,8 @@ def forward_kernel(
     key += batch * key_b + head * key_n
     value += batch * value_b + head * value_n
     output += batch * output_b + head * output_n
-    lse += (batch * heads + head) * query_height * query_width
-    real = tl.arange(0, DIM_BLOCK)[None, :] < DIM
+    channels = tl.arange(0, DIM_BLOCK)
+    real = channels[None, :] < DIM
 
     m = tl.arange(0, QUERIES)
     m_y, m_x = m // TILE_X, m % TILE_X
@@ -207,6 +235,9 @@ def forward_kernel(
     first_y = UNIT * (STEP * phase_y + PHASES * (tile_y * (TILE_Y * STEP) - RADIUS))
     first_x = UNIT * (STEP * phase_x + PHASES * (tile_x * (TILE_X * STEP) - RADIUS))
     scale *= LOG2E  # powers of two are what the hardware computes
+    if slopes is not None:
+        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1) * scale
+        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1) * scale
     # A finite start keeps rows whose first blocks are masked altogether free of inf - inf.
     largest = tl.full([QUERIES], -1e38, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
@@ -223,6 +254,9 @@ def forward_kernel(
         k = tl.load(k_rows, mask=real, other=0)
         v = tl.load(v_rows, mask=real, other=0)
         logits = _dot(q, tl.trans(k), PRECISION) * scale
+        if slopes is not None:
+            logits -= tilt_y[:, None] * _coordinates(pixel_y, height)[None, :]
+            logits -= tilt_x[:, None] * _coordinates(pixel_x, width)[None, :]
         inside = _inside(
             n_y[None, :], n_x[None, :], (STEP * m_y)[:, None], (STEP * m_x)[:, None], KERNEL_SIZE
         )
@@ -238,28 +272,47 @@ def forward_kernel(
 
     if CAREFUL:
         acc = tl.where(odd > 0, float('nan'), acc)
-    out = (acc / total[:, None]).to(output.dtype.element_ty)
+    out = acc / total[:, None]
+    if convolution is not None:
+        if attention is not None:
+            attention += batch * output_b + head * output_n
+            rows = _rows(attention, y, x, output_y, output_x, DIM_BLOCK, WIDE, ALIGNED)
+            tl.store(rows, out.to(attention.dtype.element_ty), mask=mask)
+        convolution += batch * convolution_b + head * convolution_n
+        rows = _rows(
+            convolution, y, x, convolution_y, convolution_x, DIM_BLOCK, WIDE, ALIGNED
+        )  # fmt: skip
+        numbers = factor + (head * DIM + channels) * factor_step
+        out *= tl.load(numbers, mask=channels < DIM, other=0).to(tl.float32)[None, :]
+        out += tl.load(rows, mask=mask, other=0).to(tl.float32)
     rows = _rows(output, y, x, output_y, output_x, DIM_BLOCK, WIDE, ALIGNED)
-    tl.store(rows, out, mask=mask)
-    tl.store(lse + _offset(y, x, query_width, 1, WIDE), largest + tl.log2(total), mask=exists)
+    tl.store(rows, out.to(output.dtype.element_ty), mask=mask)
+    if lse is not None:
+        lse += (batch * heads + head) * query_height * query_width
+        pixels = _offset(y, x, query_width, 1, WIDE)
+        tl.store(lse + pixels, largest + tl.log2(total), mask=exists)
 
 
 @_jit
 def grad_query_kernel(
-    query, key, value, output, lse, grad, grad_query, delta,
+    query, key, value, slopes, factor, attention, lse, grad, grad_query, delta, tilts,
     query_b, query_n, query_y, query_x,
     key_b, key_n, key_y, key_x,
     value_b, value_n, value_y, value_x,
-    output_b, output_n, output_y, output_x,
+    attention_b, attention_n, attention_y, attention_x,
     grad_b, grad_n, grad_y, grad_x,
     result_b, result_n, result_y, result_x,
-    heads, height, width, query_height, query_width, scale,
+    heads, height, width, query_height, query_width, planes, scale,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KERNEL_SIZE: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr, UNIT: tl.constexpr,
     ONCE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
     CAREFUL: tl.constexpr, TILE_Y: tl.constexpr, TILE_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel; also writes delta = sum(grad * output), for the other kernel."""
+    """As the forward kernel, but that ``factor`` is one number.
+
+    Also writes ``delta = sum(grad * attention)`` and ``tilts``, a map for x and, ``planes`` numbers
+    on, one for y, for the other kernel.
+    """
     RADIUS: tl.constexpr = KERNEL_SIZE // 2
     REGION_Y: tl.constexpr = (TILE_Y - 1) * STEP + KERNEL_SIZE
     REGION_X: tl.constexpr = (TILE_X - 1) * STEP + KERNEL_SIZE
@@ -270,7 +323,7 @@ def grad_query_kernel(
     query += batch * query_b + head * query_n
     key += batch * key_b + head * key_n
     value += batch * value_b + head * value_n
-    output += batch * output_b + head * output_n
+    attention += batch * attention_b + head * attention_n
     grad_query += batch * result_b + head * result_n
     grad += batch * grad_b + head * grad_n
     lse += (batch * heads + head) * query_height * query_width
@@ -292,15 +345,29 @@ def grad_query_kernel(
     q = tl.load(rows, mask=mask, other=0)
     rows = _rows(grad, y, x, grad_y, grad_x, DIM_BLOCK, WIDE, ALIGNED)
     g = tl.load(rows, mask=mask, other=0)
-    rows = _rows(output, y, x, output_y, output_x, DIM_BLOCK, WIDE, ALIGNED)
+    rows = _rows(attention, y, x, attention_y, attention_x, DIM_BLOCK, WIDE, ALIGNED)
     out = tl.load(rows, mask=mask, other=0)
     pixels = _offset(y, x, query_width, 1, WIDE)
     row_delta = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta + pixels, row_delta, mask=exists)
     row_lse = tl.load(lse + pixels, mask=exists, other=float('inf'))
+    if slopes is not None:
+        tilts += (batch * heads + head) * query_height * query_width
+        tilt_x = tl.sum(q.to(tl.float32) * _slope(slopes, DIM, DIM_BLOCK), 1)
+        tilt_y = tl.sum(q.to(tl.float32) * _slope(slopes + 1, DIM, DIM_BLOCK), 1)
+        tl.store(tilts + pixels, tilt_x, mask=exists)
+        tl.store(tilts + planes + pixels, tilt_y, mask=exists)
+        sum_x = tl.zeros([QUERIES], tl.float32)
+        sum_y = tl.zeros([QUERIES], tl.float32)
 
     first_y = UNIT * (STEP * phase_y + PHASES * (tile_y * (TILE_Y * STEP) - RADIUS))
     first_x = UNIT * (STEP * phase_x + PHASES * (tile_x * (TILE_X * STEP) - RADIUS))
+    # Gradients of a query's logits add up to zero, but for rounding, which matters least where
+    # coordinates are relative.
+    middle_y = tl.minimum(first_y + UNIT * PHASES * (REGION_Y // 2), height - 1)
+    middle_x = tl.minimum(first_x + UNIT * PHASES * (REGION_X // 2), width - 1)
+    middle_y = _coordinates(middle_y, height)
+    middle_x = _coordinates(middle_x, width)
     acc = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
     odd = tl.zeros([QUERIES, DIM_BLOCK], tl.float32)
     for start in range(0, REGION_Y * REGION_X, BLOCK):
@@ -312,7 +379,13 @@ def grad_query_kernel(
         v_rows = _rows(value, pixel_y, pixel_x, value_y, value_x, DIM_BLOCK, WIDE, ALIGNED)
         k = tl.load(k_rows, mask=real, other=0)
         v = tl.load(v_rows, mask=real, other=0)
-        logits = _dot(q, tl.trans(k), PRECISION) * (scale * LOG2E)
+        logits = _dot(q, tl.trans(k), PRECISION)
+        if slopes is not None:
+            coordinate_y = _coordinates(pixel_y, height)[None, :]
+            coordinate_x = _coordinates(pixel_x, width)[None, :]
+            logits -= tilt_y[:, None] * coordinate_y
+            logits -= tilt_x[:, None] * coordinate_x
+        logits *= scale * LOG2E
         inside = _inside(
             n_y[None, :], n_x[None, :], (STEP * m_y)[:, None], (STEP * m_x)[:, None], KERNEL_SIZE
         )
@@ -322,10 +395,18 @@ def grad_query_kernel(
         if CAREFUL:
             grad_logits = tl.where(inside, grad_logits, 0)
             odd += _odd_seen(inside, k)
+        if slopes is not None:
+            sum_x += tl.sum(grad_logits * (coordinate_x - middle_x), 1)
+            sum_y += tl.sum(grad_logits * (coordinate_y - middle_y), 1)
         acc += _dot(grad_logits.to(k.dtype), _clean(k, CAREFUL), PRECISION)
 
     if CAREFUL:
         acc = tl.where(odd > 0, float('nan'), acc)
+    if slopes is not None:
+        acc -= sum_x[:, None] * _slope(slopes, DIM, DIM_BLOCK)
+        acc -= sum_y[:, None] * _slope(slopes + 1, DIM, DIM_BLOCK)
+    if factor is not None:
+        acc *= tl.load(factor).to(tl.float32)
     rows = _rows(grad_query, y, x, result_y, result_x, DIM_BLOCK, WIDE, ALIGNED)
     tl.store(rows, (acc * scale).to(grad_query.dtype.element_ty), mask=mask)
 
@@ -373,14 +454,14 @@ def _image_points(pixels, t, i, origin, sign, size):
 
 @_jit
 def grad_key_value_kernel(
-    query, key, value, lse, delta, grad, grad_key, grad_value,
+    query, key, value, factor, lse, delta, tilts, grad, grad_key, grad_value,
     query_b, query_n, query_y, query_x,
     key_b, key_n, key_y, key_x,
     value_b, value_n, value_y, value_x,
     grad_b, grad_n, grad_y, grad_x,
     result_b, result_n, result_y, result_x,
     heads, height, width, query_height, query_width,
-    first_image_y, end_image_y, first_image_x, end_image_x, scale,
+    first_image_y, end_image_y, first_image_x, end_image_x, planes, scale,
     DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     KERNEL_SIZE: tl.constexpr, STEP: tl.constexpr, PHASES: tl.constexpr, UNIT: tl.constexpr,
     INVERSE: tl.constexpr, WIDE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
@@ -402,6 +483,8 @@ def grad_key_value_kernel(
     value += batch * value_b + head * value_n
     grad += batch * grad_b + head * grad_n
     lse += (batch * heads + head) * query_height * query_width
+    if tilts is not None:
+        tilts += (batch * heads + head) * query_height * query_width
     if grad_key is not None:
         grad_key += batch * result_b + head * result_n
         delta += (batch * heads + head) * query_height * query_width
@@ -429,6 +512,9 @@ def grad_key_value_kernel(
     k = tl.load(rows, mask=mask, other=0)
     rows = _rows(value, pixel_y, pixel_x, value_y, value_x, DIM_BLOCK, WIDE, ALIGNED)
     v = tl.load(rows, mask=mask, other=0)
+    if tilts is not None:
+        coordinate_y = _coordinates(pixel_y, height)[:, None]
+        coordinate_x = _coordinates(pixel_x, width)[:, None]
 
     acc_key = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
     acc_value = tl.zeros([KEYS, DIM_BLOCK], tl.float32)
@@ -461,7 +547,13 @@ def grad_key_value_kernel(
                 row_lse = tl.load(lse + pixels, mask=exists, other=float('inf'))
                 if grad_key is not None:
                     row_delta = tl.load(delta + pixels, mask=exists, other=0)
-                logits = _dot(k, tl.trans(q), PRECISION) * (scale * LOG2E)
+                # Here, sums that start with the tilt take fewer registers than its subtraction.
+                tilt = None
+                if tilts is not None:
+                    tilt_x = tl.load(tilts + pixels, mask=exists, other=0)[None, :]
+                    tilt_y = tl.load(tilts + planes + pixels, mask=exists, other=0)[None, :]
+                    tilt = -(coordinate_y * tilt_y + coordinate_x * tilt_x)
+                logits = _dot(k, tl.trans(q), PRECISION, tilt) * (scale * LOG2E)
                 inside = _inside(
                     u_y[:, None], u_x[:, None], (STEP * t_y)[None, :], (STEP * t_x)[None, :],
                     KERNEL_SIZE,
@@ -483,6 +575,10 @@ def grad_key_value_kernel(
 
     if CAREFUL:
         acc_value = tl.where(odd_grad > 0, float('nan'), acc_value)
+    if factor is not None:
+        number = tl.load(factor).to(tl.float32)
+        acc_key *= number
+        acc_value *= number
     if grad_key is not None:
         rows = _rows(grad_key, pixel_y, pixel_x, result_y, result_x, DIM_BLOCK, WIDE, ALIGNED)
         tl.store(rows, (acc_key * scale).to(grad_key.dtype.element_ty), mask=mask)
