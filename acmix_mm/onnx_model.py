@@ -32,6 +32,48 @@ META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape')  # of pictures that
 # Export.
 
 
+class _AdaptiveAvgPool(nn.Module):
+    """nn.AdaptiveAvgPool2d as products with matrices of weights, made for any size.
+
+    Args:
+        output_size (int | tuple[int, int]): Height and width of the result.
+    """
+
+    def __init__(self, output_size: int | tuple[int, int]):
+        super().__init__()
+        pair = isinstance(output_size, tuple)
+        self.output_size = output_size if pair else (output_size, output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (
+            self._weights(bins, x.size(dim), x.device)
+            for bins, dim in zip(self.output_size, (-2, -1), strict=True)
+        )
+        return rows @ x @ columns.T
+
+    @staticmethod
+    def _weights(bins: int, size: int, device: torch.device) -> Tensor:
+        """(bins, size): bin i is the mean from floor(i * size / bins) to ceil((i + 1) * ...)."""
+        bin_, pixel = torch.arange(bins, device=device)[:, None], torch.arange(size, device=device)
+        inside = ((pixel + 1) * bins > bin_ * size) & (pixel * bins < (bin_ + 1) * size)
+        return inside / inside.sum(1, keepdim=True)
+
+
+def _for_any_size(model: nn.Module) -> nn.Module:
+    """A copy whose modules leave sizes open where the exporter would make constants of them."""
+    from mmseg.models.utils import Upsample
+
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d):
+                setattr(module, name, _AdaptiveAvgPool(child.output_size))
+            elif isinstance(child, Upsample) and not child.size:  # integers of Python
+                options = (child.scale_factor, child.mode, child.align_corners)
+                setattr(module, name, nn.Upsample(None, *options))
+    return model
+
+
 class _Detections(nn.Module):
     """Scores and boxes of every level of a one-stage detector, before any is chosen."""
 
@@ -58,16 +100,8 @@ class _Logits(nn.Module):
     """Logits of a segmentor, at the size at which its head gives them."""
 
     def __init__(self, model: nn.Module):
-        from mmseg.models.utils import Upsample
-
         super().__init__()
-        self.model = copy.deepcopy(model)
-        for module in list(self.model.modules()):
-            for name, child in module.named_children():
-                # Its sizes are integers of Python, which would be constants in the file.
-                if isinstance(child, Upsample) and not child.size:
-                    options = (child.scale_factor, child.mode, child.align_corners)
-                    setattr(module, name, nn.Upsample(None, *options))
+        self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model.decode_head(self.model.extract_feat(image))
@@ -99,7 +133,7 @@ def export_model(model: nn.Module, cfg: Config, file: str | Path, meta: dict) ->
 
     segments = cfg.get('default_scope') == 'mmseg'
     (check_segmentor if segments else check_detector)(model)
-    check_backbone(model.backbone)
+    model = _for_any_size(model)
     preprocessing = preprocessing_of(cfg, LEAST)
     if segments:
         network, outputs = _Logits(model), ['logits']
@@ -144,20 +178,6 @@ def _surround(network, preprocessing: Preprocessing, results: str):
         parts['input'], parts['network'], [('image', 'image')], outputs=[*sizes, *ends['network']]
     )
     return compose.merge_models(merged, parts['results'], [(name, name) for name in needed])
-
-
-def check_backbone(backbone: nn.Module) -> None:
-    """Raises ValueError for Swin's pyramids (Swin-ACmix, DWNet), which pad maps to windows.
-
-    The exporter makes constants of sizes there.
-    """
-    from mmdet.models.backbones import SwinTransformer
-
-    if isinstance(backbone, SwinTransformer):
-        raise ValueError(
-            f'model.backbone must not be a pyramid of windows, got {type(backbone).__name__}, '
-            'which pads its maps: the exporter cannot follow that for all sizes'
-        )
 
 
 def check_detector(model: nn.Module) -> None:
