@@ -6,9 +6,9 @@ in RGB; outputs `boxes` (n, 4) in pixels of the picture, `scores` and `labels` (
 `label_map` (H, W) of a segmentor. tools/predict.py and tools/test.py take it as well.
 
 Detectors are one-stage ones with the post-processing of mmdet's BaseDenseHead (RetinaNet, FCOS,
-ATSS, RTMDet), segmentors those of mmseg that see whole images (Semantic FPN); backbones all but
-Swin's pyramids (Swin-ACmix, DWNet), which pad their maps. Before the program ends, the file's
-results are compared with PyTorch's on two pictures. Needs the packages of the extra `onnx`.
+ATSS, RTMDet), segmentors those of mmseg that see whole images (Semantic FPN, UperNet). Before the
+program ends, the file's results are compared with PyTorch's on two pictures. Needs the packages of
+the extra `onnx`.
 """
 
 import argparse
