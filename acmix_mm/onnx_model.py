@@ -152,7 +152,13 @@ def export_model(model: nn.Module, cfg: Config, file: str | Path, meta: dict) ->
     dynamic = ({dim: divisor * size if divisor > 1 else size for dim, size in sizes.items()},)
     image = torch.rand(1, 3, *(side // divisor * divisor for side in TRACED))
     names = {'input_names': ['image'], 'output_names': outputs}
-    export_onnx(network, (image,), file, dynamic_shapes=dynamic, opset_version=OPSET, **names)
+    try:
+        export_onnx(network, (image,), file, dynamic_shapes=dynamic, opset_version=OPSET, **names)
+    except torch._dynamo.exc.UserError as error:  # heads with align_corners, for one
+        reason = ' '.join(str(error).split())
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported for pictures of any size: {reason}'
+        ) from error
     merged = _surround(onnx.load(file), preprocessing, results)
     merged.doc_string = f'{type(model).__name__} of acmix_mm, from picture to results'
     described = {'task': 'segmentation' if segments else 'detection', **meta}

@@ -229,8 +229,8 @@ def test_adaptive_pooling(size, bins):
 @pytest.mark.parametrize(
     ('config', 'options'),
     [
-        ('acmix-swin_upernet', {'depths': [2, 2, 2, 2]}),
-        ('retinanet_acmix-swin-t_fpn', {'depths': [2, 1, 2, 1], 'conv_on_shifted': False}),
+        ('acmix-swin_upernet', {'depths': [1, 1, 2, 2]}),
+        ('retinanet_acmix-swin-t_fpn', {'depths': [1, 1, 2, 1], 'conv_on_shifted': False}),
         ('retinanet_acmix-san10_fpn', {}),
         ('retinanet_dwnet-t_fpn', {'arch.depths': [1, 1, 1, 1], 'dynamic': 'homogeneous'}),
     ],
@@ -267,6 +267,17 @@ def test_any_size(config, options, tmp_path, monkeypatch):
                 scores = expected.pred_instances.scores
                 assert scores.std() > 1e-4
                 torch.testing.assert_close(got.pred_instances.scores, scores, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sizes_that_become_constants(tmp_path):
+    """mmseg makes integers of sizes where align_corners is set."""
+    cfg = Config.fromfile(ROOT / 'configs/demo/acmix-swin_upernet_scene-digits.py')
+    cfg.model.backbone.depths = [1, 1, 1, 1]
+    cfg.model.decode_head.align_corners = True
+    with pytest.raises(ValueError, match='cannot be exported for pictures of any size: Constrain'):
+        export_model(build(cfg).eval(), cfg, tmp_path / 'model.onnx', {'classes': ['a']})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
