@@ -27,8 +27,8 @@ from acmix_mm.command_line import (
 )
 from acmix_mm.files import whole_file
 
-TRACE_SIZE = (97, 130)
-CHECK_SIZES = ((97, 130), (128, 224))
+TRACE_SIZE = (417, 482)  # the deepest maps have several windows of Swin along both axes
+CHECK_SIZES = ((97, 130), (257, 290))
 MIN_SIZE = 65  # the deepest map then has 3 pixels or more along both axes
 STRIDE = 32  # of the deepest map
 TOLERANCE = 1e-3  # of an output's largest value; float32 sums in another order
