@@ -23,13 +23,57 @@ from .onnx_graphs import (
 )
 
 LEAST, MOST = 96, 8192  # height and width of a network's input
-TRACED = (161, 227)  # at which it is traced, about
+# At which it is traced, about: the deepest maps have several windows of Swin (7, 12 pixels), as a
+# size of one becomes a constant.
+TRACED = (417, 482)
 OPSET = 18
 METADATA = 'acmix_mm'  # key of what a file says of itself
 META_KEYS = ('img_id', 'img_path', 'ori_shape', 'img_shape')  # of pictures that nothing resizes
 
 
 # Export.
+
+
+class _AdaptiveAvgPool(nn.Module):
+    """nn.AdaptiveAvgPool2d as products with matrices of weights, made for any size.
+
+    Args:
+        output_size (int | tuple[int, int]): Height and width of the result.
+    """
+
+    def __init__(self, output_size: int | tuple[int, int]):
+        super().__init__()
+        pair = isinstance(output_size, tuple)
+        self.output_size = output_size if pair else (output_size, output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = (
+            self._weights(bins, x.size(dim), x.device)
+            for bins, dim in zip(self.output_size, (-2, -1), strict=True)
+        )
+        return rows @ x @ columns.T
+
+    @staticmethod
+    def _weights(bins: int, size: int, device: torch.device) -> Tensor:
+        """(bins, size): bin i is the mean from floor(i * size / bins) to ceil((i + 1) * ...)."""
+        bin_, pixel = torch.arange(bins, device=device)[:, None], torch.arange(size, device=device)
+        inside = ((pixel + 1) * bins > bin_ * size) & (pixel * bins < (bin_ + 1) * size)
+        return inside / inside.sum(1, keepdim=True)
+
+
+def _for_any_size(model: nn.Module) -> nn.Module:
+    """A copy whose modules leave sizes open where the exporter would make constants of them."""
+    from mmseg.models.utils import Upsample
+
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d):
+                setattr(module, name, _AdaptiveAvgPool(child.output_size))
+            elif isinstance(child, Upsample) and not child.size:  # integers of Python
+                options = (child.scale_factor, child.mode, child.align_corners)
+                setattr(module, name, nn.Upsample(None, *options))
+    return model
 
 
 class _Detections(nn.Module):
@@ -58,16 +102,8 @@ class _Logits(nn.Module):
     """Logits of a segmentor, at the size at which its head gives them."""
 
     def __init__(self, model: nn.Module):
-        from mmseg.models.utils import Upsample
-
         super().__init__()
-        self.model = copy.deepcopy(model)
-        for module in list(self.model.modules()):
-            for name, child in module.named_children():
-                # Its sizes are integers of Python, which would be constants in the file.
-                if isinstance(child, Upsample) and not child.size:
-                    options = (child.scale_factor, child.mode, child.align_corners)
-                    setattr(module, name, nn.Upsample(None, *options))
+        self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
         return self.model.decode_head(self.model.extract_feat(image))
@@ -99,7 +135,7 @@ def export_model(model: nn.Module, cfg: Config, file: str | Path, meta: dict) ->
 
     segments = cfg.get('default_scope') == 'mmseg'
     (check_segmentor if segments else check_detector)(model)
-    check_backbone(model.backbone)
+    model = _for_any_size(model)
     preprocessing = preprocessing_of(cfg, LEAST)
     if segments:
         network, outputs = _Logits(model), ['logits']
@@ -118,7 +154,13 @@ def export_model(model: nn.Module, cfg: Config, file: str | Path, meta: dict) ->
     dynamic = ({dim: divisor * size if divisor > 1 else size for dim, size in sizes.items()},)
     image = torch.rand(1, 3, *(side // divisor * divisor for side in TRACED))
     names = {'input_names': ['image'], 'output_names': outputs}
-    export_onnx(network, (image,), file, dynamic_shapes=dynamic, opset_version=OPSET, **names)
+    try:
+        export_onnx(network, (image,), file, dynamic_shapes=dynamic, opset_version=OPSET, **names)
+    except torch._dynamo.exc.UserError as error:  # heads with align_corners, for one
+        reason = ' '.join(str(error).split())
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported for pictures of any size: {reason}'
+        ) from error
     merged = _surround(onnx.load(file), preprocessing, results)
     merged.doc_string = f'{type(model).__name__} of acmix_mm, from picture to results'
     described = {'task': 'segmentation' if segments else 'detection', **meta}
@@ -144,20 +186,6 @@ def _surround(network, preprocessing: Preprocessing, results: str):
         parts['input'], parts['network'], [('image', 'image')], outputs=[*sizes, *ends['network']]
     )
     return compose.merge_models(merged, parts['results'], [(name, name) for name in needed])
-
-
-def check_backbone(backbone: nn.Module) -> None:
-    """Raises ValueError for Swin's pyramids (Swin-ACmix, DWNet), which pad maps to windows.
-
-    The exporter makes constants of sizes there.
-    """
-    from mmdet.models.backbones import SwinTransformer
-
-    if isinstance(backbone, SwinTransformer):
-        raise ValueError(
-            f'model.backbone must not be a pyramid of windows, got {type(backbone).__name__}, '
-            'which pads its maps: the exporter cannot follow that for all sizes'
-        )
 
 
 def check_detector(model: nn.Module) -> None:

@@ -18,12 +18,14 @@ import mmdet.datasets  # noqa: F401, registers transforms
 import mmseg.datasets  # noqa: F401
 import onnx
 import onnxruntime
+from export_model import data_of
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from onnx import parser
 from programs import program
 
+from acmix_mm.backbones import SAN
 from acmix_mm.onnx_graphs import (
     Preprocessing,
     detections_graph,
@@ -32,7 +34,13 @@ from acmix_mm.onnx_graphs import (
     preprocessing_graph,
     preprocessing_of,
 )
-from acmix_mm.onnx_model import ONNXModel, check_backbone, check_detector, check_segmentor
+from acmix_mm.onnx_model import (
+    ONNXModel,
+    _AdaptiveAvgPool,
+    check_detector,
+    check_segmentor,
+    export_model,
+)
 from acmix_mm.weights import build
 
 DETECTOR = 'configs/demo/retinanet_acmix-r26_fpn_scene-digits.py'
@@ -204,13 +212,72 @@ def test_unsupported_models():
     cfg.model.test_cfg = {'mode': 'slide', 'crop_size': (32, 32), 'stride': (16, 16)}
     with pytest.raises(ValueError, match=r"test_cfg.mode must be 'whole', got 'slide'"):
         check_segmentor(build(cfg))
-    cfg = Config.fromfile(ROOT / 'configs/demo/acmix-swin_upernet_scene-digits.py')
-    with pytest.raises(ValueError, match='must not be a pyramid of windows, got ACmixSwin'):
-        check_backbone(build(cfg).backbone)
     cfg = Config.fromfile(ROOT / DETECTOR)
     cfg.model.test_cfg.nms.type = 'soft_nms'
     with pytest.raises(ValueError, match=r"nms.type must be 'nms', got 'soft_nms'"):
         check_detector(build(cfg))
+
+
+@pytest.mark.parametrize('bins', [1, 2, 3, 6, (2, 5)])
+@pytest.mark.parametrize('size', [(3, 3), (7, 12), (25, 42)])
+def test_adaptive_pooling(size, bins):
+    maps = torch.randn(2, 4, *size)
+    torch.testing.assert_close(_AdaptiveAvgPool(bins)(maps), F.adaptive_avg_pool2d(maps, bins))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('config', 'options'),
+    [
+        ('acmix-swin_upernet', {'depths': [1, 1, 2, 2]}),
+        ('retinanet_acmix-swin-t_fpn', {'depths': [1, 1, 2, 1], 'conv_on_shifted': False}),
+        ('retinanet_acmix-san10_fpn', {}),
+        ('retinanet_dwnet-t_fpn', {'arch.depths': [1, 1, 1, 1], 'dynamic': 'homogeneous'}),
+    ],
+)
+def test_any_size(config, options, tmp_path, monkeypatch):
+    """Maps smaller and larger than Swin's windows of 6 pixels, and of several windows."""
+    monkeypatch.setattr(SAN, 'arch_settings', {10: (1, 1, 1, 1, 1)})
+    monkeypatch.setattr(SAN, 'kernel_sizes', (3, 3, 3, 3, 3))
+    cfg = Config.fromfile(ROOT / f'configs/demo/{config}_scene-digits.py')
+    cfg.merge_from_dict({f'model.backbone.{key}': value for key, value in options.items()})
+    pad_to_multiples(cfg)
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    if 'test_cfg' in cfg.model and 'score_thr' in cfg.model.test_cfg:
+        cfg.model.test_cfg.score_thr = 0.0
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model = build(cfg).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # scale and shift of norms, rates
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    file = str(tmp_path / 'model.onnx')
+    with torch.no_grad():
+        export_model(model, cfg, file, {'classes': list('0123456789'), 'palette': None})
+        loaded = ONNXModel(file)
+        for size in ((96, 96), (120, 250), (224, 448), (417, 96)):
+            image = picture(*size)
+            (expected,) = model.test_step(data_of(pipeline, image))
+            (got,) = loaded.test_step(data_of(pipeline[-1:], image))
+            if 'pred_sem_seg' in expected:
+                labels = expected.pred_sem_seg.data
+                assert len(labels.unique()) > 1
+                assert (got.pred_sem_seg.data != labels).float().mean() < 1e-3
+            else:
+                scores = expected.pred_instances.scores
+                assert scores.std() > 1e-4
+                torch.testing.assert_close(got.pred_instances.scores, scores, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sizes_that_become_constants(tmp_path):
+    """mmseg makes integers of sizes where align_corners is set."""
+    cfg = Config.fromfile(ROOT / 'configs/demo/acmix-swin_upernet_scene-digits.py')
+    cfg.model.backbone.depths = [1, 1, 1, 1]
+    cfg.model.decode_head.align_corners = True
+    with pytest.raises(ValueError, match='cannot be exported for pictures of any size: Constrain'):
+        export_model(build(cfg).eval(), cfg, tmp_path / 'model.onnx', {'classes': ['a']})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -239,6 +306,7 @@ def test_file_of_another_program(tmp_path):
         ('retinanet_acmix-r26_fpn', ['--max-epochs', '1'], 'coco/bbox_mAP_50'),
         ('rtmdet_acmix-r26', ['--max-epochs', '1'], 'coco/bbox_mAP_50'),
         ('acmix-pvt_fpn', ['--max-epochs', '1'], 'mIoU'),
+        ('acmix-swin_upernet', ['--max-epochs', '1'], 'mIoU'),
     ],
 )
 def test_programs(config, length, metric, tmp_path, monkeypatch):

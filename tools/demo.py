@@ -184,6 +184,13 @@ def draw_grid(task: Task, config: Path, images: Path, folder: Path, out: Path) -
     write_whole(out, encode_picture(grid, out.suffix))
 
 
+def summary(task: Task, metrics: dict[str, float]) -> str:
+    """The metrics in a line; mmdet gives none where no image has a detection."""
+    if not set(task.metrics.values()) <= set(metrics):
+        return 'val: no metrics, as the model detects nothing in any image'
+    return 'val ' + ', '.join(f'{name} {metrics[key]:.3f}' for name, key in task.metrics.items())
+
+
 @program
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
 
     log_dir = max(p for p in evaluation.iterdir() if (p / f'{p.name}.json').exists())
     metrics = json.loads((log_dir / f'{log_dir.name}.json').read_text())
-    print('\nval ' + ', '.join(f'{name} {metrics[key]:.3f}' for name, key in task.metrics.items()))
+    print(f'\n{summary(task, metrics)}')
     print(f'checkpoint: {checkpoint}')
     print(f'logs:       {work_dir}')
     print(f'pictures:   {grid} (all in {pictures / "vis"})')

@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor
 
 from ..layers import WindowACmix
+from ..layers.window_acmix import moves
 from .mixed_transformer import MixedTransformer
 
 
@@ -36,21 +37,31 @@ class ShiftWindowACmix(BaseModule):
         """(B, H * W, C) -> (B, H * W, C)."""
         height, width = hw_shape
         x = query.unflatten(1, hw_shape)
-        x = F.pad(x, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
+        missing = [self._whole_windows(size) - size for size in hw_shape]
+        x = F.pad(x, (0, 0, 0, missing[1], 0, missing[0]))
         shift = self.shift_of(hw_shape)
         mask = None
-        if shift:
+        if moves(shift):
             x = x.roll((-shift, -shift), (1, 2))
             mask = shift_mask(*x.shape[1:3], self.window_size, shift, x)
         if self.conv_on_shifted:
             x = self.w_msa(x, mask)
-            x = x.roll((shift, shift), (1, 2)) if shift else x
+            x = x.roll((shift, shift), (1, 2)) if moves(shift) else x
         else:
             x = self.w_msa(x, mask, unshift=shift)
         return self.drop(x[:, :height, :width].flatten(1, 2))
 
+    def _whole_windows(self, size: int) -> int:
+        """The size with padding, in a form of which torch.export sees that windows divide it."""
+        return (size + self.window_size - 1) // self.window_size * self.window_size
+
     def shift_of(self, hw_shape: tuple[int, int]) -> int:
         """By how many pixels a map of that size is rolled to the left and upwards."""
+        if not self.shift_size:
+            return 0
+        if torch.compiler.is_exporting():  # sizes may be symbols, and this holds for all of them
+            larger = torch.sym_min(torch.sym_min(*hw_shape) // (self.window_size + 1), 1)
+            return self.shift_size * larger
         return self.shift_size if min(hw_shape) > self.window_size else 0
 
 

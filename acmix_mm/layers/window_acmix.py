@@ -1,5 +1,7 @@
 """ACmix with window attention, the operator of Swin-ACmix."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -88,7 +90,7 @@ class WindowACmix(ProjectedMixedOperator):
         attention = None
         if self.with_attention:
             attention, maps = self._attend(maps, mask)
-        if unshift:
+        if moves(unshift):
             maps = maps.roll((unshift, unshift), (-2, -1))
             if attention is not None:
                 attention = attention.roll((unshift, unshift), (1, 2))
@@ -111,6 +113,11 @@ class WindowACmix(ProjectedMixedOperator):
         """What is added to the logits within a window, (N, Wh * Ww, Wh * Ww)."""
         bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
         return bias.t().contiguous().unflatten(1, self.relative_position_index.shape)
+
+
+def moves(shift: int | torch.SymInt) -> bool:
+    """Whether a cyclic shift has something to do; a symbol of torch.export may have."""
+    return not isinstance(shift, int) or shift != 0
 
 
 def _windows(maps: Tensor, window_size: tuple[int, int]) -> Tensor:
@@ -159,7 +166,8 @@ def _window_attention(
     windows = _windows(maps, window_size)
     bias = _with_mask(bias, mask)
     inner, pixels, _ = bias.shape
-    outer = windows.shape[1:5].numel() // inner
+    # Not numel() of the shape, which makes an integer of sizes that torch.export leaves open.
+    outer = math.prod(windows.shape[1:5]) // inner
     # Apart from each other, so that none is kept in memory for another's sake.
     query, key, value = (
         part.movedim(4, -1).reshape(outer, inner, pixels, maps.size(1)) for part in windows

@@ -1,6 +1,6 @@
 """Operators in plain PyTorch, for exporters and transforms that know none of the kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ def unrolled_local_attention(
 ) -> Tensor:
     """:func:`acmix_mm.ops.local_attention` of traceable operators, one step a row of the window.
 
-    Height and width may be symbols of ``torch.export``. Needs the memory of ``kernel_size`` copies
-    of key or value at a time.
+    Height and width may be symbols of ``torch.export``. Needs the memory of ``3 * kernel_size``
+    copies of key or value at a time.
     """
     dtype = query.dtype
     sum_dtype = torch.promote_types(dtype, torch.float32)
@@ -32,16 +32,16 @@ def unrolled_local_attention(
         centres = torch.arange(query.size(dim), device=query.device) * stride
         return reflect(centres + offsets[:, None], key.size(dim))
 
-    rows, columns = positions(-2), positions(-1).flatten()
+    rows, columns = positions(-2), positions(-1)
 
-    def window_row(maps: Tensor, i: int) -> Tensor:
-        """(B, N, d, Hq, k, Wq): what row i of every neighbourhood sees."""
-        row = maps.index_select(-2, rows[i]).index_select(-1, columns)
-        return row.unflatten(-1, (kernel_size, -1))
+    def window_rows(maps: Tensor) -> Iterator[Tensor]:
+        """(B, N, d, Hq, k, Wq) for each row of the window: what that of every query sees."""
+        maps = _take_columns(maps, columns)
+        return (maps.index_select(-3, row) for row in rows)
 
-    logits = [(query[..., None, :] * window_row(key, i)).sum(2) for i in range(kernel_size)]
+    logits = [(query[..., None, :] * row).sum(2) for row in window_rows(key)]
     weights = (torch.cat(logits, -2) * scale).softmax(-2).unsqueeze(2).chunk(kernel_size, -2)
-    outputs = [(w * window_row(value, i)).sum(-2) for i, w in enumerate(weights)]
+    outputs = [(w * row).sum(-2) for w, row in zip(weights, window_rows(value), strict=True)]
     return torch.stack(outputs).sum(0).to(dtype)
 
 
@@ -55,13 +55,22 @@ def unrolled_local_aggregation(
     groups, height, width = weight.size(1), *weight.shape[-2:]
     offsets = torch.arange(kernel_size, device=weight.device)[:, None] * dilation
     rows = torch.arange(height, device=weight.device) * stride + offsets
-    columns = (torch.arange(width, device=weight.device) * stride + offsets).flatten()
+    columns = torch.arange(width, device=weight.device) * stride + offsets
+    padded = _take_columns(padded, columns)
     out = 0
     for i, row_weight in enumerate(weight.unflatten(2, (kernel_size, -1)).unbind(2)):
-        row = padded.index_select(-2, rows[i]).index_select(-1, columns)
-        row = row.unflatten(-1, (kernel_size, -1)).unflatten(1, (-1, groups))
+        row = padded.index_select(-3, rows[i]).unflatten(1, (-1, groups))
         out = out + (row * row_weight.transpose(2, 3).unsqueeze(1)).sum(-2)
     return out.flatten(1, 2).to(dtype)
+
+
+def _take_columns(maps: Tensor, columns: Tensor) -> Tensor:
+    """(..., H, W) and (k, Wq) -> (..., H, k, Wq).
+
+    Transposed, and once for all rows of a window: along the last axis, ONNX Runtime moves numbers
+    one by one.
+    """
+    return maps.mT.index_select(-2, columns.flatten()).mT.unflatten(-1, (len(columns), -1))
 
 
 def decompositions() -> dict[torch._ops.OpOverload, Callable]:

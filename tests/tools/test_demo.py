@@ -6,6 +6,8 @@ import cv2
 import demo
 import numpy as np
 import pytest
+import torch
+from mmdet.evaluation import CocoMetric
 from pycocotools import mask as coco_mask
 
 
@@ -64,3 +66,24 @@ def test_classification_grid(pytestconfig, scene_digits, tmp_path):
         assert len(written) > 20
         assert written[:, :2].max() < 128
         assert abs(int(written[:, 2].max()) - reddest) < 128
+
+
+@pytest.mark.parametrize('name', ['detection', 'instance'])
+def test_nothing_detected(name, scene_digits):
+    """mmdet's evaluation of no boxes gives no metrics: a line says so."""
+    annotations = scene_digits / 'coco/annotations/instances_val2017.json'
+    metric = CocoMetric(str(annotations), metric=['bbox', 'segm'], format_only=False)
+    metric.dataset_meta = {'classes': [str(digit) for digit in range(10)]}
+    none = {'bboxes': torch.zeros(0, 4), 'scores': torch.zeros(0), 'labels': torch.zeros(0).long()}
+    image = json.loads(annotations.read_text())['images'][0]
+    metric.process({}, [{'pred_instances': {**none, 'masks': torch.zeros(0, 96, 96)},
+                         'img_id': image['id'], 'ori_shape': (96, 96)}])  # fmt: skip
+    metrics = {**metric.evaluate(size=1), 'time': 0.1}
+    assert demo.summary(demo.TASKS[name], metrics) == (
+        'val: no metrics, as the model detects nothing in any image'
+    )
+
+
+def test_summary():
+    metrics = {'coco/bbox_mAP': 0.5, 'coco/bbox_mAP_50': 0.75, 'time': 0.1}
+    assert demo.summary(demo.TASKS['detection'], metrics) == 'val box mAP 0.500, box AP50 0.750'

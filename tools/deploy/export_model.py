@@ -6,9 +6,9 @@ in RGB; outputs `boxes` (n, 4) in pixels of the picture, `scores` and `labels` (
 `label_map` (H, W) of a segmentor. tools/predict.py and tools/test.py take it as well.
 
 Detectors are one-stage ones with the post-processing of mmdet's BaseDenseHead (RetinaNet, FCOS,
-ATSS, RTMDet), segmentors those of mmseg that see whole images (Semantic FPN); backbones all but
-Swin's pyramids (Swin-ACmix, DWNet), which pad their maps. Before the program ends, the file's
-results are compared with PyTorch's on two pictures. Needs the packages of the extra `onnx`.
+ATSS, RTMDet), segmentors those of mmseg that see whole images (Semantic FPN, UperNet). Before the
+program ends, the file's results are compared with PyTorch's on two pictures. Needs the packages of
+the extra `onnx`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from acmix_mm.files import whole_file
 from acmix_mm.onnx_graphs import pad_to_multiples
 from acmix_mm.onnx_model import META_KEYS, ONNXModel, export_model
 
-CHECK_SIZES = ((120, 170), (231, 183))
+CHECK_SIZES = ((120, 170), (270, 390))  # one window of Swin in the deepest map, and several
 LARGEST_DIFFERENCE = 0.01  # of scores, or of labels' share of the pixels
 
 

@@ -1,9 +1,9 @@
 """Export a trained backbone, folded for inference, to ONNX.
 
-The graph takes a normalised image `image`, 1x3xHxW with H and W of 65 or more, and gives the
-backbone's maps `stage1`, `stage2`, ... . It is checked against PyTorch in ONNX Runtime at two
-sizes before the program ends. With --size, and for Swin's pyramids (Swin-ACmix, DWNet) only so, it
-takes images of one size. Needs the packages of the extra `onnx`.
+The graph takes a normalised image `image`, 1x3xHxW with H and W of 65 or more, for Swin's pyramids
+(Swin-ACmix, DWNet) multiples of 32, and gives the backbone's maps `stage1`, `stage2`, ... . It is
+checked against PyTorch in ONNX Runtime at two sizes before the program ends. With --size, it takes
+images of one size. Needs the packages of the extra `onnx`.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from acmix_mm.command_line import (
 )
 from acmix_mm.files import whole_file
 
-TRACE_SIZE = (97, 130)
-CHECK_SIZES = ((97, 130), (128, 224))
+TRACE_SIZE = (417, 482)  # the deepest maps have several windows of Swin along both axes
+CHECK_SIZES = ((97, 130), (257, 290))
 MIN_SIZE = 65  # the deepest map then has 3 pixels or more along both axes
+STRIDE = 32  # of the deepest map
 TOLERANCE = 1e-3  # of an output's largest value; float32 sums in another order
 
 
@@ -48,10 +49,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def divisor_of(backbone: torch.nn.Module) -> int:
+    """What divides the sides of images that a graph for any size takes."""
+    return STRIDE if isinstance(backbone, SwinTransformer) else 1  # mmdet pads by integers
+
+
+def rounded(size: Sequence[int], divisor: int) -> list[int]:
+    return [-(-side // divisor) * divisor for side in size]
+
+
 def export(backbone: torch.nn.Module, size: list[int] | None, out: Path) -> list[str]:
     """Write the backbone as an ONNX file, for one size or for all; returns output names."""
-    image = torch.randn(1, 3, *(size or TRACE_SIZE))
-    any_size = {dim: torch.export.Dim(name, min=MIN_SIZE) for dim, name in ((2, 'H'), (3, 'W'))}
+    divisor = divisor_of(backbone)
+    image = torch.randn(1, 3, *(size or rounded(TRACE_SIZE, divisor)))
+    any_size = {}
+    for dim, name in ((2, 'H'), (3, 'W')):
+        parts = torch.export.Dim(name, min=-(-MIN_SIZE // divisor))
+        any_size[dim] = divisor * parts if divisor > 1 else parts
     names = [f'stage{i + 1}' for i in backbone.out_indices]
     export_onnx(
         backbone,
@@ -82,15 +96,11 @@ def main(argv: list[str] | None = None) -> None:
     cfg = load_config(args.config, args.cfg_options)
     torch.manual_seed(0)
     backbone = build_model(cfg, load_checkpoint(args.checkpoint), args).backbone
-    if isinstance(backbone, SwinTransformer) and not args.size:
-        sys.exit(
-            f'error: {type(backbone).__name__} pads its maps, which the exporter cannot follow for '
-            'all sizes at once; choose one with --size'
-        )
     print('exporting, some minutes for a deep backbone', flush=True)
     with whole_file(args.out) as part:
         names = export(backbone, args.size, part)
-        for size in [args.size] if args.size else CHECK_SIZES:
+        sizes = [rounded(size, divisor_of(backbone)) for size in CHECK_SIZES]
+        for size in [args.size] if args.size else sizes:
             error = check(backbone, part, size)
             at = f'at {size[0]}x{size[1]}, relative'
             print(f'largest deviation of ONNX Runtime {at}: {error:.1e}')
