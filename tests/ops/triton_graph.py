@@ -1,4 +1,4 @@
-"""Prints as JSON what torch.compile sees of the fused operator in Triton, without a GPU.
+"""Prints as JSON what torch.compile sees of the operators in Triton, without a GPU.
 
 A program of its own, as Triton must not be in its interpreter. Tensors are fake and nothing runs.
 """
@@ -17,59 +17,80 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 is_available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-from acmix_mm.ops import fused_acmix  # noqa: E402
+from acmix_mm.ops import fused_acmix, local_aggregation  # noqa: E402
 from acmix_mm.ops._dispatch import OPERATORS  # noqa: E402
 
 torch.cuda.is_available = is_available
 # Asked for the kernels' intermediate code, of which PyTorch reads what they write.
 driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget('cuda', 90, 32)))
 # Tensors are the CPU's: without CUDA, PyTorch has no others.
-operator = OPERATORS['fused_acmix']
-operator['triton'] = operator['triton']._replace(refuses=lambda *args: None)
-
-graphs = {'forward': [], 'backward': []}
-
-
-def keep(direction):
-    def compiler(graph, inputs):
-        graphs[direction].append(graph)
-        return make_boxed_func(graph.forward)
-
-    return compiler
+for name in ('fused_acmix', 'group_conv', 'local_aggregation'):
+    operator = OPERATORS[name]
+    operator['triton'] = operator['triton']._replace(refuses=lambda *args: None)
 
 
-@torch.compile(
-    fullgraph=True, backend=aot_autograd(fw_compiler=keep('forward'), bw_compiler=keep('backward'))
-)
-def operate(x, *others):
+def compiled(function, make_inputs) -> dict:
+    """Of forward and backward pass at two sizes: kernels and what they write, other operators."""
+    graphs = {'forward': [], 'backward': []}
+
+    def keep(direction):
+        def compiler(graph, inputs):
+            graphs[direction].append(graph)
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    backend = aot_autograd(fw_compiler=keep('forward'), bw_compiler=keep('backward'))
+    function = torch.compile(function, fullgraph=True, backend=backend)
+    with FakeTensorMode():
+        for size in ((20, 28), (21, 33)):
+            maps, others = make_inputs(*size)
+            maps = [tensor.contiguous(memory_format=torch.channels_last) for tensor in maps]
+            for tensor in maps:
+                for axis in (2, 3):
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
+            inputs = [tensor.requires_grad_() for tensor in (*maps, *others)]
+            function(*inputs).sum().backward()
+
+    nodes = {direction: list(found[0].graph.nodes) for direction, found in graphs.items()}
+    written = {
+        direction: [
+            sorted(node.kwargs['tensors_to_clone'])
+            for node in found
+            if str(node.target) == 'triton_kernel_wrapper_functional'
+        ]
+        for direction, found in nodes.items()
+    }
+    opaque = [str(node.target) for found in nodes.values() for node in found]
+    return {
+        **written,
+        'opaque': [name for name in opaque if 'acmix' in name],
+        'recompiled': max(map(len, graphs.values())) - 1,
+    }
+
+
+def of_acmix(height, width):
+    shapes = ((24, 8, 1, 1), (24,), (4, 2), (8, 6, 3, 3), (8,), (1,))
+    return [torch.empty(1, 8, height, width)], [torch.empty(shape) for shape in shapes]
+
+
+def of_aggregation(height, width):
+    return [torch.empty(1, 16, height, width), torch.empty(1, 2 * 9, height, width)], []
+
+
+def aggregation(value, weight):
+    return local_aggregation(value, weight.unflatten(1, (2, 9)), 3, backend='triton')
+
+
+def acmix(x, *others):
     return fused_acmix(x, *others, 2, 7, backend='triton')
 
 
-shapes = ((24, 6, 1, 1), (24,), (4, 2), (8, 6, 3, 3), (8,), (1,))
-with FakeTensorMode():
-    others = [torch.empty(shape, requires_grad=True) for shape in shapes]
-    for size in ((10, 14), (21, 33)):
-        x = torch.empty(1, 6, *size, requires_grad=True)
-        for axis in (2, 3):
-            torch._dynamo.maybe_mark_dynamic(x, axis)
-        operate(x, *others).sum().backward()
-
-nodes = {direction: list(found[0].graph.nodes) for direction, found in graphs.items()}
-written = {
-    direction: [
-        sorted(node.kwargs['tensors_to_clone'])
-        for node in found
-        if str(node.target) == 'triton_kernel_wrapper_functional'
-    ]
-    for direction, found in nodes.items()
-}
-opaque = [str(node.target) for found in nodes.values() for node in found]
 print(
     json.dumps(
         {
-            **written,
-            'opaque': [name for name in opaque if 'acmix' in name],
-            'recompiled': max(map(len, graphs.values())) - 1,
+            'fused_acmix': compiled(acmix, of_acmix),
+            'local_aggregation': compiled(aggregation, of_aggregation),
         }
     )
 )

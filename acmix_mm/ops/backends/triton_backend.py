@@ -25,7 +25,7 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -101,6 +101,16 @@ if MISSING is None:
         from torch.library import triton_op as make_operator
         from torch.library import wrap_triton
 
+    def on_device(tensor: Tensor) -> AbstractContextManager:
+        """Where a kernel is to be launched for ``tensor``."""
+        return nullcontext() if is_fake(tensor) else torch.cuda.device_of(tensor)
+
+    def address(tensor: Tensor) -> int:
+        """Of the first number, in bytes, for what it is a multiple of."""
+        # What a compiled graph allocates is aligned, and what it is given, as when traced.
+        fake = is_fake(tensor)
+        return tensor.storage_offset() * tensor.element_size() if fake else tensor.data_ptr()
+
     def _operator(name: str, fake: Callable) -> Callable:
         """A custom operator, into which torch.compile sees, with ``fake`` for shapes alone."""
 
@@ -151,7 +161,7 @@ if MISSING is None:
             config = _config(*tile)
             # Not all_kwargs(), with num_ctas, which graphs do not take.
             tile = {**config.kwargs, 'num_warps': config.num_warps, 'num_stages': config.num_stages}
-        with nullcontext() if is_fake(query) else torch.cuda.device_of(query):
+        with on_device(query):
             for careful in (False, True):
                 kernel[grid](*args, **constants, CAREFUL=careful, **tile)
 
@@ -228,9 +238,7 @@ if MISSING is None:
                 # A stride along an axis of length 1 may be anything, and does not matter.
                 steps = [s for i, s in enumerate(strides) if i != 2 and t.size(i) > 1]
                 aligned &= all(step * t.element_size() % 16 == 0 for step in steps)
-                # What a compiled graph allocates is aligned, and what it is given, as when traced.
-                first = t.storage_offset() * t.element_size() if is_fake(t) else t.data_ptr()
-                aligned &= first % 16 == 0
+                aligned &= address(t) % 16 == 0
             return {'WIDE': bool(max(spans) >= 2**31), 'ALIGNED': bool(aligned)}
 
         def images(self, axis: int) -> tuple[int, int]:

@@ -15,7 +15,6 @@ No product takes channels of two groups, so a NaN or infinity stays within its n
 """
 
 import inspect
-import math
 
 import torch
 import triton
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from .._autograd import register_bilinear
 from .._checks import check_dtypes, check_positive, check_shape, strided_size
-from .triton_backend import _precision
+from .triton_backend import _precision, address, make_operator, on_device, wrap_triton
 from .triton_kernels import _dot, _offset
 
 # Read off compilations (tools/dev/triton_report.py), not measured: nothing spills.
@@ -208,7 +207,9 @@ def alignment(maps: Tensor, groups: int) -> int:
     """Bytes, 16 at most, at multiples of which every pixel of every group starts."""
     strides = [s for n, s in zip(maps.shape, maps.stride(), strict=True) if n > 1 and s != 1]
     strides.append(maps.stride(1) * maps.size(1) // groups)
-    return math.gcd(16, maps.data_ptr(), *(s * maps.element_size() for s in strides))
+    starts = [address(maps), *(s * maps.element_size() for s in strides)]
+    # Not the greatest common divisor, which would tie a compiled graph to one size.
+    return next(n for n in (16, 8, 4, 2, 1) if all(start % n == 0 for start in starts))
 
 
 def beyond_32_bits(*tensors: Tensor) -> bool:
@@ -249,8 +250,8 @@ def _convolve(
     if transposed:
         strides = (strides[1], strides[0], *strides[2:])
     grid = (_tiles(result, TILE) * groups * triton.cdiv(outputs, blocks[1]),)
-    with torch.cuda.device_of(maps):
-        convolve_kernel[grid](
+    with on_device(maps):
+        wrap_triton(convolve_kernel)[grid](
             *(maps, weight, bias, result),
             *(*maps.stride(), *strides, *result.stride()),
             *(groups, *maps.shape[2:], *result.shape[2:], dilation),
@@ -268,6 +269,12 @@ def _convolve(
             TILE_Y=TILE[0],
             TILE_X=TILE[1],
         )
+
+
+def check_size(height: int, width: int) -> None:
+    """Numbers that may be symbols."""
+    if height < 1 or width < 1:
+        raise ValueError(f'height and width must be positive, got {height} and {width}')
 
 
 def _check(
@@ -292,7 +299,7 @@ def _check(
         check_shape('bias', bias, (weight.size(0),), f'weight of shape {tuple(weight.shape)}')
 
 
-@torch.library.custom_op('acmix_mm::group_conv_triton', mutates_args=())
+@make_operator('acmix_mm::group_conv_triton', mutates_args=())
 def group_conv(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: int, dilation: int, groups: int
 ) -> Tensor:
@@ -317,12 +324,12 @@ def _(input, weight, bias, stride, dilation, groups):
     return empty_maps(input, input.size(0), weight.size(0), strided_size(input, stride))
 
 
-@torch.library.custom_op('acmix_mm::group_conv_triton_grad_input', mutates_args=())
+@make_operator('acmix_mm::group_conv_triton_grad_input', mutates_args=())
 def _grad_input(
     grad: Tensor, weight: Tensor, height: int, width: int, stride: int, dilation: int, groups: int
 ) -> Tensor:
-    for name, value in (('height', height), ('width', width), ('groups', groups)):
-        check_positive(name, value)
+    check_positive('groups', groups)
+    check_size(height, width)
     result = empty_maps(grad, grad.size(0), weight.size(1) * groups, (height, width))
     _check(result, weight, None, stride, dilation, groups)
     _check_grad(grad, result, weight.size(0), stride)
@@ -338,7 +345,7 @@ def _(grad, weight, height, width, stride, dilation, groups):
     return empty_maps(grad, grad.size(0), weight.size(1) * groups, (height, width))
 
 
-@torch.library.custom_op('acmix_mm::group_conv_triton_grad_weight', mutates_args=())
+@make_operator('acmix_mm::group_conv_triton_grad_weight', mutates_args=())
 def _grad_weight(
     grad: Tensor, input: Tensor, kernel_size: int, stride: int, dilation: int, groups: int
 ) -> Tensor:
@@ -360,8 +367,8 @@ def _grad_weight(
     programs *= triton.cdiv(kernel_size**2, taps)
     splits = min(tiles, triton.cdiv(ENOUGH_PROGRAMS, programs))
     sums = grad.new_empty((splits, *result.shape), dtype=torch.float32)
-    with torch.cuda.device_of(grad):
-        grad_weight_kernel[(splits * programs,)](
+    with on_device(grad):
+        wrap_triton(grad_weight_kernel)[(splits * programs,)](
             *(grad, input, sums),
             *(*grad.stride(), *input.stride()),
             *(tiles, splits, groups, *input.shape[2:], *grad.shape[2:], dilation),

@@ -7,14 +7,14 @@ of a value is gathered from all results that saw the pixel or one of its mirror 
 that writes it. Sums are float32's, in one order always.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._autograd import register_bilinear
 from .._checks import check_dtypes, check_geometry, check_positive, check_shape, strided_size
-from .triton_group_conv import beyond_32_bits, empty_maps
+from .triton_backend import make_operator, on_device, wrap_triton
+from .triton_group_conv import beyond_32_bits, check_size, empty_maps
 from .triton_kernels import _jit, _offset, _reflect
 
 # Read off compilations (tools/dev/triton_report.py), not measured: nothing spills.
@@ -289,7 +289,7 @@ def _check(value: Tensor, weight: Tensor, kernel_size: int, stride: int, dilatio
     check_shape('weight', weight, expected, f'value of shape {tuple(value.shape)}')
 
 
-@torch.library.custom_op('acmix_mm::local_aggregation_triton', mutates_args=())
+@make_operator('acmix_mm::local_aggregation_triton', mutates_args=())
 def _forward(
     value: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int, zeros: bool
 ) -> Tensor:
@@ -299,8 +299,8 @@ def _forward(
         return result
     geometry = (kernel_size, stride, dilation)
     plan = _Plan(value, weight.size(1), value.shape[2:], result.shape[2:], geometry, zeros)
-    with torch.cuda.device_of(value):
-        forward_kernel[plan.grid(plan.result_size)](
+    with on_device(value):
+        wrap_triton(forward_kernel)[plan.grid(plan.result_size)](
             *(value, weight, result),
             *(*value.stride(), *weight.stride(), *result.stride()),
             *plan.sizes,
@@ -316,7 +316,7 @@ def _(value, weight, kernel_size, stride, dilation, zeros):
     return empty_maps(value, *value.shape[:2], weight.shape[3:])
 
 
-@torch.library.custom_op('acmix_mm::local_aggregation_triton_grad_value', mutates_args=())
+@make_operator('acmix_mm::local_aggregation_triton_grad_value', mutates_args=())
 def _grad_value(
     grad: Tensor,
     weight: Tensor,
@@ -327,8 +327,7 @@ def _grad_value(
     dilation: int,
     zeros: bool,
 ) -> Tensor:
-    check_positive('height', height)
-    check_positive('width', width)
+    check_size(height, width)
     result = empty_maps(grad, *grad.shape[:2], (height, width))
     _check(result, weight, kernel_size, stride, dilation)
     _check_grad(grad, result, stride)
@@ -337,8 +336,8 @@ def _grad_value(
         return result
     geometry = (kernel_size, stride, dilation)
     plan = _Plan(grad, weight.size(1), result.shape[2:], grad.shape[2:], geometry, zeros)
-    with torch.cuda.device_of(grad):
-        grad_value_kernel[plan.grid(plan.size)](
+    with on_device(grad):
+        wrap_triton(grad_value_kernel)[plan.grid(plan.size)](
             *(grad, weight, result),
             *(*grad.stride(), *weight.stride(), *result.stride()),
             *plan.sizes,
@@ -354,7 +353,7 @@ def _(grad, weight, height, width, kernel_size, stride, dilation, zeros):
     return empty_maps(grad, *grad.shape[:2], (height, width))
 
 
-@torch.library.custom_op('acmix_mm::local_aggregation_triton_grad_weight', mutates_args=())
+@make_operator('acmix_mm::local_aggregation_triton_grad_weight', mutates_args=())
 def _grad_weight(
     grad: Tensor,
     value: Tensor,
@@ -374,8 +373,8 @@ def _grad_weight(
         return result
     geometry = (kernel_size, stride, dilation)
     plan = _Plan(grad, groups, value.shape[2:], grad.shape[2:], geometry, zeros)
-    with torch.cuda.device_of(grad):
-        grad_weight_kernel[plan.grid(plan.result_size, share_blocks=False)](
+    with on_device(grad):
+        wrap_triton(grad_weight_kernel)[plan.grid(plan.result_size, share_blocks=False)](
             *(grad, value, result),
             *(*grad.stride(), *value.stride(), *result.stride()),
             *plan.sizes,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._autograd import refuse_second_order
 from .._checks import check_dtypes, check_geometry, check_shape
-from .triton_backend import _precision
+from .triton_backend import _precision, make_operator, on_device, wrap_triton
 from .triton_group_conv import (
     ENOUGH_PROGRAMS,
     _addresses,
@@ -245,7 +245,7 @@ def _block(number: int, least: int, most: int) -> int:
     return min(most, max(least, triton.next_power_of_2(number)))
 
 
-@torch.library.custom_op('acmix_mm::patch_weights_triton', mutates_args=())
+@make_operator('acmix_mm::patch_weights_triton', mutates_args=())
 def patch_weights(
     query: Tensor,
     padded: Tensor,
@@ -271,8 +271,8 @@ def patch_weights(
     block = _block(outputs, 8, LARGEST_OUTPUTS)
     grid = (_tiles(query, TILE) * triton.cdiv(outputs, block),)
     vectors = (t.contiguous() for t in (mean, factor, shift))
-    with torch.cuda.device_of(query):
-        patch_weights_kernel[grid](
+    with on_device(query):
+        wrap_triton(patch_weights_kernel)[grid](
             *(query, padded, *vectors, weight, result),
             *(*query.stride(), *padded.stride(), *weight.stride(), *result.stride()),
             *(*query.shape[2:], dilation),
@@ -329,7 +329,7 @@ def _check(
         raise ValueError(f'weight must have shape ({inputs}, O), got {tuple(weight.shape)}')
 
 
-@torch.library.custom_op('acmix_mm::patch_weights_triton_backward', mutates_args=())
+@make_operator('acmix_mm::patch_weights_triton_backward', mutates_args=())
 def _backward(
     grad: Tensor,
     query: Tensor,
@@ -380,15 +380,15 @@ def _backward(
             'TILE_X': tile[1],
         }
         strides = (*x.stride(), *weight.stride(), *grad.stride())
-        with torch.cuda.device_of(x):
-            grad_maps_kernel[(_tiles(x, tile) * blocks,)](
+        with on_device(x):
+            wrap_triton(grad_maps_kernel)[(_tiles(x, tile) * blocks,)](
                 *(x, *vectors, weight, grad, result),
                 *(*strides, *result.stride()),
                 *(*x.shape[2:], *grad.shape[2:], distance),
                 **constants,
                 RESULT_ALIGN=alignment(result, 1),
             )
-            grad_parameters_kernel[(splits * side**2 * blocks,)](
+            wrap_triton(grad_parameters_kernel)[(splits * side**2 * blocks,)](
                 *(x, *vectors, weight, grad, sums),
                 *strides,
                 *(tiles, splits, weight.size(0), *grad.shape[2:], distance),
