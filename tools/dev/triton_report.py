@@ -133,9 +133,7 @@ def attention(
         slopes, factor = (torch.zeros(dim, 2), torch.ones(1)) if mixed else (None, None)
         inputs = (query, maps, maps, slopes)
         convolution = torch.zeros_like(query) if mixed else None
-        output, alone, lse = triton_backend._forward(
-            *inputs, convolution, factor, *geometry, True
-        )
+        output, alone, lse = triton_backend._forward(*inputs, convolution, factor, *geometry, True)
         kept = alone if mixed else output
         needed = [name in gradients for name in INPUTS] + [False, False]
         triton_backend._backward(output, *inputs, factor, kept, lse, *geometry, needed)
