@@ -220,12 +220,12 @@ def beyond_32_bits(*tensors: Tensor) -> bool:
     )
 
 
-def _block(channels: int, least: int) -> int:
-    return min(LARGEST_BLOCK, max(least, triton.next_power_of_2(channels)))
+def _block(channels: int, least: int, most: int = LARGEST_BLOCK) -> int:
+    return min(most, max(least, triton.next_power_of_2(channels)))
 
 
-def _tiles(result: Tensor, tile: tuple[int, int]) -> int:
-    batch, _, height, width = result.shape
+def _tiles(maps: Tensor, tile: tuple[int, int]) -> int:
+    batch, _, height, width = maps.shape
     return batch * triton.cdiv(height, tile[0]) * triton.cdiv(width, tile[1])
 
 

@@ -21,8 +21,10 @@ from .triton_backend import _precision, make_operator, on_device, wrap_triton
 from .triton_group_conv import (
     ENOUGH_PROGRAMS,
     _addresses,
+    _block,
     _jit,
     _tile,
+    _tiles,
     alignment,
     beyond_32_bits,
     empty_maps,
@@ -234,15 +236,6 @@ def grad_parameters_kernel(
     tl.store(rows[:, None] + o[None, :], acc, mask=real[:, None] & (o < OUTPUTS)[None, :])
     tl.store(rows + OUTPUTS, acc_factor, mask=real)
     tl.store(rows + OUTPUTS + 1, acc_shift, mask=real)
-
-
-def _tiles(maps: Tensor, tile: tuple[int, int]) -> int:
-    batch, _, height, width = maps.shape
-    return batch * triton.cdiv(height, tile[0]) * triton.cdiv(width, tile[1])
-
-
-def _block(number: int, least: int, most: int) -> int:
-    return min(most, max(least, triton.next_power_of_2(number)))
 
 
 @make_operator('acmix_mm::patch_weights_triton', mutates_args=())
