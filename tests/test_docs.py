@@ -4,6 +4,7 @@ Every line of every ``bash`` block is either run, after the changes of :data:`CH
 small, or named in :data:`ELSEWHERE` with the test that has it.
 """
 
+import json
 import os
 import re
 import shutil
@@ -221,6 +222,19 @@ def test_site(tmp_path):
     page = (tmp_path / 'how_it_works.html').read_text()
     assert '<math' in page
     assert 'acmix_mm.layers.ACmix' in (tmp_path / 'api.html').read_text()
+
+
+def test_notebook_shows_what_it_does():
+    """It is stored as executed (`jupyter execute --inplace`), without the machine's paths."""
+    notebook = json.loads((ROOT / 'docs/scene_digits.ipynb').read_text())
+    cells = [cell for cell in notebook['cells'] if cell['cell_type'] == 'code']
+    assert [cell['execution_count'] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell['outputs']]
+    pictures = [o for o in outputs if {'image/jpeg', 'image/png'} & set(o.get('data', {}))]
+    assert len(pictures) == 5
+    assert not [o for o in outputs if o['output_type'] == 'error']
+    texts = json.dumps([{**o, 'data': o.get('data', {}).get('text/markdown')} for o in outputs])
+    assert not re.search(r'/(tmp|home|root|work|usr)/', texts)
 
 
 @pytest.mark.slow
