@@ -110,6 +110,12 @@ def _numbers(metrics: dict) -> dict[str, float]:
     }
 
 
+def measured(validations: list[dict]) -> list[str]:
+    """Names of the metrics; COCO's are -1 throughout for sizes of which there is no object."""
+    last = validations[-1]['metrics'] if validations else ()
+    return [name for name in last if any(v['metrics'].get(name, -1) != -1 for v in validations)]
+
+
 # The page.
 
 
@@ -137,7 +143,7 @@ def page(runner: Runner, validations: list[dict]) -> str:
         if best is not None:
             columns = {f'best ({moment(runner, best)})': best['metrics'], **columns}
         rows = {'metric': ' | '.join(columns)}
-        for name in validations[-1]['metrics']:
+        for name in measured(validations):
             rows[name] = ' | '.join(f'{c.get(name, math.nan):.4g}' for c in columns.values())
         lines += [*table(rows), '']
     else:
@@ -288,12 +294,12 @@ def draw(runner: Runner, validations: list[dict]):
     finite = [v for line in losses.lines for v in line.get_ydata() if 0 < v < math.inf]
     if finite and max(finite) > 20 * min(finite):
         losses.set_yscale('log')
-    for name in validations[-1]['metrics'] if validations else ():
+    for name in measured(validations):
         rows = [row for row in validations if name in row['metrics']]
         metrics.plot(
             [row['iter'] for row in rows],
             [row['metrics'][name] for row in rows],
-            marker='o', markersize=3, label=name,
+            marker='o', markersize=3, label=name, clip_on=False,
         )  # fmt: skip
     metrics.set_title('metrics of validations' if validations else 'no validation')
     for name in (n for n in ('lr', 'base_lr') if n in history):

@@ -13,7 +13,10 @@ from small_runs import Each, Kill, kill, make_runner, validation
 
 from acmix_mm.engine.summary_hook import commit, draw, smoothed, table
 
-SCORES = [{'coco/bbox_mAP': value, 'b': 1 - value} for value in (0.25, 0.75, 0.5)]
+# No object is large, so there is no AP for them.
+SCORES = [
+    {'coco/bbox_mAP': value, 'b': 1 - value, 'coco/bbox_mAP_l': -1} for value in (0.25, 0.75, 0.5)
+]
 
 
 def train(work_dir: Path, each: Each | None = None, **settings) -> Runner:
@@ -44,6 +47,7 @@ def test_page(folder, pytestconfig):
     assert found['metric'] == ['best (epoch 2)', 'last (epoch 3)']
     assert found['coco/bbox_mAP'] == ['0.75', '0.5']
     assert found['b'] == ['0.25', '0.5']
+    assert 'coco/bbox_mAP_l' not in found
     (best,) = found['best coco/bbox_mAP']
     assert Path(best) == folder / 'best_coco_bbox_mAP_epoch_2.pth'
     (last,) = found['last checkpoint']
@@ -74,8 +78,9 @@ def test_resumed(folder, tmp_path, iteration):
         assert found[name] == expected[name]
     ours, theirs = (json.loads((d / 'metrics.json').read_text()) for d in (tmp_path / 'a', folder))
     assert ours == theirs
-    losses = draw(runner, ours).axes[0]
+    losses, metrics, _ = draw(runner, ours).axes
     assert len(losses.lines[0].get_xdata()) == 15
+    assert [line.get_label() for line in metrics.lines] == ['coco/bbox_mAP', 'b']
 
 
 def test_time_and_memory_add_up(tmp_path, monkeypatch):
