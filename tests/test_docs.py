@@ -225,7 +225,7 @@ def test_site(tmp_path):
 
 
 def test_notebook_shows_what_it_does():
-    """It is stored as executed (`jupyter execute --inplace`), without the machine's paths."""
+    """It is stored as tools/dev/execute_notebook.py leaves it, without the machine's paths."""
     notebook = json.loads((ROOT / 'docs/scene_digits.ipynb').read_text())
     cells = [cell for cell in notebook['cells'] if cell['cell_type'] == 'code']
     assert [cell['execution_count'] for cell in cells] == list(range(1, len(cells) + 1))
