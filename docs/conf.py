@@ -32,7 +32,8 @@ html_title = f'acmix_mm {release}'
 # Markdown as GitHub shows it, too.
 myst_enable_extensions = ['dollarmath', 'colon_fence']
 myst_heading_anchors = 3
-nb_execution_mode = 'off'  # tests/test_docs.py executes notebooks
+nb_execution_mode = 'off'  # tools/dev/execute_notebook.py does, and tests/test_docs.py
+nb_render_markdown_format = 'gfm'  # tables
 
 # Docstrings in Google's style with types, as OpenMMLab's. Signatures carry the types already.
 autodoc_member_order = 'bysource'
