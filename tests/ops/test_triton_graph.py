@@ -17,6 +17,8 @@ KERNELS = {
         [RESULT, ATTENTION, ATTENTION], [QUERY, QUERY, KEY_VALUE, KEY_VALUE, RESULT, SUMS]
     ),
     'local_aggregation': ([RESULT], [RESULT, RESULT]),
+    # Backward, of the query and of the patch.
+    'patch_weights': ([RESULT], [RESULT, SUMS, RESULT, SUMS]),
 }  # fmt: skip
 
 

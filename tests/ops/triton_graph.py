@@ -17,14 +17,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 is_available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
-from acmix_mm.ops import fused_acmix, local_aggregation  # noqa: E402
+from acmix_mm.ops import fused_acmix, local_aggregation, patch_weights  # noqa: E402
 from acmix_mm.ops._dispatch import OPERATORS  # noqa: E402
 
 torch.cuda.is_available = is_available
 # Asked for the kernels' intermediate code, of which PyTorch reads what they write.
 driver.set_active(SimpleNamespace(get_current_target=lambda: GPUTarget('cuda', 90, 32)))
 # Tensors are the CPU's: without CUDA, PyTorch has no others.
-for name in ('fused_acmix', 'group_conv', 'local_aggregation'):
+for name in ('fused_acmix', 'group_conv', 'local_aggregation', 'patch_weights'):
     operator = OPERATORS[name]
     operator['triton'] = operator['triton']._replace(refuses=lambda *args: None)
 
@@ -69,6 +69,9 @@ def compiled(function, make_inputs) -> dict:
     }
 
 
+norms = []
+
+
 def of_acmix(height, width):
     shapes = ((24, 8, 1, 1), (24,), (4, 2), (8, 6, 3, 3), (8,), (1,))
     return [torch.empty(1, 8, height, width)], [torch.empty(shape) for shape in shapes]
@@ -82,6 +85,17 @@ def aggregation(value, weight):
     return local_aggregation(value, weight.unflatten(1, (2, 9)), 3, backend='triton')
 
 
+def of_weights(height, width):
+    if not norms:  # which compiled graphs hold
+        norms.append(torch.nn.BatchNorm2d(160).eval())
+    maps = [torch.empty(1, 16, height, width) for _ in range(2)]
+    return maps, [torch.empty(8, 160, 1, 1), *norms[0].parameters()]
+
+
+def weights(query, key, weight, scale, shift):
+    return patch_weights(query, key, weight, norms[0], 3, backend='triton')
+
+
 def acmix(x, *others):
     return fused_acmix(x, *others, 2, 7, backend='triton')
 
@@ -91,6 +105,7 @@ print(
         {
             'fused_acmix': compiled(acmix, of_acmix),
             'local_aggregation': compiled(aggregation, of_aggregation),
+            'patch_weights': compiled(weights, of_weights),
         }
     )
 )
