@@ -213,18 +213,10 @@ OPERATORS['patch_weights'] = {
 if triton_backend.MISSING is None:
     from .backends import triton_patch_weights
 
-    def _in_triton(
-        query: Tensor,
-        padded: Tensor,
-        weight: Tensor,
-        norm: nn.Module,
-        statistics: tuple,
-        geometry: tuple[int, int, int],
-    ) -> Tensor:
-        arguments = (query, padded, weight, norm, statistics, geometry)
+    def _in_triton(query: Tensor, padded: Tensor, weight: Tensor, *rest) -> Tensor:
         if torch.is_grad_enabled() and weight.size(0) > triton_patch_weights.LARGEST_OUTPUTS:
-            return _by_rows(*arguments)
-        return _by_kernel(*arguments, triton_patch_weights.patch_weights)
+            return _by_rows(query, padded, weight, *rest)
+        return _by_kernel(query, padded, weight, *rest, triton_patch_weights.patch_weights)
 
     OPERATORS['patch_weights']['triton'] = Implementation(_in_triton, triton_backend.refuses_tensor)
 
