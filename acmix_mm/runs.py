@@ -33,8 +33,9 @@ def train(cfg: Config) -> Runner:
 
     First it is checked that the model can start as the config says, and that its data can be
     trained and validated on. The work directory belongs to this process while it trains;
-    checkpoints of an earlier run in it are moved to ``before_TIME``, unless training goes on from
-    them. To be called in every process of a distributed job, which ``cfg.launcher`` has started.
+    checkpoints and summary of an earlier run in it are moved to ``before_TIME``, unless training
+    goes on from them. To be called in every process of a distributed job, which ``cfg.launcher``
+    has started.
 
     Args:
         cfg (Config): For mmengine's Runner, with a ``work_dir``; it stays as it is.
@@ -90,7 +91,7 @@ def _prepare_training(cfg: Config, claimed: contextlib.ExitStack) -> None:
     start = cfg.load_from if cfg.get('resume') else None
     moved = set_aside(cfg.work_dir, start, out_dir, template)
     for old, new in moved.items():
-        print(f'checkpoint of an earlier run: {old} is {new} now')
+        print(f'of an earlier run: {old} is {new} now')
         if cfg.get('load_from') and Path(cfg.load_from).absolute() == old.absolute():
             cfg.load_from = str(new)
 

@@ -82,9 +82,7 @@ CHANGES = [
     (r'(compare\.py .*)', r'\1 --cfg-options model.test_cfg.score_thr=0.0'),
     (r'--num-images \d+', '--num-images 12'),
     # Measurements of small inputs, once.
-    (rf'({BENCHMARK}.*) --(shapes|rounds|warmup) \S+', r'\1'),
-    (rf'({BENCHMARK}.*) --(shapes|rounds|warmup) \S+', r'\1'),
-    (rf'({BENCHMARK}.*) --(shapes|rounds|warmup) \S+', r'\1'),
+    *[(rf'({BENCHMARK}.*?) --(shapes|rounds|warmup)( \d[\dx]*)+', r'\1')] * 3,
     (rf'({BENCHMARK}.*) --no-memory', r'\1'),
     *(
         (rf'({BENCHMARK} {suite})(.*)', rf'\1 --shapes {size} --rounds 1 --warmup 1\2')

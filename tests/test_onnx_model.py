@@ -265,18 +265,29 @@ def test_any_size(config, options, tmp_path, monkeypatch):
                 assert (got.pred_sem_seg.data != labels).float().mean() < 1e-3
             else:
                 scores = expected.pred_instances.scores
-                assert scores.std() > 1e-4
-                torch.testing.assert_close(got.pred_instances.scores, scores, rtol=1e-3, atol=1e-4)
+                # Untrained, all are close to each other.
+                spread = float(scores.std())
+                assert spread > 1e-5
+                torch.testing.assert_close(
+                    got.pred_instances.scores, scores, rtol=0, atol=0.1 * spread
+                )
+
+
+class OfOneSize(torch.nn.Module):
+    """Makes an integer of a size, as some heads do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., list(range(x.size(-1)))]
 
 
 @pytest.mark.slow
 def test_sizes_that_become_constants(tmp_path):
-    """mmseg makes integers of sizes where align_corners is set."""
     cfg = Config.fromfile(ROOT / 'configs/demo/acmix-swin_upernet_scene-digits.py')
     cfg.model.backbone.depths = [1, 1, 1, 1]
-    cfg.model.decode_head.align_corners = True
+    model = build(cfg).eval()
+    model.decode_head.dropout = OfOneSize()
     with pytest.raises(ValueError, match='cannot be exported for pictures of any size: Constrain'):
-        export_model(build(cfg).eval(), cfg, tmp_path / 'model.onnx', {'classes': ['a']})
+        export_model(model, cfg, tmp_path / 'model.onnx', {'classes': ['a']})
     assert not list(tmp_path.iterdir())
 
 

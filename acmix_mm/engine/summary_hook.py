@@ -19,8 +19,8 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from ..files import write_figure, write_whole
 from ..version import __version__
+from .work_dir import CURVES, METRICS, SUMMARY
 
-SUMMARY, CURVES, METRICS = 'summary.md', 'summary.png', 'metrics.json'
 STATE = 'summary'  # in the message hub, so in checkpoints
 LOSSES = 8  # parts of the loss that are drawn
 PACKAGES = {  # by what OneDL calls them, too

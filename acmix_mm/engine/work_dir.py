@@ -10,6 +10,8 @@ import torch
 from ..checkpoints import make_checkpoints_loadable, read_checkpoint
 
 LAST = 'last_checkpoint'  # mmengine's file that names the newest one
+# What SummaryHook writes.
+SUMMARY, CURVES, METRICS = 'summary.md', 'summary.png', 'metrics.json'
 INTERRUPTED = 'interrupted_iter_{}.pth'
 TEMPLATES = ('epoch_{}.pth', 'iter_{}.pth', 'best_{}.pth', INTERRUPTED)
 
@@ -89,7 +91,7 @@ def set_aside(
     out_dir: str | Path | None = None,
     template: str | None = None,
 ) -> dict[Path, Path]:
-    """Move checkpoints that a run would write over into a folder ``before_<time>`` beside them.
+    """Move what a run would write over into a folder ``before_<time>``: checkpoints and summary.
 
     Args:
         work_dir (str | Path): The work directory, which need not exist.
@@ -107,13 +109,13 @@ def set_aside(
     patterns = [t.replace('{}', '*') for t in (*TEMPLATES, *filter(None, [template]))]
     least = -1 if start is None else read_checkpoint(str(start))['meta']['iter']
     files = {f for pattern in patterns for f in folder.glob(pattern) if _iterations(f) > least}
-    last = Path(work_dir, LAST)
-    if files and start is None and last.exists():
-        files.add(last)
+    if start is None:
+        names = ([LAST] if files else []) + [SUMMARY, CURVES, METRICS]
+        files |= {file for name in names if (file := Path(work_dir, name)).exists()}
     target = folder / f'before_{time.strftime("%Y%m%d_%H%M%S")}'
     moved = {file: target / file.name for file in sorted(files)}
     if moved:
-        target.mkdir()
+        target.mkdir(parents=True)
     for old, new in moved.items():
         os.replace(old, new)
     return moved

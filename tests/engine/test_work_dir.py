@@ -108,8 +108,10 @@ def test_out_dir(run, tmp_path):
 
 
 def test_set_aside(run):
-    """All of them, and nothing else."""
+    """All of them and the summary, and nothing else."""
     (run / 'log.txt').write_text('')
+    for name in ('summary.md', 'summary.png', 'metrics.json'):
+        (run / name).write_text(name)
     save(run, 'pretrained.pth', 0)
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     moved = set_aside(run)

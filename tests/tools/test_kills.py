@@ -288,7 +288,8 @@ def test_another_training_in_the_same_folder(arguments, undisturbed, tmp_path):
     again = [argument for argument in arguments if argument != '--resume']
     assert_same(finish(again, folder), undisturbed[0])
     (target,) = folder.glob('before_*')
-    assert {path.name for path in target.iterdir()} == {'epoch_4.pth', 'last_checkpoint'}
+    moved = {'epoch_4.pth', 'last_checkpoint', 'summary.md', 'summary.png'}
+    assert {path.name for path in target.iterdir()} >= moved
     for name, content in before.items():
         file = folder / name
         kept = target / name if (target / name).exists() else file
