@@ -68,7 +68,6 @@ CHANGES = [
     (r'SEED', '0'),
     (r'^RUN=.*', 'RUN=$(dirname $TRAINED)'),
     (r'epoch_\d+\.pth', 'epoch_1.pth'),
-    (r'000000000002\.jpg', '000000000000.jpg'),
     (r'000000000\d*\[0-4\]\*', '*'),
     # Trainings of an epoch.
     (r'(train_cfg\.max_epochs|param_scheduler\.1\.\w+)=\d+', ''),
