@@ -288,8 +288,10 @@ def test_another_training_in_the_same_folder(arguments, undisturbed, tmp_path):
     again = [argument for argument in arguments if argument != '--resume']
     assert_same(finish(again, folder), undisturbed[0])
     (target,) = folder.glob('before_*')
-    moved = {'epoch_4.pth', 'last_checkpoint', 'summary.md', 'summary.png'}
-    assert {path.name for path in target.iterdir()} >= moved
+    assert {'summary.md', 'summary.png'} <= {*before}
+    summary = {'summary.md', 'summary.png', 'metrics.json'} & {*before}
+    moved = {path.name for path in target.iterdir()}
+    assert moved == {'epoch_4.pth', 'last_checkpoint'} | summary
     for name, content in before.items():
         file = folder / name
         kept = target / name if (target / name).exists() else file
