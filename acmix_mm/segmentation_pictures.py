@@ -66,7 +66,8 @@ def draw_classes(
 
     Each class has its colour, half transparent, and a line around it; what is of no class, and a
     class called background, is the picture itself. The legend has the classes that there are, those
-    with most pixels first. Small pictures are enlarged.
+    with most pixels first. Small pictures are enlarged, and narrow ones get white
+    beside them, as wide as words need.
 
     Args:
         image (np.ndarray): RGB, (H, W, 3).
@@ -95,7 +96,8 @@ def draw_classes(
     drawn = np.hstack([np.pad(p, ((0, 0), (0, GAP), (0, 0)), constant_values=255) for p in panels])
     drawn = drawn[:, :-GAP] if panels else photo
     names = [i for i in np.argsort(-counts, kind='stable') if counts[i] and shown[i]]
-    return np.vstack([drawn, legend([(classes[i], colours[i]) for i in names], drawn.shape[1])])
+    strip = legend([(classes[i], colours[i]) for i in names], drawn.shape[1])
+    return np.vstack([widened(drawn, strip.shape[1]), strip])
 
 
 def overlaid(
@@ -116,17 +118,21 @@ def overlaid(
 
 def titled(panel: np.ndarray, title: str) -> np.ndarray:
     """A panel with its title above."""
+    panel = widened(panel, GAP + text_width(title))
     strip = np.full((LINE, panel.shape[1], 3), 255, np.uint8)
     write(strip, title, 2, LINE - GAP)
     return np.vstack([strip, panel])
 
 
 def legend(entries: list[tuple[str, np.ndarray]], width: int) -> np.ndarray:
-    """Names beside squares of their colours, in as many lines as it takes."""
+    """Names beside squares of their colours, in as many lines as it takes.
+
+    It is ``width`` pixels wide, or as the longest name needs.
+    """
+    lengths = [LINE + text_width(name) + 2 * GAP for name, _ in entries]
+    width = max([width, *(GAP + length for length in lengths)])
     places, x, y = [], GAP, 0
-    for name, colour in entries:
-        (length, _), _ = cv2.getTextSize(name, FONT, SCALE, 1)
-        needed = LINE + length + 2 * GAP
+    for (name, colour), needed in zip(entries, lengths, strict=True):
         if x + needed > width and x > GAP:
             x, y = GAP, y + LINE
         places.append((name, colour, x, y))
@@ -138,6 +144,16 @@ def legend(entries: list[tuple[str, np.ndarray]], width: int) -> np.ndarray:
         cv2.rectangle(strip, *square, (120, 120, 120), 1)
         write(strip, name, x + LINE, y + LINE - 2)
     return strip
+
+
+def widened(image: np.ndarray, width: int) -> np.ndarray:
+    """With white to its right, where it is narrower."""
+    missing = max(width - image.shape[1], 0)
+    return np.pad(image, ((0, 0), (0, missing), (0, 0)), constant_values=255)
+
+
+def text_width(text: str) -> int:
+    return cv2.getTextSize(text, FONT, SCALE, 1)[0][0]
 
 
 def write(strip: np.ndarray, text: str, x: int, y: int) -> None:

@@ -68,6 +68,21 @@ def test_long_legends_have_lines(photo):
     assert drawn.shape[0] > SIZE + 4 * LINE
 
 
+@pytest.mark.parametrize('titles', [['prediction'], ['truth', 'prediction']])
+def test_nothing_written_is_cut_off(photo, titles):
+    """On a picture of one column, words are as on a wide one."""
+    classes = ['a class of a long name', 'and another one of a name that is longer']
+    rows = labels(1)
+
+    def written(columns: int) -> int:
+        maps = dict.fromkeys(titles, rows[:, :columns])
+        drawn = draw_classes(photo[:, :columns], maps, classes, PALETTE)
+        lines = np.vstack([drawn[: LINE - 1] if len(titles) > 1 else drawn[:0], drawn[-60:]])
+        return (lines.max(-1) < 50).sum()
+
+    assert written(1) == written(SIZE) > 100
+
+
 def test_of_mmsegs_hook(photo, tmp_path):
     """Built by its name, and called as mmseg's hook calls it."""
     init_default_scope('mmseg')

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..layers import ACmix, MixedOperator
 from ..models import deploy
-from ..ops import group_conv, local_aggregation, local_attention
+from ..ops import group_conv, local_aggregation, local_attention, patch_weights
 from ..ops.reference import tolerance
 from .baselines import NATTEN, FlexAttention, UnfoldACmix, unfold_attention
 from .steps import DTYPES, Case, Step, random_maps, tensor_step
@@ -49,10 +49,12 @@ def build_operator(name: str, backend: str | None, case: Case) -> Step:
 def build_part(name: str, backend: str | None, case: Case) -> Step:
     """An operator that GPUs have kernels of, for a layer on a map (B, C, H, W).
 
-    'group_conv' of four heads, with channels last, as the layer ACmix calls it; 'local_aggregation'
-    of SAN, whose weights eight channels share.
+    'group_conv' of four heads, with channels last, as the layer ACmix calls it; of SAN,
+    'local_aggregation' of a map whose eight channels share weights, and the 'patch_weights' for it.
     """
     batch, channels, *size = case.shape
+    if name == 'patch_weights':
+        return _build_patch_weights(backend, case)
     if name == 'group_conv':
         shapes = ((batch, channels // 4, 12, *size), (channels, 12, 3, 3))
         function = functools.partial(group_conv, backend=backend)
@@ -66,6 +68,21 @@ def build_part(name: str, backend: str | None, case: Case) -> Step:
         inputs[0] = inputs[0].unflatten(1, (-1, 12))
         grad = grad.contiguous(memory_format=torch.channels_last)
     return tensor_step(function, inputs, grad, case)
+
+
+def _build_patch_weights(backend: str | None, case: Case) -> Step:
+    """Query and key have a fourth, hidden weights an eighth of a map's channels in SAN."""
+    batch, channels, *size = case.shape
+    norm = nn.BatchNorm2d(channels // 4 * (1 + KERNEL_SIZE**2))
+    norm.to(case.device, DTYPES[case.dtype]).train(case.train)
+    inputs = random_maps(2, case, (batch, channels // 4, *size))
+    inputs += random_maps(1, case, (channels // 8, norm.num_features, 1, 1))
+    (grad,) = random_maps(1, case, (batch, channels // 8, *size))
+
+    def function(query: Tensor, key: Tensor, weight: Tensor) -> Tensor:
+        return patch_weights(query, key, weight, norm, KERNEL_SIZE, backend=backend)
+
+    return tensor_step(function, inputs, grad, case, norm)
 
 
 def build_attention(name: str, backend: str | None, case: Case) -> Step:

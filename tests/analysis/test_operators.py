@@ -21,7 +21,7 @@ def test_attention_candidates_are_the_same_attention():
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize('name', ['group_conv', 'local_aggregation'])
+@pytest.mark.parametrize('name', ['group_conv', 'local_aggregation', 'patch_weights'])
 def test_backends_of_a_part_are_the_same_operator(name):
     case = Case((2, 16, 9, 12), train=True)
     steps = [build_part(name, backend, case) for backend in (None, 'torch')]

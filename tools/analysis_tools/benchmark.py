@@ -11,8 +11,8 @@ Suites (each has its own --help):
   detector   whole detectors from config files: a training step, an inference
   fps        whole detectors from config files: frames a second beside parameters and FLOPs
   scaling    one model at growing images and batches: cost per pixel and for every doubling
-  gpu        operator, attention, grouped convolution, SAN's aggregation and backbone in all dtypes
-             at batch 2 and 16, on CUDA
+  gpu        operator, attention, grouped convolution, SAN's aggregation and weights, and backbone
+             in all dtypes at batch 2 and 16, on CUDA
 
 Time: after warm-up, all candidates of a comparison take turns in one process, every round beginning
 with another one, so that what else the machine does strikes all alike. Given are the median and the
@@ -194,7 +194,7 @@ def suite_attention(args: argparse.Namespace) -> Iterator[list[Candidate]]:
 def suite_parts(args: argparse.Namespace) -> Iterator[list[Candidate]]:
     """Other operators with kernels for GPUs, beside PyTorch's operations."""
     for case in cases(args, args.shapes):
-        for name in ('group_conv', 'local_aggregation'):
+        for name in ('group_conv', 'local_aggregation', 'patch_weights'):
             forms = {**dict(backend_forms(name, args)), f'{name} (torch)': 'torch'}
             yield [Candidate(n, build_part, (name, backend), case) for n, backend in forms.items()]
 
