@@ -244,13 +244,13 @@ def test_gpu_suite(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
     args = benchmark.parse_args(['gpu', '--peak-gbs', '100'])
     comparisons = list(benchmark.suite_gpu(args))
-    assert len(comparisons) == (1 + 4 + 2 + 2) * 2 * 3 * 2  # shapes, batches, dtypes, modes
+    assert len(comparisons) == (1 + 4 + 3 + 2) * 2 * 3 * 2  # shapes, batches, dtypes, modes
     cases = [candidates[0].case for candidates in comparisons]
     assert {case.shape[0] for case in cases} == {2, 16}
     assert {case.dtype for case in cases} == {'float16', 'bfloat16', 'float32'}
     names = {c.name for candidates in comparisons for c in candidates}
     assert {'acmix', 'conv3x3', 'unfold', 'r50', 'acmix-r50', *RIVALS} <= names
-    for part in ('group_conv', 'local_aggregation'):
+    for part in ('group_conv', 'local_aggregation', 'patch_weights'):
         assert {part, f'{part} (torch)'} <= names
     peaks = benchmark.peaks_of(args, 'NVIDIA H200')
     assert (peaks.tflops['float16'], peaks.gbs) == (989, 100)
