@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops._autograd import takes_own_formulas
 from ..ops._checks import check_positive
 from ..ops._dispatch import autocast_tensors, check_backend
+from ..ops._products import addmm_, bmm, linear, mm
 from .deployable import Deployable
 from .mixing_weights import TENSORS, MixingWeights, folding_pays, shift_kernel
 
@@ -341,7 +341,7 @@ class ProjectedMixedOperator(MixedOperator):
         if weights.kernel is not None and not drops and takes_own_formulas(attention):
             convolution = replace(weights, bias=bias).convolve(maps.flatten(2, 3), self.backend)
             return _Sum.apply(convolution, attention, weight, scale)
-        attention = self.proj_drop(F.linear(attention, _scaled(weight, scale), bias))
+        attention = self.proj_drop(linear(attention, _scaled(weight, scale), bias))
         if weights.kernel is None:
             return attention
         return attention + weights.convolve(maps.flatten(2, 3), self.backend).permute(0, 2, 3, 1)
@@ -379,9 +379,8 @@ def _project(tokens: Tensor, weight: Tensor, bias: Tensor | None, order: tuple) 
     """(B, pixels, C) -> (B, d * parts * N, pixels) by weights (parts * N * d, C)."""
     # Permuting weights costs nothing, permuting maps a pass over memory.
     weight = _by_position(weight, order).expand(tokens.size(0), -1, -1)
-    if bias is None:
-        return torch.bmm(weight, tokens.transpose(1, 2))
-    return torch.baddbmm(_by_position(bias, order)[:, None], weight, tokens.transpose(1, 2))
+    bias = None if bias is None else _by_position(bias, order)[:, None]
+    return bmm(weight, tokens.transpose(1, 2), bias)
 
 
 def _by_position(weight: Tensor, order: tuple) -> Tensor:
@@ -412,9 +411,9 @@ class _Projection(torch.autograd.Function):
         of_tokens = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
             weight = _by_position(weight, ctx.order).expand(len(grad), -1, -1)
-            of_tokens = torch.bmm(grad.transpose(1, 2), weight)
+            of_tokens = bmm(grad.transpose(1, 2), weight)
         if ctx.needs_input_grad[1]:
-            of_weight = by_part(torch.bmm(grad, tokens).sum(0))
+            of_weight = by_part(bmm(grad, tokens).sum(0))
         if ctx.needs_input_grad[2]:
             of_bias = by_part(grad.sum((0, 2)))
         return of_tokens, of_weight, of_bias, None
@@ -431,7 +430,8 @@ class _Sum(torch.autograd.Function):
     def forward(ctx, convolution, attention, weight, scale):
         ctx.save_for_backward(attention, weight, scale)
         out = convolution.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)
-        out.flatten(0, 2).addmm_(attention.flatten(0, 2), _scaled(weight, scale).to(out.dtype).t())
+        weight = _scaled(weight, scale).to(out.dtype)
+        addmm_(out.flatten(0, 2), attention.flatten(0, 2), weight.t())
         return out
 
     @staticmethod
@@ -442,9 +442,9 @@ class _Sum(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_convolution = planes(grad.flatten(1, 2)).unflatten(2, grad.shape[1:3])
         if ctx.needs_input_grad[1]:
-            of_attention = (tokens @ _scaled(weight, scale).to(grad.dtype)).view_as(attention)
+            of_attention = mm(tokens, _scaled(weight, scale).to(grad.dtype)).view_as(attention)
         if any(ctx.needs_input_grad[2:]):
-            of_weight = (tokens.t() @ attention.flatten(0, 2)).to(weight.dtype)
+            of_weight = mm(tokens.t(), attention.flatten(0, 2)).to(weight.dtype)
             if ctx.needs_input_grad[3]:
                 of_scale = (of_weight * weight).sum().view(1)
             of_weight = _scaled(of_weight, scale)

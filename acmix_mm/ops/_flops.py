@@ -143,6 +143,11 @@ def _patch_weights_backward(grad: Shape, weight: Shape, **_) -> int:
     return 2 * _patch_weights(weight, grad)
 
 
+def _linear(W: Shape, out: Shape, **_) -> int:
+    """``2 M N K`` for rows of K numbers and a weight (N, K)."""
+    return 2 * prod(out) * W[-1]
+
+
 FORMULAS = {
     'fused_acmix': _fused_acmix,
     'fused_acmix_backward': _fused_acmix_backward,
@@ -189,9 +194,11 @@ ALIKE = {
 
 def register_flop_formulas() -> None:
     """Tell PyTorch's counter; to be called once, when all operators are there."""
-    for name, formula in FORMULAS.items():
-        operator = getattr(torch.ops.acmix_mm, name, None)
-        if operator is not None:  # its backend may be absent
+    operators = [(getattr(torch.ops.acmix_mm, n, None), f) for n, f in FORMULAS.items()]
+    # oneDNN's product, see :mod:`._products`.
+    operators.append((getattr(torch.ops.mkldnn, '_linear_pointwise', None), _linear))
+    for operator, formula in operators:
+        if operator is not None and operator not in flop_registry:  # its backend may be absent
             register_flop_formula(operator)(_by_name(operator, formula))
     for name, other in ALIKE.items():
         operator, other = (getattr(torch.ops.aten, n, None) for n in (name, other))

@@ -27,6 +27,7 @@ from ._checks import (
     strided_size,
 )
 from ._dispatch import OPERATORS, Implementation, autocast_tensors, dispatch
+from ._products import operand, product
 from .backends import native_backend, triton_backend
 from .group_conv import group_conv
 from .local_attention import local_attention
@@ -256,7 +257,7 @@ def _projected_strips(
         projected = maps[:count, :, :height]
         fresh = projected[:, :, strip.fresh - strip.first :]
         for source, target in zip(_matrices(part, merged), _matrices(fresh, merged), strict=True):
-            _product(factor, source, target)
+            product(factor, source, target)
         yield strip, projected, None if sums is None else sums[:count, :, :height]
         kept = strip.last - strip.done
         if kept > 0:
@@ -301,31 +302,6 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     if dtype == torch.bfloat16 and torch.ops.acmix_mm.native_bfloat16_products_pay():
         return dtype
     return torch.promote_types(dtype, torch.float32)
-
-
-def _onednn_pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of ``dtype`` faster than torch.mm."""
-    return dtype == torch.float32 and torch.ops.acmix_mm.native_onednn_products_pay()
-
-
-def _operand(matrix: Tensor) -> Tensor:
-    """As products take it: over gaps between rows, oneDNN would be a thousand times slower."""
-    if not _onednn_pays(matrix.dtype) or matrix.is_contiguous() or matrix.T.is_contiguous():
-        return matrix
-    return matrix.contiguous()
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """``a @ b``, written to ``out`` where given, which may be of another dtype."""
-    if _onednn_pays(a.dtype):
-        product = torch.ops.mkldnn._linear_pointwise(
-            _operand(a), _operand(b).T, None, 'none', [], ''
-        )
-    elif out is None or out.dtype == a.dtype:
-        return torch.mm(a, b, out=out)
-    else:
-        product = torch.mm(a, b)
-    return product if out is None else out.copy_(product)
 
 
 def _room_for(rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -576,20 +552,20 @@ def _add_projection_gradients(
     """Gradients of the projection by that of its result (B, 3 C, h, W); to sums they are added."""
     of_x, of_weight, of_bias = needed
     merged = _merged(x)
-    targets = [_operand(matrix) for matrix in _matrices(grad, merged)]
+    targets = [operand(matrix) for matrix in _matrices(grad, merged)]
     for source, target in zip(_matrices(x, merged), targets, strict=True):
         if of_weight:
-            grad_weight += _product(target, source.T).view(weight.shape)
+            grad_weight += product(target, source.T).view(weight.shape)
         if of_bias:
             grad_bias += target.sum(1, dtype=grad_bias.dtype)
     if of_x:
         back = weight.flatten(1).T
         if merged:
             (target,) = targets
-            grad_x.copy_(_product(back, target).view(-1, *x.movedim(1, 0).shape[1:]).movedim(0, 1))
+            grad_x.copy_(product(back, target).view(-1, *x.movedim(1, 0).shape[1:]).movedim(0, 1))
         else:
             for image, target in zip(grad_x, targets, strict=True):
-                _product(back, target, image.flatten(1))
+                product(back, target, image.flatten(1))
 
 
 @_backward.register_fake

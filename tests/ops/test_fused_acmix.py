@@ -154,57 +154,6 @@ def test_bfloat16_products_by_processor():
 
 
 @needs_native
-@pytest.mark.skipif(not CPU_INFO.is_file(), reason='needs /proc/cpuinfo')
-def test_onednn_products_by_processor():
-    """Not on Intel's, nor without AVX-512, nor where oneDNN is switched off."""
-    pay = torch.ops.acmix_mm.native_onednn_products_pay
-    wide = torch.backends.cpu.get_cpu_capability() == 'AVX512'
-    mkl = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    other = 'GenuineIntel' not in CPU_INFO.read_text()
-    assert pay() == (wide and mkl and other and torch.backends.mkldnn.enabled)
-    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=False):
-        assert not pay()
-
-
-@needs_native
-@pytest.mark.parametrize(
-    'onednn',
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                not torch.backends.mkldnn.is_available(), reason='needs oneDNN'
-            ),
-        ),
-    ],
-)
-@pytest.mark.parametrize('out_dtype', [None, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize('sizes', [(24, 8, 30), (3, 1, 1), (1, 40, 5)])
-def test_product_of_any_layout(onednn, out_dtype, sizes, monkeypatch):
-    """Matrices of rows, of columns, with gaps between rows; results to rows with gaps."""
-    monkeypatch.setattr(torch.ops.acmix_mm, 'native_onednn_products_pay', lambda: onednn)
-    rows, inner, columns = sizes
-    layouts = (
-        lambda t: t,
-        lambda t: t.T.contiguous().T,
-        lambda t: torch.cat([t, t], 1)[:, : t.size(1)],
-        lambda t: torch.cat([t, t])[: len(t)].T.contiguous().T,
-    )
-    left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-    expected = left.double() @ right.double()
-    for a in layouts:
-        for b in layouts:
-            out = None
-            if out_dtype is not None:
-                out = torch.full((rows, columns + 3), torch.nan, dtype=out_dtype)[:, :columns]
-            result = MODULE._product(a(left), b(right), out)
-            assert out is None or result is out
-            tolerance = 1e-2 if out_dtype == torch.bfloat16 else 1e-5
-            torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
-
-
-@needs_native
 @pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 4), (3, 2)])
 def test_rows_are_projected_once(stride, dilation, monkeypatch):
     """A strip takes over the rows that it shares with the one before."""
@@ -216,7 +165,7 @@ def test_rows_are_projected_once(stride, dilation, monkeypatch):
         pixels.append(right.size(1))
         return torch.addmm(out, left, right, beta=0, out=out)
 
-    monkeypatch.setattr(MODULE, '_product', product)
+    monkeypatch.setattr(MODULE, 'product', product)
     with torch.no_grad():
         fused_acmix(*tensors, HEADS, 5, stride, dilation, backend='native')
     assert len(pixels) > 4
