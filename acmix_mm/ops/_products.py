@@ -3,6 +3,10 @@
 MKL, which torch.mm takes, has half of an AVX-512 processor's speed where it is not Intel's, and
 oneDNN, which convolutions take, has all of it (docs/benchmarks.md). What oneDNN computes here has
 no formula for gradients: it is for backward passes and for what autograd does not see.
+
+:func:`product` is for the inside of operators for CPUs. The others have the names of PyTorch's
+functions, which they are wherever oneDNN is not faster or has to keep out: on other devices and in
+other dtypes, where gradients are recorded, under autocast, while graphs are made.
 """
 
 import torch
@@ -21,12 +25,12 @@ def _onednn_pays(dtype: torch.dtype) -> bool:
 
 
 def _takes_onednn(*tensors: Tensor) -> bool:
-    """The same of tensors of any kind, wherever they are computed with."""
-    if native_backend.MISSING is not None or torch.is_grad_enabled() or transformed():
+    """The same of any tensors, anywhere."""
+    if native_backend.MISSING is not None or torch.is_grad_enabled():
+        return False
+    if torch.is_autocast_enabled('cpu') or transformed():
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.is_autocast_enabled('cpu'):
         return False
     plain = all(type(t) in PLAIN and t.device.type == 'cpu' and t.numel() for t in tensors)
     return plain and all(_onednn_pays(t.dtype) for t in tensors)
@@ -55,7 +59,7 @@ def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear, anywhere."""
+    """As torch.nn.functional.linear."""
     if not _takes_onednn(tokens, weight, *([] if bias is None else [bias])):
         return F.linear(tokens, weight, bias)
     out = _by_onednn(tokens.flatten(0, -2), weight.T, bias)
@@ -63,17 +67,17 @@ def linear(tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
-    """torch.mm, anywhere."""
+    """As torch.mm."""
     return _by_onednn(a, b) if _takes_onednn(a, b) else torch.mm(a, b)
 
 
 def addmm_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``out.addmm_(a, b)``, anywhere."""
+    """As ``out.addmm_(a, b)``."""
     return out.add_(_by_onednn(a, b)) if _takes_onednn(out, a, b) else out.addmm_(a, b)
 
 
 def bmm(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """torch.bmm, anywhere, or torch.baddbmm, to ``added``."""
+    """As torch.bmm, or as torch.baddbmm to ``added``."""
     if not _takes_onednn(a, b, *([] if added is None else [added])):
         return torch.bmm(a, b) if added is None else torch.baddbmm(added, a, b)
     out = a.new_empty(a.size(0), a.size(1), b.size(2))
