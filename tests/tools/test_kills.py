@@ -149,7 +149,8 @@ def test_kills_while_training(arguments, undisturbed, campaign, tmp_path):
     while kills < 20:
         folder = tmp_path / str(trainings)
         trainings += 1
-        for _ in range(4):
+        for part in range(4):
+            begin = time.monotonic()
             training = Training([*arguments, str(folder)])
             moment = moments.uniform(0.1, 0.9) * seconds
             code = training.wait(moment)
@@ -158,6 +159,8 @@ def test_kills_while_training(arguments, undisturbed, campaign, tmp_path):
                 code = training.wait()
             if code != -signal.SIGKILL:  # it has come to its end before
                 assert code == 0, training.log.read_text()
+                if part == 0:  # the machine had more to do when seconds were taken
+                    seconds = min(seconds, time.monotonic() - begin)
                 break
             kills += 1
             campaign('kills while training', f'training {trainings}, after {moment:.1f} s')
