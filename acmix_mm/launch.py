@@ -62,13 +62,20 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         sys.exit(f'error: {error}')
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _cause(error)
         print(f'error: process {rank} {_how(failure)}; so all are ended', file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except SignalException as error:
         print(f'all processes are ended by {error.sigval.name}', file=sys.stderr)
         interrupted = error.sigval == signal.SIGINT
         sys.exit(128 + signal.SIGINT if interrupted else os.EX_TEMPFAIL)
+
+
+def _cause(error: ChildFailedError) -> tuple[int, ProcessFailure]:
+    """Rank and end of the process for which the others ended."""
+    # What loses a killed process ends at once. Of those found together, torchrun takes the first.
+    killed = [r for r, failure in error.failures.items() if failure.exitcode == -signal.SIGKILL]
+    return (killed[0], error.failures[killed[0]]) if killed else error.get_first_failure()
 
 
 def _how(failure: ProcessFailure) -> str:

@@ -67,6 +67,27 @@ def test_one_process_ends(start, tmp_path, what, code, how):
     assert said.splitlines()[-1] == f'error: process 1 {how}; so all are ended'
 
 
+def test_what_a_killed_process_takes_along(start, tmp_path):
+    """The other ends of it before the launcher looks; named is the killed one."""
+    launcher = start("""
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+number = ''
+while not number:  # the file may be there before what is in it
+    number = Path(sys.argv[1], f'1-{restarts}').read_text()
+stat = Path('/proc', number, 'stat')
+try:
+    while stat.read_text().split()[2] != 'Z':
+        pass
+except OSError:  # the launcher has looked in between
+    pass
+sys.exit(1)
+""")
+    said = end(launcher, tmp_path)
+    assert said.splitlines()[-1] == 'error: process 1 was killed by SIGKILL; so all are ended'
+    assert launcher.returncode == 128 + 9
+
+
 @pytest.mark.parametrize(
     ('number', 'code'),
     [
