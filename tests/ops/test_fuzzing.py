@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from devices import needs_triton
-from fuzzing import assert_close, axes, batches, fuzz, fuzzed, make, sizes, steps
+from fuzzing import TOLERANCES, assert_close, axes, batches, fuzz, fuzzed, make, sizes, steps
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -155,6 +155,8 @@ OPERATORS = {
     'patch_weights': draw_patch_weights,
     'norm_relu_conv': draw_norm_relu_conv,
 }
+# How many of the tensors are maps; the others are weights, whose gradients sum over all pixels.
+MAPS = {'group_conv': 1, 'fused_acmix': 1, 'patch_weights': 2, 'norm_relu_conv': 1}
 WITH_RELU = ('patch_weights', 'norm_relu_conv')
 CALLS = [(name, b) for name in list(OPERATORS)[:3] for b in BACKENDS if b != 'triton']
 CALLS += [(n, b) for n in ('patch_weights', 'local_aggregation') for b in BACKENDS if b != 'triton']
@@ -175,7 +177,11 @@ def check_call(data, name: str, backend: str | None, dtype: torch.dtype) -> None
         out = operator(*tensors)
     assert out.dtype == dtype
     assert out.device == tensors[0].device
-    assert_close(out, expected, f'result of {name}')
+    # By parts, projected maps are rounded to half precision, and a softmax amplifies that.
+    half = dtype in (torch.float16, torch.bfloat16)
+    by_parts = name == 'fused_acmix' and backend == 'torch' and half
+    tolerance = 4 * TOLERANCES[dtype] if by_parts else None
+    assert_close(out, expected, f'result of {name}', tolerance)
     for tensor, copied in zip(tensors, before, strict=True):
         assert tensor is None or torch.equal(tensor.double(), copied)
     # Of a ReLU, rounding decides gradients.
@@ -188,8 +194,9 @@ def check_call(data, name: str, backend: str | None, dtype: torch.dtype) -> None
     theirs = torch.autograd.grad(expected, exact, grad.double())
     for i, (result, right) in enumerate(zip(ours, theirs, strict=True)):
         assert result.dtype == dtype
-        summands = grad.numel() / max(1, right.numel())
-        assert_close(result, right, f'gradient {i} of {name}', summands=summands)
+        of_maps = i < MAPS.get(name, len(ours))
+        summands = grad.numel() / max(1, right.numel() if of_maps else grad.size(1))
+        assert_close(result, right, f'gradient {i} of {name}', tolerance, summands)
 
 
 @fuzzed(20, 240)
