@@ -66,8 +66,8 @@ def draw_classes(
 
     Each class has its colour, half transparent, and a line around it; what is of no class, and a
     class called background, is the picture itself. The legend has the classes that there are, those
-    with most pixels first. Small pictures are enlarged, and narrow ones get white
-    beside them, as wide as words need.
+    with most pixels first. Small pictures are enlarged, and narrow ones get white beside
+    them, as wide as words need.
 
     Args:
         image (np.ndarray): RGB, (H, W, 3).

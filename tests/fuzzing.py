@@ -68,9 +68,9 @@ batches = st.sampled_from([1, 1, 2, 3, 0])
 seeds = st.integers(0, 2**32 - 1)
 
 
-def make(data, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+def make(data, shape: Iterable[int], dtype: torch.dtype, deviation: float = 1) -> Tensor:
     """Normal numbers in some layout; a leaf that gets gradients."""
-    numbers = torch.randn(*shape, dtype=torch.float64).to(dtype)
+    numbers = (torch.randn(*shape, dtype=torch.float64) * deviation).to(dtype)
     return LAYOUTS[data.draw(layouts)](numbers).requires_grad_()
 
 
