@@ -12,6 +12,9 @@ needs_native = pytest.mark.skipif(
     'native' not in available_backends(),
     reason='the native kernels are not built: this installation has no C++ compiler',
 )
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason='this PyTorch is built without oneDNN'
+)
 needs_triton = pytest.mark.skipif(
     'triton' not in available_backends(), reason='Triton is not installed, which is for Linux'
 )

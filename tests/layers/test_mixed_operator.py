@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from devices import needs_native
+from devices import needs_native, needs_onednn
 
 from acmix_mm.layers import SpatialReductionACmix, WindowACmix
 from acmix_mm.ops import _products
@@ -22,7 +22,7 @@ def spatial_reduction():
 
 
 @needs_native
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs oneDNN')
+@needs_onednn
 @pytest.mark.parametrize('onednn', [False, True])
 @pytest.mark.parametrize('build', [window, spatial_reduction])
 def test_equals_float64(build, onednn, monkeypatch):

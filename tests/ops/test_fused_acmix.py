@@ -138,7 +138,7 @@ def test_half_precision_rounds_once(
 
 
 @needs_native
-@pytest.mark.skipif(not CPU_INFO.is_file(), reason='needs /proc/cpuinfo')
+@pytest.mark.skipif(not CPU_INFO.is_file(), reason='compares with what Linux says of the processor')
 def test_bfloat16_products_by_processor():
     """With AMX they are bfloat16's; without it or AVX512_BF16, float32's; else either."""
     flags = CPU_INFO.read_text().split()

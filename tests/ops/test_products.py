@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from devices import needs_native
+from devices import needs_native, needs_onednn
 from torch._subclasses import FakeTensorMode
 
 from acmix_mm.ops import _products as products
 
 CPU_INFO = Path('/proc/cpuinfo')
 
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='needs oneDNN')
 either = pytest.mark.parametrize(
     'onednn', [False, pytest.param(True, marks=needs_onednn)], indirect=True
 )
@@ -26,7 +25,7 @@ def onednn(request, monkeypatch) -> bool:
 
 
 @needs_native
-@pytest.mark.skipif(not CPU_INFO.is_file(), reason='needs /proc/cpuinfo')
+@pytest.mark.skipif(not CPU_INFO.is_file(), reason='compares with what Linux says of the processor')
 def test_onednn_products_by_processor():
     """Not on Intel's, nor without AVX-512, nor where oneDNN is switched off."""
     pay = torch.ops.acmix_mm.native_onednn_products_pay
