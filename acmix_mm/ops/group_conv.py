@@ -1,5 +1,6 @@
 """Grouped convolution of few channels a group, the convolution path of the mixed operators."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,7 +68,14 @@ def conv2d(
     """PyTorch's convolution, padded to keep the size at stride 1."""
     padding = weight.size(-1) // 2 * dilation
     # In float64 on a CPU, PyTorch 2.13 gives a wrong gradient of channels-last weights in groups.
-    return F.conv2d(input, weight.contiguous(), bias, stride, padding, dilation, groups)
+    weight = weight.contiguous()
+    if input.device.type == 'cpu' and input.dtype == torch.bfloat16 and input.size(-1) <= stride:
+        # One column, of a stride with which there are two: on CPUs with AMX, PyTorch 2.13 gives
+        # wrong maps of more than four such rows, and leaves parts of a weight's gradient unwritten
+        # where the stride is larger than the width.
+        strides = (stride, (input.size(-1) + 1) // 2)
+        return F.conv2d(input, weight, bias, strides, padding, dilation, groups)[..., :1]
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 OPERATORS['group_conv'] = {
