@@ -1,6 +1,7 @@
 """Layers of any arguments, on maps of any shape, layout and dtype, trained, deployed, exported."""
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 
@@ -142,6 +143,20 @@ def outcome(layer: nn.Module, x: Tensor, rest: tuple, grad_seed: int) -> list[Te
     return [out, *torch.autograd.grad(out, leaves, grad, allow_unused=True)]
 
 
+def onednn_is_right(layer: nn.Module, dtype: torch.dtype, width: int) -> bool:
+    """Not for one column of outputs of a strided convolution in bfloat16, on CPUs with AMX.
+
+    See docs/troubleshooting.md; PyTorch has another computation for them.
+    """
+    return dtype != torch.bfloat16 or not any(
+        isinstance(conv, nn.Conv2d)
+        and conv.stride[1] > 1
+        and width + 2 * conv.padding[1] - conv.dilation[1] * (conv.kernel_size[1] - 1) - 1
+        < conv.stride[1]
+        for conv in layer.modules()
+    )
+
+
 @fuzzed(8, 100)
 @pytest.mark.parametrize('name', LAYERS)
 def test_right_for_anything(name, examples, campaign):
@@ -169,7 +184,11 @@ def test_right_for_anything(name, examples, campaign):
             with pytest.raises(ValueError, match='more than 1 value per channel'):
                 ours(laid_out, *rest)
             return
-        results = outcome(ours, laid_out, rest, 0)
+        width = rest[0][1] if rest else x.size(-1)
+        flags = torch.backends.mkldnn.flags
+        onednn = functools.partial(flags, enabled=onednn_is_right(ours, dtype, width))
+        with onednn():
+            results = outcome(ours, laid_out, rest, 0)
         assert results[0].dtype == dtype
         assert torch.equal(laid_out.double(), copied)
         if not exactly:
@@ -179,7 +198,7 @@ def test_right_for_anything(name, examples, campaign):
             if right is not None:
                 assert_close(result, right, f'{name}, {i}', 2 * TOLERANCES[dtype])
         if not ours.training:
-            with torch.no_grad():
+            with torch.no_grad(), onednn():
                 deployed = acmix_mm.deploy(copy.deepcopy(ours))(laid_out, *rest)
             assert_close(deployed, expected[0], f'{name}, deployed', 2 * TOLERANCES[dtype])
 
