@@ -238,6 +238,7 @@ def test_layouts_change_no_gradient(backend, layout, weight_layout, batch):
 @pytest.mark.parametrize('stride', [2, 3, 90])
 def test_maps_no_wider_than_the_stride(backend, dtype, kernel_size, stride):
     """PyTorch's own convolution is wrong for them in bfloat16, on CPUs with AMX."""
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     for size in itertools.product([1, 2, 3, 9, 40], [1, 2, 3, 4, 12]):
         maps, weight, bias = make(2, 3, 6, 2, kernel_size, size, dtype)
         for power in range(2, 17):  # what is not written is seen
@@ -249,7 +250,7 @@ def test_maps_no_wider_than_the_stride(backend, dtype, kernel_size, stride):
         results = (out, *torch.autograd.grad(out, (maps, weight, bias), direction))
         oracles = (expected, *torch.autograd.grad(expected, exact, direction.double()))
         for result, oracle in zip(results, oracles, strict=True):
-            torch.testing.assert_close(result.double(), oracle, rtol=2e-2, atol=5e-2)
+            torch.testing.assert_close(result.double(), oracle, rtol=tolerance / 2, atol=tolerance)
 
 
 def test_groups_are_checked_before_they_are_multiplied():
