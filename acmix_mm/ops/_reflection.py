@@ -28,8 +28,10 @@ def reflect_pad(maps: Tensor, pixels: int) -> Tensor:
     # Where one reflection is enough. Sizes may be symbols of torch.export, which have no answer.
     if all(isinstance(size, int) and size > pixels for size in maps.shape[-2:]):
         return F.pad(maps, (pixels,) * 4, mode='reflect')
+    # A pixel's gradient may be a sum over hundreds of places: in float32 for half precision.
+    padded = maps.to(torch.promote_types(maps.dtype, torch.float32))
     for dim in (-2, -1):
         size = maps.size(dim)
         index = torch.arange(-pixels, size + pixels, device=maps.device)
-        maps = maps.index_select(dim, reflect(index, size))
-    return maps
+        padded = padded.index_select(dim, reflect(index, size))
+    return padded.to(maps.dtype)
