@@ -15,7 +15,7 @@ from .steps import Case, Unavailable
 
 def unfold(maps: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
     """(B, N, d, H, W) -> (B, N, d, kernel_size^2, queries), neighbourhoods copied into memory."""
-    padded = reflect_pad(maps.flatten(1, 2), kernel_size // 2)
+    padded = reflect_pad(maps.flatten(1, 2), kernel_size // 2).to(maps.dtype)
     columns = F.unfold(padded, kernel_size, stride=stride)
     return columns.view(*maps.shape[:3], kernel_size**2, columns.size(-1))
 

@@ -24,14 +24,17 @@ def reflect(index: Tensor, size: int) -> Tensor:
 
 
 def reflect_pad(maps: Tensor, pixels: int) -> Tensor:
-    """(B, C, H, W) -> (B, C, H + 2 * pixels, W + 2 * pixels), for any H, W >= 1."""
+    """(B, C, H, W) -> (B, C, H + 2 * pixels, W + 2 * pixels), for any H, W >= 1.
+
+    Half precision becomes float32 where one reflection is not enough: a pixel's gradient is then a
+    sum over up to hundreds of places, which is rounded once.
+    """
     # Where one reflection is enough. Sizes may be symbols of torch.export, which have no answer.
     if all(isinstance(size, int) and size > pixels for size in maps.shape[-2:]):
         return F.pad(maps, (pixels,) * 4, mode='reflect')
-    # A pixel's gradient may be a sum over hundreds of places: in float32 for half precision.
-    padded = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     for dim in (-2, -1):
         size = maps.size(dim)
         index = torch.arange(-pixels, size + pixels, device=maps.device)
-        padded = padded.index_select(dim, reflect(index, size))
-    return padded.to(maps.dtype)
+        maps = maps.index_select(dim, reflect(index, size))
+    return maps

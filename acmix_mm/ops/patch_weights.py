@@ -88,7 +88,7 @@ def patch_weights(
     norm._check_input_dim(key)
     check_dtypes(query=query, key=key, weight=None if autocasts(key) else weight)
 
-    padded = reflect_pad(key, kernel_size // 2 * dilation)
+    padded = reflect_pad(key, kernel_size // 2 * dilation).to(key.dtype)
     geometry = (kernel_size, stride, dilation)
 
     def local() -> tuple[Tensor, Tensor]:
